@@ -24,7 +24,7 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: install
-	HYPOTHESIS_PROFILE=exhaustive $(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
 
 lint: $(STAMPS)/requirements
 	$(BIN)/ruff check

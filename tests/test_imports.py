@@ -1,0 +1,143 @@
+"""What `import lolkernels` may do, and the public surface it offers."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lolkernels as lk
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# An audit hook sees every socket the process makes, whoever makes it.
+NO_NETWORK = """
+import sys
+def refuse(event, args):
+    if event.startswith("socket.") and event != "socket.gethostname":
+        raise RuntimeError("network: " + event)
+sys.addaudithook(refuse)
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=300
+    )
+
+
+def test_the_network_guard_works() -> None:
+    done = run_python(NO_NETWORK + "import socket; socket.create_connection(('127.0.0.1', 9))")
+    assert done.returncode != 0 and "network: socket." in done.stderr
+
+
+def test_import_needs_no_network_and_loads_neither_transformers_nor_triton() -> None:
+    done = run_python(
+        NO_NETWORK
+        + """
+import lolkernels as lk, torch
+heavy = sorted({"transformers", "triton", "datasets", "numpy.testing"} & set(sys.modules))
+assert not heavy, heavy
+out = lk.linear_logprob(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2]))
+assert out.logps.shape == (3,) and bool((out.logps < 0).all())
+heavy = sorted({"transformers", "datasets"} & set(sys.modules))
+assert not heavy, heavy
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_trainer_needs_no_network() -> None:
+    done = run_python(NO_NETWORK + "import lolrl, lolrl.cli")
+    assert done.returncode == 0, done.stderr
+
+
+def test_info_prints_versions_and_every_backend() -> None:
+    done = run_python("import runpy; runpy.run_module('lolkernels.info', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    for word in ("lolkernels", "torch", "python", *lk.available_backends()):
+        assert word in done.stdout.lower()
+
+
+PUBLIC_NAMES = [
+    "LinearLossOutput",
+    "LogprobHead",
+    "LogprobOutput",
+    "Sequences",
+    "__version__",
+    "aggregate",
+    "available_backends",
+    "fuse_lm_head",
+    "linear_logprob",
+    "linear_loss",
+    "logprob",
+    "loss_and_coef",
+    "objectives",
+    "side_inputs",
+    "use_backend",
+]
+
+OBJECTIVES = {
+    "nll": "logps, seq",
+    "wbc": "logps, rewards, seq",
+    "r_gold": "logps, rewards, seq, *, floor=0.1",
+    "r_lol": "logps, ref_logps, rewards, seq, *, clip=0.9",
+    "a_lol": "logps, ref_logps, advantages, seq, *, clip=0.9",
+    "a_lol_seq": "logps, ref_logps, advantages, seq, *, clip=0.9",
+    "a_lol_ref_free": "logps, advantages, seq",
+    "a_lol_kl": "logps, ref_logps, advantages, seq, *, beta=0.1",
+    "r_lol_kl": "logps, ref_logps, rewards, seq, *, beta=0.1",
+}
+
+SIGNATURES = {
+    "linear_logprob": "hidden, weight, labels, *, bias=None, temperature=1.0, softcap=None, "
+    "logit_scale=1.0, backend=None, memory_budget=None",
+    "logprob": "logits, labels, *, temperature=1.0, softcap=None, logit_scale=1.0, backend=None",
+    "linear_loss": "objective, hidden, weight, labels, seq, *, reduction='seq-mean', bias=None, "
+    "temperature=1.0, softcap=None, logit_scale=1.0, backend=None, memory_budget=None, "
+    "return_outputs=False, **side",
+    "aggregate": "loss, seq, reduction='seq-mean'",
+    "loss_and_coef": "objective, logps, seq, reduction='seq-mean', **side",
+    "side_inputs": "objective",
+    "fuse_lm_head": "model",
+    "available_backends": "",
+    "use_backend": "name",
+}
+
+
+def parameters(function: object) -> str:
+    """Renders a signature without annotations."""
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    return text[1:-1]
+
+
+def test_public_names_are_frozen() -> None:
+    assert sorted(lk.__all__) == PUBLIC_NAMES
+    for name in lk.__all__:
+        assert hasattr(lk, name)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signatures_are_frozen(name: str) -> None:
+    assert parameters(getattr(lk, name)) == SIGNATURES[name]
+
+
+def test_objectives_are_frozen() -> None:
+    assert {name: parameters(getattr(lk.objectives, name)) for name in OBJECTIVES} == OBJECTIVES
+    extra = set(lk.objectives.__all__) - set(OBJECTIVES)
+    assert extra <= {"side_inputs", "aggregate", "loss_and_coef"}
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in lk.__all__:
+        value = getattr(lk, name)
+        if not isinstance(value, str):
+            assert inspect.getdoc(value), name
+    for name in OBJECTIVES:
+        assert inspect.getdoc(getattr(lk.objectives, name)), name

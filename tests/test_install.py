@@ -1,0 +1,194 @@
+"""Building and installing: without a compiler, as a wheel, through make, and from pinned hashes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("csrc", "lolkernels", "python", "requirements")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE")
+NO_COMPILER = "/nonexistent/compiler"
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copies what a build reads, without anything that was built here."""
+    tree = folder / "tree"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "*.egg-info", "build")
+    for name in TREE:
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def pip(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+    return subprocess.run(
+        [*command, *flags],
+        cwd=cwd,
+        env={**os.environ, "MAX_JOBS": "1", **environment},
+        text=True,
+        capture_output=True,
+        timeout=900,
+    )
+
+
+def test_a_machine_without_a_compiler_gets_a_working_library(tmp_path: Path) -> None:
+    tree, target = copy_tree(tmp_path), tmp_path / "site"
+    # A CUDA compiler on the PATH must not be started either.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    nvcc = tools / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/nvcc-ran\n")
+    nvcc.chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = pip(
+        "install", f"--target={target}", ".", cwd=tree, CC=NO_COMPILER, CXX=NO_COMPILER, PATH=path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "nvcc-ran").exists()
+    assert not list(target.rglob("*.so"))
+
+    script = """
+import warnings, torch
+import lolkernels as lk
+why = lk.available_backends()
+assert why["reference"] is None, why
+assert why["cpu"], why
+hidden, weight = torch.randn(4, 8), torch.randn(11, 8)
+labels = torch.tensor([0, 10, 3, 3])
+expected = torch.log_softmax(hidden.double() @ weight.double().T, -1)[range(4), labels]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        out = lk.linear_logprob(hidden, weight, labels)
+said = [str(w.message) for w in said if "reference" in str(w.message)]
+assert len(said) == 1, said
+torch.testing.assert_close(out.logps.double(), expected, atol=2e-5, rtol=0)
+try:
+    lk.linear_logprob(hidden, weight, labels, backend="cpu")
+except ValueError as error:
+    assert "backend" in str(error) and "cpu" in str(error), error
+else:
+    raise AssertionError("a missing backend was accepted")
+print(lk.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(target))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_wheel_holds_the_packages_and_an_abi3_library(tmp_path: Path) -> None:
+    done = pip("wheel", f"--wheel-dir={tmp_path}", ".", cwd=copy_tree(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("lolkernels-*.whl")
+    assert "-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("lolkernels/__init__.py", "lolkernels/backends/cpu.py", "lolkernels/py.typed"):
+        assert name in names
+    assert "lolrl/cli.py" in names
+    libraries = [name for name in names if name.endswith((".so", ".pyd", ".dylib"))]
+    assert libraries == ["lolkernels/_C.abi3.so"]
+    assert {name.split("/")[0] for name in names} == {
+        "lolkernels",
+        "lolrl",
+        f"lolkernels-{metadata.version('lolkernels')}.dist-info",
+    }
+    zipfile.ZipFile(wheel).extract(libraries[0], tmp_path)
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(tmp_path / libraries[0])],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    # Only the C shim of torch's stable ABI may be needed: no C++ symbol of torch, c10 or at.
+    assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
+    assert "aoti_torch_" in symbols or "torch_" in symbols
+
+
+def test_a_plain_install_needs_torch_alone() -> None:
+    requirements = metadata.requires("lolkernels") or []
+    plain = [line for line in requirements if "extra ==" not in line]
+    assert len(plain) == 1 and re.fullmatch(r"torch\W*>=\W*2\.10", plain[0]), plain
+    extras = set(metadata.metadata("lolkernels").get_all("Provides-Extra") or [])
+    assert {"train", "trl", "gpu", "bench", "test"} <= extras
+
+
+def test_every_requirement_is_pinned_and_hashed() -> None:
+    torch_lines = (ROOT / "requirements" / "torch.txt").read_text().splitlines()
+    assert [line for line in torch_lines if not line.startswith("#")] == ["torch==2.13.0"]
+    for name in ("dev.txt", "smollm2.txt"):
+        text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
+        lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+        assert lines
+        for line in lines:
+            assert re.match(r"[\w.\-]+==[^\s;]+", line), line
+            assert "--hash=sha256:" in line, line
+            assert not line.startswith(("torch==", "nvidia-", "triton==")), line
+
+
+def make(tree: Path, *targets: str) -> str:
+    """Returns the commands that make would run."""
+    return subprocess.run(
+        ["make", "--dry-run", *targets], cwd=tree, text=True, capture_output=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_sets_up_in_order_from_nothing(target: str, tmp_path: Path) -> None:
+    commands = make(copy_tree(tmp_path), target)
+    steps = [
+        "-m venv .venv",
+        "-r requirements/torch.txt",
+        "--require-hashes -r requirements/dev.txt",
+        "--no-build-isolation --no-deps -e .",
+        {"demo": "lolrl demo", "test": "-m pytest"}[target],
+    ]
+    positions = [commands.find(step) for step in steps]
+    assert -1 not in positions and positions == sorted(positions), commands
+
+
+def test_a_second_make_rebuilds_only_what_changed(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path)
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    (tree / ".venv" / "stamps").mkdir()
+    (tree / ".venv" / "bin" / "python").touch()
+    clock = 2_000_000_000  # later than every copied file
+    for step, name in enumerate(("torch", "requirements", "extension")):
+        stamp = tree / ".venv" / "stamps" / name
+        stamp.touch()
+        os.utime(stamp, (clock + step, clock + step))
+    assert "pip install" not in make(tree, "install")
+
+    def touched(name: str) -> str:
+        path = tree / name
+        before = path.stat()
+        os.utime(path, (clock + 9, clock + 9))
+        commands = make(tree, "install")
+        os.utime(path, (before.st_atime, before.st_mtime))
+        return commands
+
+    source = next((tree / "csrc").rglob("*.cpp")).relative_to(tree)
+    for name in (str(source), "setup.py", "pyproject.toml"):
+        commands = touched(name)
+        assert "-e ." in commands and "-r requirements" not in commands, name
+    assert "-r requirements/dev.txt" in touched("requirements/dev.txt")
+    assert "-r requirements/torch.txt" in touched("requirements/torch.txt")
+    assert "install" not in touched("lolkernels/__init__.py").replace("install'.", "")
