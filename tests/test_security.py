@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(
-    path
-    for folder in ("lolkernels", "python", "benchmarks", "examples")
-    for path in (ROOT / folder).rglob("*.py")
-) + [ROOT / "setup.py"]
+FOLDERS = ("lolkernels", "python", "benchmarks", "examples")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES.append(ROOT / "setup.py")
 
 UNSAFE_MODULES = {
     "pickle",
@@ -111,9 +109,10 @@ class _Lint(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         dotted = self._dotted(node.func)
         first = node.args[0] if node.args else None
-        if dotted in ("importlib.import_module", "__import__") and isinstance(first, ast.Constant):
-            if str(first.value).split(".")[0] in UNSAFE_MODULES:
-                self._flag(node, f"imports {first.value}")
+        if dotted in ("importlib.import_module", "__import__"):
+            module = str(first.value) if isinstance(first, ast.Constant) else ""
+            if module.split(".")[0] in UNSAFE_MODULES:
+                self._flag(node, f"imports {module}")
         if dotted in NUMPY_LOADERS and len(node.args) > 2 and not _is_false(node.args[2]):
             self._flag(node, "np.load with allow_pickle by position")
         for keyword in node.keywords:
