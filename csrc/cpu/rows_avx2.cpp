@@ -1,0 +1,24 @@
+// Standard headers come before the target switch: their inline functions stay baseline code, so the
+// linker may keep any translation unit's copy.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "rows.h"
+
+#define LOL_LANES 8
+#define LOL_ISA "avx2"
+#define LOL_KERNELS avx2_kernels
+#include "rows_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
