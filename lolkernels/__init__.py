@@ -1,0 +1,27 @@
+"""Fused losses for reinforcement learning of language models from existing data: A-LoL and kin."""
+
+from . import objectives
+from .backends import available_backends, use_backend
+from .functional import LinearLossOutput, LogprobOutput, linear_logprob, linear_loss, logprob
+from .head import LogprobHead, fuse_lm_head
+from .objectives import aggregate, loss_and_coef, side_inputs
+from .sequences import Sequences
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearLossOutput",
+    "LogprobHead",
+    "LogprobOutput",
+    "Sequences",
+    "aggregate",
+    "available_backends",
+    "fuse_lm_head",
+    "linear_logprob",
+    "linear_loss",
+    "logprob",
+    "loss_and_coef",
+    "objectives",
+    "side_inputs",
+    "use_backend",
+]

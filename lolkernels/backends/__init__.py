@@ -1,0 +1,89 @@
+"""The table of backends and the choice among them: a pure function of device and dtype.
+
+A backend is a module with ``why_unavailable``, ``DEVICES``, ``DTYPES`` and three row functions
+(see :mod:`lolkernels.backends.reference`, which defines what they compute).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import cpu, reference
+
+# Fastest first. Adding a backend is one module and one entry here.
+TABLE: dict[str, Any] = {"cpu": cpu, "reference": reference}
+
+_forced: list[str] = []
+_warned: set[str] = set()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name -> None where it can be used, otherwise why not and what to do."""
+    return {name: module.why_unavailable() for name, module in TABLE.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every call without a ``backend`` argument runs on this backend.
+
+    Raises:
+        ValueError: no such backend, or it is not available (the text says why).
+    """
+    check_backend(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def check_backend(name: str) -> None:
+    if name not in TABLE:
+        raise ValueError(f"backend must be one of {', '.join(TABLE)}; got {name!r}")
+    reason = TABLE[name].why_unavailable()
+    if reason is not None:
+        raise ValueError(f"backend={name!r} is not available: {reason}")
+
+
+def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend of a call: the one named, else the one in force, else the first that fits."""
+    name = name if name is not None else (_forced[-1] if _forced else None)
+    if name is not None:
+        check_backend(name)
+        module = TABLE[name]
+        if not _fits(module, device, dtype):
+            raise ValueError(
+                f"backend={name!r} does not take {dtype} on {device.type}; it takes "
+                f"{_names(module.DTYPES)} on {', '.join(module.DEVICES or ('any device',))}. "
+                "Use backend='reference' or convert the tensors."
+            )
+        return name
+    for candidate, module in TABLE.items():
+        if not _fits(module, device, dtype):
+            continue
+        reason = module.why_unavailable()
+        if reason is None:
+            return candidate
+        if candidate not in _warned and not torch.compiler.is_compiling():
+            _warned.add(candidate)
+            warnings.warn(
+                f"lolkernels: the {candidate} backend is missing and the slow reference backend is "
+                f"used instead: {reason}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    raise ValueError(f"no backend takes {dtype} on {device.type}")
+
+
+def _fits(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    devices = module.DEVICES
+    return (devices is None or device.type in devices) and dtype in module.DTYPES
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return "/".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,129 @@
+"""The definition of correct: the three row functions in eager torch. Slow, obvious, any dtype.
+
+For a row of raw logits x (n, V), with z = softcap(scale * x) / temperature and softcap(x) = cap
+tanh(x / cap):
+
+    row_stats     target_logit = z[label]   lse = log sum exp z   expected_logit = sum softmax(z) z
+                  max_logit = max z
+    dlogits_      (a [v == label] + exp(z - lse) (b + c z)) dz/dx
+    sequence_coef the A-LoL family's loss and d loss / d logp (see Family in objectives.py)
+
+Results are float32 (float64 for float64 input). A label outside [0, V) has no target in these
+columns: its target_logit is -inf and it gets no ``a`` term. p = 0 times z = -inf counts as 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEVICES = None  # any
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_unavailable() -> str | None:
+    return None
+
+
+def row_stats(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,)
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (n,)
+    z, _ = _transform(logits, scale, softcap, temperature)
+    has_target, index = _target(labels, z.shape[1])
+    target_logit = z.gather(1, index[:, None]).squeeze(1)
+    target_logit = torch.where(has_target, target_logit, -torch.inf)
+    lse = torch.logsumexp(z, 1)
+    p = (z - lse[:, None]).exp()
+    expected_logit = torch.where(p == 0, 0.0, p * z).sum(1)
+    return target_logit, lse, expected_logit, z.amax(1)
+
+
+def dlogits_(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,)
+    lse: Tensor,  # (n,)
+    a: Tensor,  # (n,)
+    b: Tensor,  # (n,)
+    c: Tensor,  # (n,)
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # (n, V)
+) -> Tensor:
+    z, dz_dx = _transform(logits, scale, softcap, temperature)
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    dz = torch.where(p == 0, 0.0, p * (b[:, None] + c[:, None] * z))
+    has_target, index = _target(labels, z.shape[1])
+    # a + b p as a (1 - p) + (a + b) p, with 1 - p from expm1: for p near 1 no digit is lost.
+    log_p_y = log_p.gather(1, index[:, None]).squeeze(1)
+    p_y = log_p_y.exp()
+    z_y = z.gather(1, index[:, None]).squeeze(1)
+    rest = torch.where(p_y == 0, 0.0, p_y * ((a + b) + c * z_y))
+    at_label = torch.where(has_target, -a * torch.expm1(log_p_y) + rest, 0.0)
+    dz = dz.scatter(1, index[:, None], torch.where(has_target, at_label, dz[:, 0])[:, None])
+    out = logits if out is None else out
+    return out.copy_(dz * dz_dx)
+
+
+def sequence_coef(
+    logps: Tensor,  # (n,)
+    ref_logps: Tensor | None,  # (n,)
+    cu_seqlens: Tensor,  # (s + 1,)
+    weight: Tensor,  # (s,)
+    *,
+    ratio: int,
+    log_low: float,
+    log_high: float,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (s,), coef (n,), log_ratio (s,), clipped (s,)
+    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    logps = logps.double()
+    d = logps if ref_logps is None else logps - ref_logps.double()
+    cu = cu_seqlens.to(logps.device)
+    lengths = cu[1:] - cu[:-1]
+    owner = torch.repeat_interleave(lengths)
+    weight = weight.double()
+
+    def total(x: Tensor) -> Tensor:
+        return torch.zeros_like(weight).index_add(0, owner, x)
+
+    log_ratio = total(d)
+    if ratio == 0:
+        w, clipped = torch.ones_like(logps), torch.zeros_like(weight)
+    elif ratio == 1:
+        outside = (log_ratio < log_low) | (log_ratio > log_high)
+        w, clipped = log_ratio.clamp(log_low, log_high).exp()[owner], outside.double()
+    else:
+        outside = (d < log_low) | (d > log_high)
+        w, clipped = d.clamp(log_low, log_high).exp(), total(outside.double())
+        clipped = clipped / lengths.clamp(min=1)
+    loss = -weight * total(w * logps)
+    if beta:
+        loss = loss + beta * log_ratio
+    coef = beta - weight[owner] * w
+    empty = lengths == 0
+    loss, clipped = loss.masked_fill(empty, 0.0), clipped.masked_fill(empty, 0.0)
+    return loss.to(dtype), coef.to(dtype), log_ratio.to(dtype), clipped.to(dtype)
+
+
+def _transform(
+    logits: Tensor, scale: float, softcap: float, temperature: float
+) -> tuple[Tensor, Tensor | float]:
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    z = x * scale
+    if not softcap:
+        return z / temperature, scale / temperature
+    t = torch.tanh(z / softcap)
+    return t * (softcap / temperature), (1 - t * t) * (scale / temperature)
+
+
+def _target(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    has_target = (labels >= 0) & (labels < vocab)
+    return has_target, torch.where(has_target, labels, 0)

@@ -1,0 +1,139 @@
+"""Argument errors, written once: what is wrong, with which argument, and what to pass instead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor: call the head inside the wrapped module's forward, where its "
+            "parameters are gathered (see fuse_lm_head), or pass the local shard"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    return value
+
+
+def floating(name: str, value: Any) -> Tensor:
+    t = tensor(name, value)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
+    return t
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(devices.items()))
+    for name, device in devices.items():
+        if device != first:
+            raise ValueError(
+                f"{name} is on {device} but {first_name} is on {first}; move {name} there"
+            )
+
+
+def head(hidden: Any, weight: Any, bias: Any, labels: Any) -> None:
+    """hidden (..., D), weight (V, D), bias (V,) or None, labels (...) integers."""
+    floating("hidden", hidden)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (V, D), got {tuple(weight.shape)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight is empty, shape {tuple(weight.shape)}: a sharded (ZeRO-3, FSDP) parameter has "
+            "to be gathered first; call the head inside the wrapped module's forward "
+            "(see fuse_lm_head)"
+        )
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must have shape (N, D) or (..., D), got {tuple(hidden.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has D={hidden.shape[-1]} but weight has D={weight.shape[1]}: "
+            "weight must be (V, D) with hidden's D"
+        )
+    label_ids("labels", labels, hidden.shape[:-1], "hidden's leading dimensions")
+    if bias is not None:
+        floating("bias", bias)
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    doubles = [
+        name
+        for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias))
+        if t is not None and (t.dtype == torch.float64) != (hidden.dtype == torch.float64)
+    ]
+    if doubles:
+        raise TypeError(
+            f"{doubles[0]} and hidden ({hidden.dtype}) differ: float64 does not mix with "
+            "other dtypes; convert one of them"
+        )
+    same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
+
+
+def label_ids(name: str, labels: Any, shape: Any, of: str) -> None:
+    tensor(name, labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 token ids, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, {of}; got {tuple(labels.shape)}")
+
+
+def label_values(labels: Tensor, vocab: int) -> None:
+    """Every label in [0, vocab), or an error naming the first bad row."""
+    if labels.numel() == 0:
+        return
+    low, high = torch.aminmax(labels)
+    if int(low) < 0 or int(high) >= vocab:
+        row = int(((labels < 0) | (labels >= vocab)).nonzero()[0, 0])
+        raise ValueError(
+            f"labels[{row}] = {int(labels[row])} is outside [0, {vocab}), the rows of weight; mask "
+            "that token (mask=, or Sequences.from_mask), or resize the head to the tokenizer"
+        )
+
+
+def positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number > 0, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+    return float(value)
+
+
+def scaling(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[float, float, float]:
+    """(scale, softcap, temperature) as the row functions take them; no softcap is 0.0."""
+    return (
+        positive("logit_scale", logit_scale),
+        0.0 if softcap is None else positive("softcap", softcap),
+        positive("temperature", temperature),
+    )
+
+
+def budget(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"memory_budget must be > 0 bytes, got {value}")
+    return value
+
+
+def token_mask(mask: Any, labels: Tensor) -> Tensor:
+    tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    if mask.shape != labels.shape:
+        raise ValueError(
+            f"mask must have labels' shape {tuple(labels.shape)}, got {tuple(mask.shape)}"
+        )
+    same_device(labels=labels, mask=mask)
+    kept: Tensor = mask
+    return kept

@@ -1,0 +1,150 @@
+"""What goes into which chunk, and what a call takes in memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sequences import Sequences
+
+PANEL = 2048  # columns of a tile: 256 rows of fp32 fill 2 MiB, the L2 of a core or two
+MIN_ROWS = 256  # fewer rows a chunk and the dweight accumulator's traffic shows
+DEFAULT_BUDGET = 80 * 2**20
+
+
+class Piece(NamedTuple):
+    """Rows start:end, all of one sequence."""
+
+    sequence: int
+    start: int
+    end: int
+
+
+def plan_chunks(
+    offsets: list[int],
+    active: list[bool],
+    max_rows: int,
+    *,
+    group_size: int = 1,
+    token_local: bool = False,
+) -> list[list[Piece]]:
+    """Pack whole groups of active sequences into chunks of at most ``max_rows`` rows.
+
+    A longer group is a chunk of its own (the caller splits its work), unless the objective is
+    token-local: then its sequences are cut into pieces.
+    """
+    chunks: list[list[Piece]] = []
+    chunk: list[Piece] = []
+    filled = 0
+
+    def close() -> None:
+        nonlocal chunk, filled
+        if chunk:
+            chunks.append(chunk)
+        chunk, filled = [], 0
+
+    for g in range(0, len(active), group_size):
+        members = range(g, g + group_size)
+        if not any(active[s] for s in members):
+            continue
+        pieces = [Piece(s, offsets[s], offsets[s + 1]) for s in members]
+        size = sum(p.end - p.start for p in pieces)
+        if token_local and group_size == 1:
+            sequence, start, end = pieces[0]
+            # Cut where the chunk is full, but not a short sequence that fits the next chunk whole.
+            if size <= max_rows and filled + size > max_rows:
+                close()
+            while start < end:
+                take = min(end - start, max_rows - filled)
+                chunk.append(Piece(sequence, start, start + take))
+                start, filled = start + take, filled + take
+                if filled == max_rows:
+                    close()
+            continue
+        if filled + size > max_rows:
+            close()
+        chunk.extend(pieces)
+        filled += size
+    close()
+    return chunks
+
+
+def chunk_index(pieces: list[Piece], device: torch.device) -> tuple[slice | Tensor, int]:
+    """Where a chunk's rows stand, as a slice when they are adjacent, and how many they are."""
+    n = sum(p.end - p.start for p in pieces)
+    filled = [p for p in pieces if p.end > p.start]
+    if not filled:
+        return slice(0, 0), 0
+    if filled[-1].end - filled[0].start == n:
+        return slice(filled[0].start, filled[-1].end), n
+    ranges = [torch.arange(p.start, p.end, device=device) for p in filled]
+    return torch.cat(ranges), n
+
+
+def chunk_sequences(pieces: list[Piece], seq: Sequences) -> Sequences:
+    """The pieces as sequences of their own, with the denominators of the whole."""
+    cu = [0]
+    for p in pieces:
+        cu.append(cu[-1] + p.end - p.start)
+    return Sequences(
+        torch.tensor(cu),
+        device=seq.device,
+        group_size=seq.group_size,
+        total_sequences=seq.total_sequences,
+        total_tokens=seq.total_tokens,
+    )
+
+
+def chunk_rows(vocab: int, itemsize: int, memory_budget: int | None) -> int:
+    """Rows of full-width logits that the budget holds (at least one)."""
+    budget = default_budget(vocab, itemsize) if memory_budget is None else memory_budget
+    return max(1, budget // (vocab * itemsize))
+
+
+def default_budget(vocab: int, itemsize: int = 4) -> int:
+    """80 MiB, or what 256 rows of logits take where that is more."""
+    return max(DEFAULT_BUDGET, MIN_ROWS * vocab * itemsize)
+
+
+def extra_bytes(
+    op: str,  # "linear_loss", "linear_logprob" or "score"
+    *,
+    longest_chunk: int,  # rows of the largest chunk (linear_loss); number of rows otherwise
+    num_rows: int,
+    hidden_size: int,
+    vocab: int,
+    hidden_bytes: int = 4,
+    weight_bytes: int = 4,
+    frozen_weight: bool = False,
+    memory_budget: int | None = None,
+) -> int:
+    """Peak bytes of a call beyond its inputs and the gradients it returns (fp32 arithmetic).
+
+    linear_loss:     4 R V                          logits rows of a chunk of R rows
+                     + 4 V D   if weight is not fp32 and trainable (fp32 accumulator, rounded once)
+                     + 4 N D   if hidden is not fp32 (fp32 accumulator)
+                     + 4 R D   if hidden is not fp32 (the chunk's rows in fp32)
+    linear_logprob:  4 min(N, budget / 4P) P        one tile of logits, P = 2048 columns
+    and score        + 4 P D   if weight is trainable and not fp32
+                     + 8 N D   if hidden is not fp32 (rows and accumulator; 4 N D when scoring)
+    both:            + 4 P D   if weight is not fp32 (the panel that is multiplied)
+    """
+    panel = min(PANEL, vocab)
+    total = 4 * panel * hidden_size if weight_bytes != 4 else 0
+    if op == "linear_loss":
+        total += 4 * longest_chunk * vocab
+        if weight_bytes != 4 and not frozen_weight:
+            total += 4 * vocab * hidden_size
+        if hidden_bytes != 4:
+            total += 4 * (num_rows + longest_chunk) * hidden_size
+        return total
+    if op not in ("linear_logprob", "score"):
+        raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
+    total += 4 * panel * min(num_rows, chunk_rows(panel, 4, memory_budget))
+    if hidden_bytes != 4:
+        total += (4 if op == "score" else 8) * num_rows * hidden_size
+    if op == "linear_logprob" and weight_bytes != 4 and not frozen_weight:
+        total += 4 * panel * hidden_size
+    return total

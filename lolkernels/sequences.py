@@ -1,0 +1,220 @@
+"""Which sequence each token row belongs to: sums, means, expansion, and the denominators of a loss.
+
+There is no padding here. Rows are packed: the tokens of sequence 0, then those of sequence 1, and
+so on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sequences:
+    """A partition of ``N`` packed token rows into ``S`` consecutive sequences.
+
+    Build one with :meth:`from_mask`, :meth:`from_lengths` or :meth:`from_cu_seqlens`.
+
+    Attributes:
+        num_sequences: ``S``. A sequence may be empty.
+        num_tokens: ``N``.
+        cu_seqlens: ``(S + 1,)`` int64 on the CPU; tokens of sequence s are rows
+        cu_seqlens[s]:cu_seqlens[s+1].
+        lengths: ``(S,)`` int64 on ``device``.
+        token_to_sequence: ``(N,)`` int64 on ``device``.
+        rows: ``(N,)`` int64, where each token stands in the flattened mask; None without a mask.
+        group_size: how many consecutive sequences one loss value couples (1; 2 for a pair; K for a
+        ranking).
+        total_sequences, total_tokens: the denominators of a mean. They equal S and N unless
+            :meth:`with_totals` puts the counts of a whole update there.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,  # (S + 1,) int64, CPU
+        *,
+        device: torch.device | str | None = None,
+        rows: Tensor | None = None,  # (N,)
+        mask_shape: tuple[int, ...] | None = None,
+        group_size: int = 1,
+        total_sequences: float | None = None,
+        total_tokens: float | None = None,
+    ) -> None:
+        cu = cu_seqlens.detach().to("cpu", torch.int64)
+        offsets: list[int] = cu.tolist()
+        if not offsets or offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(offsets)):
+            raise ValueError(
+                "cu_seqlens must start at 0 and never decrease: (S + 1,) offsets like [0, 3, 7]; got "
+                f"{offsets[:8]}{'...' if len(offsets) > 8 else ''}"
+            )
+        num_sequences = len(offsets) - 1
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f"group_size must be an int >= 1, got {group_size!r}")
+        if num_sequences % group_size:
+            raise ValueError(
+                f"group_size={group_size} does not divide the number of sequences, {num_sequences}"
+            )
+        device = torch.device(cu_seqlens.device if device is None else device)
+        self.cu_seqlens = cu
+        self.num_sequences = num_sequences
+        self.num_tokens = offsets[-1]
+        self.group_size = group_size
+        self.lengths = (cu[1:] - cu[:-1]).to(device)
+        self.token_to_sequence = torch.repeat_interleave(
+            torch.arange(num_sequences, device=device), self.lengths, output_size=self.num_tokens
+        )
+        self.rows = rows
+        self.mask_shape = mask_shape
+        self.total_sequences = _positive(
+            "total_sequences", num_sequences if total_sequences is None else total_sequences
+        )
+        self.total_tokens = _positive(
+            "total_tokens", self.num_tokens if total_tokens is None else total_tokens
+        )
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor | Sequence[int], *, group_size: int = 1
+    ) -> Sequences:
+        """Sequences from ``(S + 1,)`` cumulative offsets ``[0, n_0, n_0 + n_1, ...]``."""
+        cu = _integers("cu_seqlens", cu_seqlens)
+        return cls(cu, group_size=group_size)
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor | Sequence[int], *, group_size: int = 1) -> Sequences:
+        """Sequences from their ``(S,)`` token counts."""
+        n = _integers("lengths", lengths)
+        if bool((n < 0).any()):
+            raise ValueError(f"lengths must be >= 0, got {int(n.min())}")
+        cu = torch.zeros(n.numel() + 1, dtype=torch.int64, device=n.device)
+        torch.cumsum(n, 0, out=cu[1:])
+        return cls(cu, group_size=group_size)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, group_size: int = 1) -> Sequences:
+        """One sequence a row of ``mask``.
+
+        Args:
+            mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are
+            then
+                ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
+            group_size: see the class.
+        """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a (B, T) bool tensor, got {type(mask).__name__}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask must have shape (B, T), got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool:
+            if mask.is_floating_point() or mask.is_complex():
+                raise TypeError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+            if bool(((mask != 0) & (mask != 1)).any()):
+                raise ValueError("mask must hold only 0 and 1; pass (mask != 0)")
+            mask = mask.bool()
+        cu = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+        torch.cumsum(mask.sum(1), 0, out=cu[1:])
+        rows = mask.flatten().nonzero().squeeze(1)
+        return cls(cu, rows=rows, mask_shape=tuple(mask.shape), group_size=group_size)
+
+    def with_totals(
+        self, *, num_sequences: float | None = None, num_tokens: float | None = None
+    ) -> Sequences:
+        """The same sequences with the denominators of a larger update.
+
+        ``aggregate(loss, seq, "seq-mean")`` divides by ``num_sequences`` and ``"token-mean"`` by
+        ``num_tokens``. Under gradient accumulation or data parallelism pass the counts of the whole
+        update, so that the sum over its parts is the mean over the update.
+        """
+        return Sequences(
+            self.cu_seqlens,
+            device=self.device,
+            rows=self.rows,
+            mask_shape=self.mask_shape,
+            group_size=self.group_size,
+            total_sequences=self.total_sequences if num_sequences is None else num_sequences,
+            total_tokens=self.total_tokens if num_tokens is None else num_tokens,
+        )
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same sequences with their index tensors on ``device``."""
+        return Sequences(
+            self.cu_seqlens,
+            device=device,
+            rows=None if self.rows is None else self.rows.to(device),
+            mask_shape=self.mask_shape,
+            group_size=self.group_size,
+            total_sequences=self.total_sequences,
+            total_tokens=self.total_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_sequences // self.group_size
+
+    def sum(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
+        """Per-sequence sum, accumulated in float64 and returned in x's dtype (at least float32).
+
+        A sum of 4,096 log-probs reaches 1e4 nats, where float32 steps are 1e-3: hence float64.
+        """
+        self._check(x, self.num_tokens, "num_tokens")
+        out = torch.zeros(self.num_sequences, dtype=torch.float64, device=x.device)
+        out = out.index_add(0, self.token_to_sequence, x.double())
+        return out.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def mean(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
+        """Per-sequence mean; 0 for an empty sequence."""
+        return self.sum(x) / self.lengths.clamp(min=1)
+
+    def expand(self, y: Tensor) -> Tensor:  # (S,) -> (N,)
+        """Each token's value of its sequence."""
+        self._check(y, self.num_sequences, "num_sequences")
+        return y.index_select(0, self.token_to_sequence)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``x[mask]`` for ``x`` of shape ``(B, T, ...)``, by index (no host synchronisation)."""
+        if self.rows is None or self.mask_shape is None:
+            raise ValueError("pack needs Sequences.from_mask; these were built without a mask")
+        if tuple(x.shape[:2]) != self.mask_shape:
+            raise ValueError(
+                f"x must start with the mask's {self.mask_shape}, got {tuple(x.shape)}"
+            )
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def _check(self, x: Any, n: int, what: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor of shape ({n},), got {type(x).__name__}")
+        if x.dim() != 1 or x.shape[0] != n:
+            raise ValueError(f"expected shape ({n},) ({what}), got {tuple(x.shape)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequences(num_sequences={self.num_sequences}, num_tokens={self.num_tokens}, "
+            f"group_size={self.group_size}, total_sequences={self.total_sequences:g}, "
+            f"total_tokens={self.total_tokens:g})"
+        )
+
+
+def _positive(name: str, value: float) -> float:
+    value = float(value)
+    # An empty batch has a mean of 0, not 0/0.
+    if value == 0.0:
+        return 1.0
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite count >= 0, got {value}")
+    return value
+
+
+def _integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
+    t = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.int64)
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise TypeError(f"{name} must hold integers, got {t.dtype}")
+    if t.dim() != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {tuple(t.shape)}")
+    return t.to(torch.int64)
