@@ -176,7 +176,7 @@ def linear_loss(
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
     """
-    needed = _described(objective)
+    needed = dict(_described(objective))
     if not isinstance(seq, Sequences):
         raise TypeError(f"seq must be a Sequences, got {type(seq).__name__}")
     if reduction not in objectives.REDUCTIONS:
@@ -226,12 +226,10 @@ def linear_loss(
     return LinearLossOutput(*out[:6]) if return_outputs else out[0]
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _described(objective: Objective) -> dict[str, str]:
-    return objectives.side_inputs(objective)
+def _described(objective: Objective) -> tuple[tuple[str, str], ...]:
+    return tuple(objectives.side_inputs(objective).items())
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _bound(objective: Objective, options: tuple[tuple[str, Any], ...]) -> int:
     options = tuple({**objectives.defaults(objective), **dict(options)}.items())
     return ops.bind(objective, options)
@@ -292,3 +290,9 @@ def _side_tensor(name: str, kind: str, value: Any, seq: Sequences) -> tuple[str,
             f"{name} must have shape {expected}, one value a {kind}; got {tuple(value.shape)}"
         )
     return kind, value
+
+
+# Both read signatures, which torch.compile cannot trace: what torch.compiler.assume_constant_result
+# sets, without its import of the whole compiler.
+_described._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_bound._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -2,8 +2,7 @@
 
 ``fuse_lm_head`` works on the instance of any causal LM with ``get_output_embeddings()`` and a
 backbone whose first output is the last hidden state. The head is called *as a module* inside the
-model's forward, so that whatever wraps it (FSDP2, ZeRO-3, DDP, PEFT hooks) gathers its weight as for
-any other layer.
+model's forward, so that whatever wraps it (FSDP2, ZeRO-3, DDP, PEFT hooks) gathers its weight.
 """
 
 from __future__ import annotations
@@ -148,9 +147,9 @@ def fuse_lm_head(
 
     ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
     position t - 1. Per-token side inputs are ``(N,)`` packed in that order, or ``(B, T)``. Further
-    keywords: ``reduction``, ``totals=(num_sequences, num_tokens)`` for the denominators of a larger update,
-    and ``temperature``. A call without ``completion_mask`` does what it did before: generation is
-    unchanged. The result is a :class:`FusedOutput`.
+    keywords: ``reduction``, ``temperature``, and ``totals=(num_sequences, num_tokens)`` for the
+    denominators of a larger update. A call without ``completion_mask`` does what it did before:
+    generation is unchanged. The result is a :class:`FusedOutput`.
 
     A logit soft-cap or scale is read from the model's configuration. PEFT models are patched
     inside.

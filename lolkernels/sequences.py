@@ -48,7 +48,7 @@ class Sequences:
         offsets: list[int] = cu.tolist()
         if not offsets or offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(offsets)):
             raise ValueError(
-                "cu_seqlens must start at 0 and never decrease: (S + 1,) offsets like [0, 3, 7]; got "
+                "cu_seqlens must start at 0 and never decrease, such as [0, 3, 7]; got "
                 f"{offsets[:8]}{'...' if len(offsets) > 8 else ''}"
             )
         num_sequences = len(offsets) - 1

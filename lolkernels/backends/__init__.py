@@ -45,7 +45,7 @@ def use_backend(name: str) -> Iterator[None]:
 def check_backend(name: str) -> None:
     if name not in TABLE:
         raise ValueError(f"backend must be one of {', '.join(TABLE)}; got {name!r}")
-    reason = TABLE[name].why_unavailable()
+    reason = _reason(name)
     if reason is not None:
         raise ValueError(f"backend={name!r} is not available: {reason}")
 
@@ -66,7 +66,7 @@ def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     for candidate, module in TABLE.items():
         if not _fits(module, device, dtype):
             continue
-        reason = module.why_unavailable()
+        reason = _reason(candidate)
         if reason is None:
             return candidate
         if candidate not in _warned and not torch.compiler.is_compiling():
@@ -78,6 +78,16 @@ def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
                 stacklevel=4,
             )
     raise ValueError(f"no backend takes {dtype} on {device.type}")
+
+
+def _reason(name: str) -> str | None:
+    reason: str | None = TABLE[name].why_unavailable()
+    return reason
+
+
+# It looks at files, which torch.compile cannot trace: what torch.compiler.assume_constant_result
+# sets, without its import of the whole compiler.
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fits(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
