@@ -376,8 +376,7 @@ def linear_loss(
     objective: int,  # see bind
     reduction: str,
     group_size: int,
-    total_sequences: float,
-    total_tokens: float,
+    totals: Tensor,  # (2,) total_sequences and total_tokens, on the CPU
     scale: float,
     softcap: float,
     temperature: float,
@@ -397,8 +396,8 @@ def linear_loss(
         cu_seqlens,
         device=hidden.device,
         group_size=group_size,
-        total_sequences=total_sequences,
-        total_tokens=total_tokens,
+        total_sequences=float(totals[0]),
+        total_tokens=float(totals[1]),
     )
     inputs: dict[str, tuple[str, Tensor]] = {}
     for text, value in zip(side_spec.split(",") if side_spec else [], side, strict=True):
@@ -453,13 +452,14 @@ def _(
 
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, weight, labels, bias, cu_seqlens, side, *options = inputs
+    totals = options[4]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.num_side = len(side)
     # Saved for a second backward only.
-    ctx.save_for_backward(hidden, weight, labels, bias, cu_seqlens, *side)
+    ctx.save_for_backward(hidden, weight, labels, bias, cu_seqlens, totals, *side)
     ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-    ctx.options = options
+    ctx.options = [*options[:4], None, *options[5:]]
     ctx.objective = _lookup(options[1])  # kept alive as long as the graph
     ctx.grads = output[6:]
 
@@ -469,15 +469,16 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
 
     They are handed over, not copied: a copy of dweight would be V x D more memory at the peak.
     """
-    nothing: list[Any] = [None] * 20
+    nothing: list[Any] = [None] * 19
     nothing[5] = [None] * ctx.num_side
     g = upstream[0]
     if g is None:
         return tuple(nothing)
     grads, ctx.grads = ctx.grads, None
     if grads is None:
-        hidden, weight, labels, bias, cu_seqlens, *side = ctx.saved_tensors
-        grads = linear_loss(hidden, weight, labels, bias, cu_seqlens, side, *ctx.options)[6:]
+        hidden, weight, labels, bias, cu_seqlens, totals, *side = ctx.saved_tensors
+        options = [*ctx.options[:4], totals, *ctx.options[5:]]
+        grads = linear_loss(hidden, weight, labels, bias, cu_seqlens, side, *options)[6:]
     for i, position in enumerate((0, 1, 3)):
         if ctx.needs_input_grad[position]:
             nothing[position] = grads[i].mul_(g).to(ctx.dtypes[i])

@@ -75,6 +75,8 @@ class Sequences:
         self.total_tokens = _positive(
             "total_tokens", self.num_tokens if total_tokens is None else total_tokens
         )
+        # The two as data: an op that took them as numbers would be compiled anew for each count.
+        self.totals = torch.tensor([self.total_sequences, self.total_tokens], dtype=torch.float64)
 
     @classmethod
     def from_cu_seqlens(
