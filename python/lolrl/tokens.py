@@ -1,0 +1,375 @@
+"""Tokens of a prompt and its completion, the boundary between them, and the dataset that holds both.
+
+The tokens of a row are always those of the *whole* text: `ids == tokenize(prompt + completion)`,
+and the completion starts where the tokens of the prompt alone stop agreeing with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lolrl.data import Bad, DataError, Record, Text, read_records
+
+
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """The ids the tokenizer puts before every text (usually [BOS] or nothing)."""
+    # Compared on a text, not on "": some post-processors add nothing to an empty one.
+    whole = list(tokenizer("a")["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return [int(i) for i in whole[:start]]
+    raise ValueError(
+        "processing_class: the tokens of 'a' with and without special tokens do not overlap; "
+        "lolrl needs a tokenizer whose special tokens only surround the text"
+    )
+
+
+def text_ids(tokenizer: Any, text: str, *, prefix: list[int] | None = None) -> list[int]:
+    """Ids of a plain text after the tokenizer's own prefix, once: a text that begins with BOS keeps one."""
+    prefix = prefix_ids(tokenizer) if prefix is None else prefix
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+
+
+def _chat_ids(tokenizer: Any, messages: list[dict[str, Any]], generation_prompt: bool) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "processing_class has no chat template, so rows of messages cannot be tokenised; set "
+            "tokenizer.chat_template or give prompt and completion as strings"
+        )
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
+    )["input_ids"]
+    return [int(i) for i in ids]
+
+
+def _keep_end(ids: list[int], limit: int | None, tokenizer: Any) -> list[int]:
+    """The last `limit` ids; a leading BOS stays in front of them."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[0] == bos:
+        return [bos] + ids[len(ids) - limit + 1 :] if limit > 1 else [bos]
+    return ids[len(ids) - limit :]
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Text, *, max_prompt_length: int | None = None
+) -> list[int]:
+    """Ids of a prompt alone, as generation starts from it.
+
+    A string gets the tokenizer's own prefix (one BOS at most) and nothing behind it; messages go
+    through the chat template with its generation prompt. Of a longer prompt the end is kept, and BOS.
+
+    Raises:
+        ValueError: messages without a chat template; a tokenizer that adds specials inside the text.
+    """
+    if isinstance(prompt, str):
+        ids = text_ids(tokenizer, prompt)
+    else:
+        ids = _chat_ids(tokenizer, prompt, True)
+    return _keep_end(ids, max_prompt_length, tokenizer)
+
+
+def encode(
+    tokenizer: Any,
+    prompt: Text,
+    completion: Text,
+    *,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    eos_ids: Sequence[int] | None = None,
+    prefix: list[int] | None = None,
+) -> tuple[list[int], int]:
+    """Ids of prompt and completion, and the number of them that belong to the prompt.
+
+    The boundary is the longest common prefix of the ids of the prompt and of the whole. EOS is
+    appended to a plain completion that does not end in it; a chat template writes its own. The
+    prompt keeps its end (and BOS), the completion its start, without EOS if it was cut.
+
+    Args:
+        eos_ids: ids that end a text already, for models with several; default: the tokenizer's one.
+        prefix: `prefix_ids(tokenizer)`, if known.
+
+    Returns:
+        (ids, prompt_length): the completion's tokens are `ids[prompt_length:]`.
+
+    Raises:
+        ValueError: as in `encode_prompt`.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prefix = prefix_ids(tokenizer) if prefix is None else prefix
+        before = text_ids(tokenizer, prompt, prefix=prefix)
+        ids = text_ids(tokenizer, prompt + completion, prefix=prefix)
+        eos = tokenizer.eos_token_id
+        ends = {eos, *(eos_ids or ())}
+        if eos is not None and (len(ids) <= len(prefix) or ids[-1] not in ends):
+            ids.append(eos)
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        before = _chat_ids(tokenizer, prompt, True)
+        ids = _chat_ids(tokenizer, prompt + completion, False)
+    else:
+        raise TypeError("prompt and completion must both be strings or both be lists of messages")
+    length = 0
+    while length < min(len(before), len(ids)) and before[length] == ids[length]:
+        length += 1
+    head = _keep_end(ids[:length], max_prompt_length, tokenizer)
+    tail = ids[length:]
+    if max_completion_length is not None:
+        tail = tail[:max_completion_length]
+    return head + tail, len(head)
+
+
+def prompt_text(prompt: Text) -> str:
+    """A string as it is; the content of the last message of a list."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
+
+
+completion_text = prompt_text
+
+
+class LoLDataset(Dataset[dict[str, Any]]):
+    """Tokenised rows, packed end to end, with what is known about each.
+
+    Row i is `ids[offsets[i]:offsets[i + 1]]`; its first `prompt_lengths[i]` tokens are the prompt.
+
+    Attributes:
+        ids: (sum of lengths,) int64.  offsets: (n + 1,) int64.  prompt_lengths: (n,) int64.
+        rewards, values, advantages: (n,) float64 or None.
+        ref_logps: list of n float32 tensors, one log-prob (nats) per completion token, or None.
+        records: the n rows the tokens came from.
+        skipped: errors of the rows left out.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[list[int]],
+        prompt_lengths: Sequence[int],
+        records: Sequence[Record],
+        *,
+        rewards: Tensor | None = None,
+        values: Tensor | None = None,
+        advantages: Tensor | None = None,
+        ref_logps: Sequence[Tensor] | None = None,
+        skipped: Sequence[DataError] = (),
+    ) -> None:
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        self.ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+        self.prompt_lengths = torch.tensor(list(prompt_lengths), dtype=torch.int64)
+        self.records = list(records)
+        self.rewards, self.values, self.advantages = rewards, values, advantages
+        self.ref_logps = None if ref_logps is None else list(ref_logps)
+        self.skipped = list(skipped)
+        self._check()
+
+    def _check(self) -> None:
+        n = len(self)
+        for name in ("rewards", "values", "advantages", "ref_logps", "records"):
+            column = getattr(self, name)
+            if column is not None and len(column) != n:
+                raise ValueError(f"{name} has {len(column)} entries for {n} rows")
+        if self.ref_logps is not None:
+            for i, (logps, count) in enumerate(
+                zip(self.ref_logps, self.completion_lengths.tolist(), strict=True)
+            ):
+                if logps.shape != (count,):
+                    raise self.records[i].error(
+                        "ref_logps",
+                        f"has {logps.numel()} entries for {count} completion tokens",
+                        "score the rows with the tokenizer and length limits of the training",
+                    )
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Sequence[Record],
+        tokenizer: Any,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        vocab_size: int | None = None,
+        eos_ids: Sequence[int] | None = None,
+        on_bad: str = "error",
+    ) -> LoLDataset:
+        """Tokenise records.
+
+        A column is None unless every row has it. `vocab_size` is the number of rows of the model's
+        head: a larger id would read outside of it. For the other arguments see `encode`.
+
+        Raises:
+            DataError: for a row whose tokens cannot be trained on, naming file, line and field.
+        """
+        skipped = list(getattr(records, "skipped", ()))
+        bad = Bad(on_bad, skipped)
+        rows, lengths, kept = [], [], []
+        prefix = prefix_ids(tokenizer)
+        for record in records:
+            try:
+                ids, length = encode(
+                    tokenizer,
+                    record.prompt,
+                    record.completion,
+                    max_prompt_length=max_prompt_length,
+                    max_completion_length=max_completion_length,
+                    eos_ids=eos_ids,
+                    prefix=prefix,
+                )
+                _check_row(record, ids, length, tokenizer, vocab_size)
+            except DataError as error:
+                bad(error)
+                continue
+            rows.append(ids)
+            lengths.append(length)
+            kept.append(record)
+        if not rows:
+            source = getattr(records, "source", "rows")
+            raise DataError(source, 0, "*", "holds no usable row", "give at least one row")
+        logps = [r.ref_logps for r in kept]
+        return cls(
+            rows,
+            lengths,
+            kept,
+            rewards=_column([r.reward for r in kept]),
+            values=_column([r.value for r in kept]),
+            advantages=_column([r.advantage for r in kept]),
+            ref_logps=None
+            if any(row is None for row in logps)
+            else [torch.tensor(row, dtype=torch.float32) for row in logps],
+            skipped=skipped,
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(n,) tokens of each row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """(n,) completion tokens of each row, EOS included."""
+        return self.lengths - self.prompt_lengths
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "input_ids": self.ids[self.offsets[index] : self.offsets[index + 1]],
+            "prompt_length": int(self.prompt_lengths[index]),
+            "index": int(index),
+        }
+        for name, key in (("rewards", "reward"), ("values", "value"), ("advantages", "advantage")):
+            column = getattr(self, name)
+            if column is not None:
+                row[key] = float(column[index])
+        if self.ref_logps is not None:
+            row["ref_logps"] = self.ref_logps[index]
+        return row
+
+    def select(self, indices: Sequence[int]) -> LoLDataset:
+        """The given rows, in the given order."""
+        picked = [int(i) for i in indices]
+        index = torch.tensor(picked, dtype=torch.int64)
+
+        def pick(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[index]
+
+        return LoLDataset(
+            [self.ids[self.offsets[i] : self.offsets[i + 1]].tolist() for i in picked],
+            [int(self.prompt_lengths[i]) for i in picked],
+            [self.records[i] for i in picked],
+            rewards=pick(self.rewards),
+            values=pick(self.values),
+            advantages=pick(self.advantages),
+            ref_logps=None if self.ref_logps is None else [self.ref_logps[i] for i in picked],
+            skipped=self.skipped,
+        )
+
+    def with_columns(self, **columns: Any) -> LoLDataset:
+        """The same tokens with `rewards`, `values`, `advantages` or `ref_logps` replaced."""
+        result = object.__new__(LoLDataset)
+        result.__dict__.update(self.__dict__)
+        for name, column in columns.items():
+            if name not in ("rewards", "values", "advantages", "ref_logps"):
+                raise ValueError(f"{name!r} is not a column of LoLDataset")
+            setattr(result, name, column)
+        result._check()
+        return result
+
+
+def _column(values: list[float | None]) -> Tensor | None:
+    if any(value is None for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _check_row(
+    record: Record, ids: list[int], length: int, tokenizer: Any, vocab_size: int | None
+) -> None:
+    if length == 0:
+        raise record.error(
+            "prompt",
+            "leaves no token before the completion, so nothing predicts its first token",
+            "give a prompt that ends at a token boundary, or use a tokenizer that adds BOS",
+        )
+    tail = ids[length:]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not [i for i in tail if i != eos and i != pad]:
+        raise record.error(
+            "completion", "has no token but padding and EOS", "give a response that says something"
+        )
+    if vocab_size is not None and (largest := max(ids)) >= vocab_size:
+        raise record.error(
+            "completion" if max(tail) >= vocab_size else "prompt",
+            f"holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model "
+            f"has {vocab_size} rows",
+            "use the model's tokenizer, or resize the model's embeddings",
+        )
+    if record.ref_logps is not None and len(record.ref_logps) != len(tail):
+        raise record.error(
+            "ref_logps",
+            f"has {len(record.ref_logps)} entries for {len(tail)} completion tokens",
+            "score the rows with the tokenizer and length limits of the training",
+        )
+
+
+def as_dataset(data: Any, tokenizer: Any, model: Any, config: Any) -> LoLDataset:
+    """A `LoLDataset` of whatever `read_records` takes, by the limits and policies of `config`."""
+    if isinstance(data, LoLDataset):
+        return data
+    records = read_records(
+        data,
+        reward_columns=config.reward_columns,
+        reward_weights=config.reward_weights,
+        on_bad=config.on_bad,
+    )
+    return LoLDataset.from_records(
+        records,
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        vocab_size=head_rows(model),
+        eos_ids=model_eos_ids(model),
+        on_bad=config.on_bad,
+    )
+
+
+def head_rows(model: Any) -> int:
+    """Rows of the model's output head: ids must be below it."""
+    head = model.get_output_embeddings()
+    return int(head.weight.shape[0]) if head is not None else int(model.config.vocab_size)
+
+
+def model_eos_ids(model: Any) -> list[int]:
+    """Every id at which the model's generation stops."""
+    generation = getattr(model, "generation_config", None)
+    ids = generation.eos_token_id if generation is not None else model.config.eos_token_id
+    if ids is None:
+        return []
+    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]

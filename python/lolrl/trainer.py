@@ -1,0 +1,680 @@
+"""`LoLTrainer`: `transformers.Trainer` with a fused offline-RL objective.
+
+The loss is computed inside the model's own forward (`lolkernels.fuse_lm_head`), so whatever wraps the
+module sees one ordinary forward. What is here: which rows, which denominators, what is logged, when
+to stop. What is not: distribution, mixed precision, optimisers and schedules, which are the base class's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lolkernels as lk
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from lolrl.annotate import RewardFuncs, annotate, call_reward_funcs, shared_columns
+from lolrl.checkpoints import STATE, CheckpointError, last_complete, read_state, write_manifest
+from lolrl.collate import LoLCollator
+from lolrl.config import OBJECTIVES, AnnotateConfig, ConfigError, LoLConfig, dump_config
+from lolrl.data import Record, read_prompts, read_records
+from lolrl.files import write_json
+from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
+from lolrl.metrics import JsonLinesCallback, Meter
+from lolrl.sampler import UpdateSampler
+from lolrl.tokens import LoLDataset, as_dataset, completion_text, model_eos_ids, prompt_text
+from lolrl.value import evaluation_mode
+
+__all__ = ["LoLTrainer", "StepZeroError", "sft", "train"]
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "completion_mask")
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class _StepCallback(TrainerCallback):
+    """Runs the step-0 gate once the model is wrapped, and keeps sampler and meter in step."""
+
+    def __init__(self, trainer: LoLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._meter.begin_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._meter.end_update()
+
+
+class LoLTrainer(Trainer):
+    """Train a causal LM on fixed data with an offline-RL objective.
+
+    The order of the arguments is TRL's.
+
+    Args:
+        model: a causal LM, or the path of one (loaded from disk).
+        ref_model: the frozen reference, used once to score rows without `ref_logps`. None: the policy
+            as it is before training.
+        args: a `LoLConfig`.
+        data_collator: default `LoLCollator`.
+        train_dataset: an annotated `LoLDataset`, or anything `read_records` takes.
+        eval_dataset: rows with at least `prompt`.
+        processing_class: the tokenizer.
+        compute_metrics: called with an `EvalPrediction` of (completions, rewards, inputs=prompts).
+        callbacks, optimizers: as in `Trainer`.
+        peft_config: wraps the model with `peft.get_peft_model`.
+        reward_funcs: `f(prompts, completions, **columns) -> list[float]`, one or several; scores the
+            responses generated in evaluation, weighted by `args.reward_weights`.
+        objective: a callable in place of `args.objective` (see `lolkernels.side_inputs`).
+
+    Raises:
+        ValueError: naming the argument; among others for rows that lack what the objective needs.
+    """
+
+    # `compute_loss` divides by the counts of the whole update.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: LoLConfig | None = None,
+        data_collator: Callable[..., dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        reward_funcs: RewardFuncs | None = None,
+        objective: Callable[..., Tensor] | None = None,
+    ) -> None:
+        args = LoLConfig(output_dir="lolrl_output") if args is None else args
+        if not isinstance(args, LoLConfig):
+            raise TypeError(f"args is a {type(args).__name__}; give a LoLConfig")
+        if processing_class is None:
+            raise ValueError("processing_class is missing; give the tokenizer of the model")
+        args = copy.copy(args)
+        if isinstance(model, (str, os.PathLike)):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if peft_config is not None:
+            model = _wrap_peft(model, peft_config, args)
+        if args.disable_dropout:
+            switch_off_dropout(model)
+        lk.fuse_lm_head(model, backend=args.backend, memory_budget=args.memory_budget)
+
+        self.objective_name, self.objective = _resolve_objective(args, objective)
+        self.needed = dict(lk.side_inputs(self.objective))
+        self.options = _options(args, self.needed, self.objective_name)
+        self.reward_funcs = reward_funcs
+        self.train_report: dict[str, Any] = {}
+        self.tokenizer = processing_class
+        takes_advantages = "advantages" in self.needed
+        if args.sampling == "auto":
+            args.sampling = "advantage" if takes_advantages else "uniform"
+        if args.advantage_filter == "auto":
+            args.advantage_filter = "positive" if takes_advantages else "none"
+        if args.metric_for_best_model is None and args.eval_strategy != "no":
+            args.metric_for_best_model = "reward" if reward_funcs is not None else "nll"
+            args.greater_is_better = reward_funcs is not None
+
+        if train_dataset is not None:
+            train_dataset = self._prepare_train(model, ref_model, train_dataset, args)
+        self.eval_records: list[Record] = []
+        self.eval_rows: LoLDataset | None = None
+        if eval_dataset is not None:
+            self._prepare_eval(model, eval_dataset, args)
+        pad = processing_class.pad_token_id
+        if pad is None:
+            pad = processing_class.eos_token_id or 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or LoLCollator(pad),
+            train_dataset=train_dataset,
+            eval_dataset=self.eval_records or None,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[*(callbacks or []), JsonLinesCallback(args.output_dir)],
+            optimizers=optimizers,
+        )
+        self.add_callback(_StepCallback(self))
+        # Older versions of transformers read this in place of loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
+        self._totals: tuple[float, float] | None = None
+        self._skipped_in_a_row = 0
+        self._resumed: dict[str, Any] | None = None
+        self._sampler: UpdateSampler | None = None
+        self._meter = self._new_meter()
+        self.step0: dict[str, float] | None = None
+        self.summary: dict[str, Any] = {}
+        if self.is_world_process_zero():
+            dump_config(args, Path(args.output_dir) / "config.yaml")
+
+    # --- data ---
+
+    def _prepare_train(self, model: Any, ref_model: Any, data: Any, args: LoLConfig) -> LoLDataset:
+        dataset = as_dataset(data, self.tokenizer, model, args)
+        if "ref_logps" in self.needed and dataset.ref_logps is None:
+            cache_dir = args.cache_dir or str(Path(args.output_dir) / "annotations")
+            config = AnnotateConfig(
+                max_prompt_length=args.max_prompt_length,
+                max_completion_length=args.max_completion_length,
+                reward_columns=args.reward_columns,
+                reward_weights=args.reward_weights,
+                on_bad=args.on_bad,
+                keep="all",
+                temperature=args.temperature,
+                batch_size=2 * args.per_device_train_batch_size,
+                backend=args.backend,
+                memory_budget=args.memory_budget,
+                cache_dir=cache_dir,
+                stale_cache=args.stale_cache,
+            )
+            reference = model if ref_model is None else ref_model
+            reference = reference.to(args.device)
+            scored = annotate(
+                reference, self.tokenizer, dataset, config=config, progress=not args.disable_tqdm
+            )
+            dataset = dataset.with_columns(ref_logps=scored.dataset.ref_logps)
+        for name in ("rewards", "advantages"):
+            if name in self.needed and getattr(dataset, name) is None:
+                how = (
+                    "a reward for every row" if name == "rewards" else "rows annotated with values"
+                )
+                raise ValueError(
+                    f"train_dataset has no {name}, which the objective {self.objective_name} needs; give {how}"
+                )
+        total = len(dataset)
+        if args.advantage_filter == "positive":
+            if dataset.advantages is None:
+                raise ValueError(
+                    "advantage_filter='positive' needs advantages; annotate the rows or set it to 'none'"
+                )
+            keep = (dataset.advantages > 0).nonzero().flatten().tolist()
+            if not keep:
+                raise ValueError(
+                    "train_dataset has no row with a positive advantage; check rewards and value head, "
+                    "or set advantage_filter='none'"
+                )
+            dataset = dataset.select(keep)
+        if args.sampling == "advantage" and dataset.advantages is None:
+            raise ValueError(
+                "sampling='advantage' needs advantages; annotate the rows or set 'uniform'"
+            )
+        self.train_report = {
+            "rows": total,
+            "rows_kept": len(dataset),
+            "share_kept": len(dataset) / total,
+            "rows_skipped": len(dataset.skipped),
+        }
+        return dataset
+
+    def _prepare_eval(self, model: Any, data: Any, args: LoLConfig) -> None:
+        if isinstance(data, dict):
+            raise TypeError("eval_dataset is a mapping; give one set of rows")
+        if isinstance(data, LoLDataset):
+            records, self.eval_rows = list(data.records), data
+        else:
+            if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "__len__"):
+                data = list(data)
+            records = list(read_prompts(data, on_bad=args.on_bad))
+            if all({"completion", "chosen"} & r.columns.keys() for r in records):
+                self.eval_rows = as_dataset(
+                    read_records(
+                        data,
+                        reward_columns=args.reward_columns,
+                        reward_weights=args.reward_weights,
+                        on_bad=args.on_bad,
+                    ),
+                    self.tokenizer,
+                    model,
+                    args,
+                )
+        if self.eval_rows is None and self.reward_funcs is None:
+            raise ValueError(
+                "eval_dataset holds prompts only, and reward_funcs is missing; give one to score the "
+                "generated responses, or rows with completions"
+            )
+        self.eval_records = records[: args.eval_prompts]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> UpdateSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(dataset, LoLDataset)
+        args = self.args
+        weights = None
+        if args.sampling == "advantage":
+            assert dataset.advantages is not None
+            weights = dataset.advantages.clamp(min=0)
+        update = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        self._sampler = UpdateSampler(
+            weights,
+            len(dataset),
+            update_batch_size=update,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            lengths=dataset.lengths,
+        )
+        return self._sampler
+
+    # --- one step ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of one update, and the number of sequences that all of them hold."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if not batches:
+            return batches, None
+        # A row without completion tokens is in no numerator, so it is in no denominator.
+        counts = torch.stack(
+            [
+                torch.stack([b["completion_mask"].any(1).sum(), b["completion_mask"].sum()])
+                for b in batches
+            ]
+        ).sum(0)
+        counts = self.accelerator.gather(counts.to(device)[None]).reshape(-1, 2).sum(0)
+        sequences, tokens = counts.tolist()
+        self._totals = (float(sequences), float(tokens))
+        return batches, counts[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """sum over this micro-batch's sequences / (sequences of the update), all ranks included."""
+        given = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        side = {name: inputs[name] for name in self.needed if name in inputs}
+        totals = self._totals if num_items_in_batch is not None else None
+        out = model(
+            **given,
+            **side,
+            **self.options,
+            objective=self.objective,
+            reduction=self.args.reduction,
+            totals=totals,
+            temperature=self.args.temperature,
+        )
+        # Data parallelism averages gradients over ranks; the totals are sums over ranks.
+        loss = out.loss * self.accelerator.num_processes if totals is not None else out.loss
+        if model.training:
+            self._meter.add(out._replace(loss=loss), inputs)
+        return (loss, out) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; an update with a gradient that is not finite is left out and counted."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = float(norm)
+        if value == value and value not in (float("inf"), float("-inf")):
+            self._skipped_in_a_row = 0
+            return norm
+        for parameter in model.parameters():
+            parameter.grad = None
+        self._meter.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the gradient was {value} in {self._skipped_in_a_row} updates in a row, the last at step "
+                f"{self.state.global_step}; lower the learning rate, or check the data and the weights"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the meter's figures to a training line, and hand it on."""
+        if "loss" in logs and "train_runtime" not in logs:
+            logs.update(self._meter.pop(self.accelerator.gather))
+        super().log(logs, start_time)
+
+    def _new_meter(self) -> Meter:
+        clip, beta = self.options.get("clip"), float(self.options.get("beta", 0.0))
+        return Meter(self.objective_name, clip=clip, beta=beta, device=self.args.device)
+
+    # --- start, resume, checkpoints ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last complete checkpoint.
+
+        Raises:
+            StepZeroError: the step-0 gate.
+            CheckpointError: the checkpoint is incomplete, damaged, or of other data, seed or batch.
+        """
+        self._resumed = None
+        self._meter = self._new_meter()
+        if resume_from_checkpoint:
+            folder = (
+                last_complete(self.args.output_dir)
+                if resume_from_checkpoint is True
+                else Path(resume_from_checkpoint)
+            )
+            self._resumed = read_state(folder)
+            resume_from_checkpoint = str(folder)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.args.save_best_and_last:
+            self._save_named("last")
+        self.summary = {
+            "objective": self.objective_name,
+            "updates": self.state.global_step,
+            **self.train_report,
+            "train_loss": output.training_loss,
+            "train_runtime": output.metrics.get("train_runtime"),
+            "skipped_steps": self._meter.skipped_steps,
+            "num_tokens": self._meter.num_tokens,
+            "best_metric": self.state.best_metric,
+            "best_step": self.state.best_global_step,
+            "step0": self.step0,
+        }
+        return output
+
+    def _begin(self) -> None:
+        """Once model and optimiser are ready: take up the checkpoint's state, or pass the gate."""
+        assert self._sampler is not None
+        if self._resumed is not None:
+            stored, mine = self._resumed.get("sampler", {}), self._sampler.fingerprint()
+            wrong = sorted(k for k in {*stored, *mine} if stored.get(k) != mine.get(k))
+            if wrong:
+                raise CheckpointError(
+                    f"the checkpoint drew other rows: {', '.join(wrong)} differ; resume with the data, "
+                    "seed and batch size it was made with, or train from the start"
+                )
+            self._meter.load(self._resumed.get("meter", {}))
+            self._skipped_in_a_row = int(self._resumed.get("skipped_in_a_row", 0))
+            return
+        if self.args.step0_gate and "ref_logps" in self.needed:
+            self.step0 = check_step_zero(
+                self.model_wrapped,
+                self.train_dataset,
+                self.data_collator,
+                tokenizer=self.tokenizer,
+                config=self.args,
+                eos_ids=model_eos_ids(self.model),
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            assert self._sampler is not None
+            write_json(
+                folder / STATE,
+                {
+                    "step": self.state.global_step,
+                    "sampler": self._sampler.fingerprint(),
+                    "meter": self._meter.state(),
+                    "skipped_in_a_row": self._skipped_in_a_row,
+                },
+            )
+            write_manifest(folder)
+            # Older checkpoints go only when this one is known to be whole.
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Model (safetensors), tokenizer and configuration (YAML); the base class would pickle it."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        dump_config(self.args, folder / "config.yaml")
+
+    def _save_named(self, name: str) -> None:
+        self.save_model(str(Path(self.args.output_dir) / name), _internal_call=True)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.save_best_and_last:
+            self._save_named("best")
+        return best
+
+    @property
+    def last_model_dir(self) -> Path:
+        """Folder of the model at the end of training."""
+        return Path(self.args.output_dir) / "last"
+
+    @property
+    def best_model_dir(self) -> Path:
+        """Folder of the model of the best evaluation; the last one's where there was none."""
+        best = Path(self.args.output_dir) / "best"
+        return best if self.state.best_metric is not None and best.is_dir() else self.last_model_dir
+
+    # --- evaluation ---
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean reward of generated responses, and likelihood of the rows' own completions.
+
+        With reward functions: `reward`, `reward_std` and `length` (words) of one response a prompt.
+        With completions in the rows: `nll` (nats per completion token), and `loss`, the objective's
+        mean over rows, where they have its side inputs. Nothing is drawn from the global generator.
+        """
+        if eval_dataset is not None:
+            self._prepare_eval(self.model, eval_dataset, self.args)
+        metrics: dict[str, float] = {}
+        if self.reward_funcs is not None and self.eval_records:
+            metrics.update(self._evaluate_reward())
+        if self.eval_rows is not None:
+            metrics.update(self._evaluate_rows(self.eval_rows))
+        if not metrics:
+            raise ValueError("eval_dataset is missing; give rows with prompts")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluate_reward(self) -> dict[str, float]:
+        from lolrl.evaluate import generate
+
+        args, records = self.args, self.eval_records
+        completions = generate(
+            self.model,
+            self.processing_class,
+            [r.prompt for r in records],
+            max_new_tokens=args.eval_max_new_tokens,
+            temperature=args.eval_temperature,
+            top_p=args.eval_top_p,
+            seed=args.eval_seed,
+            batch_size=args.per_device_eval_batch_size,
+            max_prompt_length=args.max_prompt_length,
+        )
+        prompts = [prompt_text(r.prompt) for r in records]
+        columns = shared_columns(records)
+        # What the data says of its own completions does not describe the generated ones.
+        for name in ("completion", "chosen", "rejected", *args.reward_columns):
+            columns.pop(name, None)
+        assert self.reward_funcs is not None
+        rewards = torch.tensor(
+            call_reward_funcs(
+                self.reward_funcs,
+                prompts,
+                completions,
+                weights=args.reward_weights,
+                columns=columns,
+            ),
+            dtype=torch.float64,
+        )
+        words = sum(len(completion_text(c).split()) for c in completions) / len(completions)
+        metrics = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(unbiased=False)),
+            "length": words,
+        }
+        if self.compute_metrics is not None:
+            prediction = EvalPrediction(
+                predictions=completions,  # type: ignore[arg-type]
+                label_ids=rewards.numpy(),
+                inputs=prompts,  # type: ignore[arg-type]
+            )
+            metrics.update(self.compute_metrics(prediction))
+        return metrics
+
+    def _evaluate_rows(self, rows: LoLDataset) -> dict[str, float]:
+        size = self.args.per_device_eval_batch_size
+        names = {
+            "ref_logps": rows.ref_logps,
+            "advantages": rows.advantages,
+            "rewards": rows.rewards,
+        }
+        required = [n for n, kind in self.needed.items() if kind != "option"]
+        with_loss = all(names.get(n) is not None for n in required)
+        total = torch.zeros(3, dtype=torch.float64)
+        with evaluation_mode(self.model):
+            for start in range(0, len(rows), size):
+                index = range(start, min(start + size, len(rows)))
+                batch = self._prepare_inputs(self.data_collator([rows[i] for i in index]))
+                out = self.model(
+                    **{n: batch[n] for n in MODEL_INPUTS}, temperature=self.args.temperature
+                )
+                total[0] += out.logps.double().sum().cpu()
+                total[1] += out.seq.num_tokens
+                if with_loss:
+                    side = {
+                        n: batch[n][batch["completion_mask"]] if batch[n].dim() == 2 else batch[n]
+                        for n in required
+                    }
+                    loss = self.objective(out.logps, **side, seq=out.seq, **self.options)
+                    total[2] += loss.double().sum().cpu()
+        metrics = {"nll": float(-total[0] / total[1])}
+        if with_loss:
+            metrics["loss"] = float(total[2] / len(rows))
+        return metrics
+
+
+def _wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:
+    try:
+        from peft import PeftModel, get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs peft; pip install peft") from error
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config is given, but model is a PeftModel already; give one of the two"
+        )
+    if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # Checkpointed blocks of a frozen trunk would otherwise see no input that needs a gradient.
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config)
+
+
+def _resolve_objective(
+    args: LoLConfig, objective: Callable[..., Tensor] | None
+) -> tuple[str, Callable[..., Tensor]]:
+    if objective is None:
+        return args.objective, getattr(lk.objectives, args.objective)
+    if not callable(objective):
+        raise TypeError(
+            f"objective is a {type(objective).__name__}; give a callable, or args.objective"
+        )
+    inner = objective.func if isinstance(objective, functools.partial) else objective
+    name = getattr(inner, "__name__", type(inner).__name__)
+    known = name in OBJECTIVES and getattr(lk.objectives, name) is inner
+    return (name if known else f"custom:{name}"), objective
+
+
+def _options(args: LoLConfig, needed: dict[str, str], name: str) -> dict[str, Any]:
+    """The objective's options: clip, beta and floor where it has them, then `objective_args`."""
+    known = [n for n, kind in needed.items() if kind == "option"]
+    options = {n: getattr(args, n) for n in ("clip", "beta", "floor") if n in known}
+    if name.startswith("custom:"):
+        options = {}  # a callable's own defaults are its author's choice
+    for key, value in (args.objective_args or {}).items():
+        if key not in known:
+            has = ", ".join(known) or "none"
+            raise ConfigError(f"objective_args: {name} has no option {key!r} (options: {has})")
+        options[key] = value
+    return options
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    args: LoLConfig,
+    *,
+    eval_data: Any = None,
+    ref_model: Any = None,
+    reward_funcs: RewardFuncs | None = None,
+    objective: Callable[..., Tensor] | None = None,
+    peft_config: Any = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+) -> LoLTrainer:
+    """The `train` stage: build a `LoLTrainer`, run it, and return it (see its `summary`)."""
+    trainer = LoLTrainer(
+        model,
+        ref_model,
+        args,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks or []),
+        peft_config=peft_config,
+        reward_funcs=reward_funcs,
+        objective=objective,
+    )
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trainer
+
+
+def sft(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    args: LoLConfig,
+    *,
+    eval_data: Any = None,
+    reward_funcs: RewardFuncs | None = None,
+    peft_config: Any = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+) -> LoLTrainer:
+    """The `sft` stage: fit the reference policy by negative log-likelihood.
+
+    The same trainer with objective `nll`, uniform sampling, every row, and no reference.
+    """
+    args = copy.copy(args)
+    args.objective, args.sampling, args.advantage_filter = "nll", "uniform", "none"
+    return train(
+        model,
+        tokenizer,
+        data,
+        args,
+        eval_data=eval_data,
+        reward_funcs=reward_funcs,
+        peft_config=peft_config,
+        callbacks=callbacks,
+        resume_from_checkpoint=resume_from_checkpoint,
+    )
