@@ -105,6 +105,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     max_prompt_length: int | None = None,
+    progress: bool = False,
     resamples: int = 2000,
 ) -> EvalReport:
     """Sample one completion for each prompt and measure it: see `EvalReport` for every figure.
@@ -129,6 +130,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_prompt_length=max_prompt_length,
+        progress=progress,
     )
     texts = [s.text for s in samples]
     rewards = call_reward_funcs(reward_func, prompts, texts, columns=columns)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from lolrl.annotate import score_logps
 from lolrl.data import Record, Text
@@ -47,6 +48,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     max_prompt_length: int | None = None,
+    progress: bool = False,
 ) -> list[Sample]:
     """Like `generate`, with the token ids beside each text."""
     if max_new_tokens < 1 or batch_size < 1:
@@ -79,7 +81,8 @@ def sample(
     devices = [device] if device.type == "cuda" else []
     with evaluation_mode(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="generate", unit="batch", disable=not progress, leave=False):
             rows = order[start : start + batch_size]
             width = max(len(ids[row]) for row in rows)
             tokens = torch.full((len(rows), width), pad, device=device)
@@ -106,13 +109,14 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     max_prompt_length: int | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """One completion per prompt, as text without special tokens, in the order of `prompts`.
 
     prompts: strings or conversational messages. temperature 0 is greedy; top_p keeps the smallest
     set of tokens whose probability reaches it. The model's mode and the global random state are
     left as left as they were; the same seed, prompts and batch_size give the same completions.
-    max_prompt_length keeps the end of a longer prompt, as in training.
+    max_prompt_length keeps the end of a longer prompt, as in training; progress shows a bar.
 
     Raises ValueError on a temperature, top_p, max_new_tokens or batch_size out of range, or a
     tokenizer without an end token.
@@ -127,6 +131,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         max_prompt_length=max_prompt_length,
+        progress=progress,
     )
     return [s.text for s in samples]
 

@@ -1,0 +1,116 @@
+"""The command `lolrl`: verbs, flags, and failures as one line.
+
+Exit codes: 0 done; 1 a stage failed; 2 the command line or configuration cannot be used; 130
+interrupted. A failure prints one line on stderr; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+VERBS = {
+    "sft": "fine-tune a model on prompt and completion: the reference of the later stages",
+    "annotate": "score data with the reference, fit the value head, compute advantages",
+    "train": "train a policy from the reference by any objective (a_lol, nll, wbc, ...)",
+    "evaluate": "measure a policy and its reference on held-out prompts",
+    "demo": "the whole recipe on real movie reviews: fetches them once, about ten minutes",
+    "env": "print versions, backends and device, for a bug report",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line on stderr, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the flags of `verb` alone: those of training need transformers."""
+    parser = Parser(
+        prog="lolrl",
+        description="Offline RL of language models with a fused loss.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        usage = f"lolrl {name} [--config FILE] [flags]" if name != "env" else None
+        sub = verbs.add_parser(name, help=text, description=text, usage=usage, allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="print the traceback of a failure")
+        if name == "env":
+            sub.set_defaults(config=None)
+            continue
+        sub.add_argument(
+            "--config", metavar="FILE", help="YAML with any of the flags; flags win over it"
+        )
+        if name == verb:
+            _add_flags(sub, name)
+    return parser
+
+
+def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
+    from lolrl import options
+    from lolrl.config import AnnotateConfig
+    from lolrl.flags import add_config_flags, add_training_flags
+    from lolrl.settings import DemoSettings
+
+    classes: dict[str, type] = {
+        "sft": options.SftOptions,
+        "annotate": options.AnnotateOptions,
+        "train": options.TrainOptions,
+        "evaluate": options.EvaluateOptions,
+        "demo": options.DemoOptions,
+    }
+    add_config_flags(sub, classes[verb])
+    if verb in ("sft", "train"):
+        add_training_flags(sub)
+    elif verb == "annotate":
+        add_config_flags(sub, AnnotateConfig)
+    elif verb == "demo":
+        add_config_flags(sub, DemoSettings)
+
+
+def _quiet() -> None:
+    """Our own lines are the output: transformers keeps to errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lolrl` with `argv` (default: the process's arguments); the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    debug = "--debug" in arguments
+    try:
+        args = build_parser(verb).parse_args(arguments)
+        return _run(args)
+    except KeyboardInterrupt:
+        print(f"lolrl {verb}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from lolrl.config import ConfigError
+
+        if debug:
+            traceback.print_exc()
+        cause = " ".join(str(error).split()) or "no message"
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+            cause = f"{type(error).__name__}: {cause}"
+        print(f"lolrl {verb}: {cause}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lolrl import commands
+    from lolrl.flags import merge
+
+    _quiet()
+    function = getattr(commands, f"run_{args.verb}")
+    for line in function(merge(args)):
+        print(line)
+    return 0
