@@ -19,7 +19,7 @@ from pathlib import Path
 
 import peers
 import torch
-from shapes import Inputs, Result, Shape, gate, make_inputs, summed_error, truth
+from shapes import Inputs, Shape, gate, make_inputs, summed_error, truth
 
 from lolkernels import planner
 
@@ -93,11 +93,16 @@ def check_and_time(entries: Iterable[Entry], rounds: int) -> list[Row]:
         key = (entry.shape, entry.frozen_head)
         if key not in made:
             made[key] = make_inputs(entry.shape, frozen_head=entry.frozen_head)
-    calls, errors = {}, {}
+    calls = {
+        entry.label: peers.build(entry.contestant, entry.op, made[entry.shape, entry.frozen_head])
+        for entry in entries
+    }
+    errors: dict[str, float | None] = {}
+    by_truth: dict[tuple[str, Shape, bool], list[Entry]] = {}
     for entry in entries:
-        inputs = made[entry.shape, entry.frozen_head]
-        calls[entry.label] = peers.build(entry.contestant, entry.op, inputs)
-        errors[entry.label] = _gate(entry, inputs, calls[entry.label])
+        by_truth.setdefault((entry.op, entry.shape, entry.frozen_head), []).append(entry)
+    for same in by_truth.values():
+        errors |= _gate(same, made[same[0].shape, same[0].frozen_head], calls)
 
     times: dict[str, list[float]] = {entry.label: [] for entry in entries}
     names = list(calls)
@@ -128,18 +133,28 @@ def check_and_time(entries: Iterable[Entry], rounds: int) -> list[Row]:
     ]
 
 
-def _gate(entry: Entry, inputs: Inputs, call: peers.Call) -> float | None:
-    """Runs the call once (its warm-up) and returns the error of its summed log-probs."""
-    got: Result = call()
-    if got.logps is None or entry.shape.tokens > GATED_TOKENS:
-        return None
-    want = truth(entry.op, inputs)
-    if entry.ours:
-        eager = peers.build("eager", entry.op, inputs)()
-        faults = gate(inputs, got, eager, want)
+def _gate(
+    entries: list[Entry], inputs: Inputs, calls: dict[str, peers.Call]
+) -> dict[str, float | None]:
+    """Runs each call once (its warm-up); returns the errors of the summed log-probs.
+
+    The entries share their op and inputs, and so the truth.
+    """
+    results = {entry.label: calls[entry.label]() for entry in entries}
+    first = entries[0]
+    if first.shape.tokens > GATED_TOKENS or all(r.logps is None for r in results.values()):
+        return dict.fromkeys(results)
+    want = truth(first.op, inputs)
+    if any(entry.ours for entry in entries):
+        eager = peers.build("eager", first.op, inputs)()
+    for entry in entries:
+        faults = gate(inputs, results[entry.label], eager, want) if entry.ours else []
         if faults:
             raise RuntimeError(f"{entry.label} ({entry.op}, {entry.shape}): {'; '.join(faults)}")
-    return summed_error(inputs, got, want)
+    return {
+        label: None if result.logps is None else summed_error(inputs, result, want)
+        for label, result in results.items()
+    }
 
 
 def peak_memory(entry: Entry) -> int:

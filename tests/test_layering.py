@@ -157,7 +157,7 @@ def lolkernels_names(path: Path) -> Iterator[tuple[str, int]]:
 
 def is_public(dotted: str) -> bool:
     """True for "", for a name in lolkernels.__all__, and for what a public object offers openly."""
-    if not dotted:
+    if dotted in ("", "__version__"):
         return True
     first, *rest = dotted.split(".")
     if first not in lolkernels.__all__:
@@ -198,7 +198,7 @@ def test_nobody_imports_tests_or_benchmarks_and_testing_stays_out_of_the_product
 SAMPLES = [
     ("import lolkernels as lk\nlk.Sequences", True),
     ("from lolkernels import objectives\nobjectives.a_lol", True),
-    ("import lolkernels as lk\nlk.objectives.a_lol", True),
+    ("import lolkernels as lk\nlk.objectives.a_lol\nlk.__version__", True),
     ("from lolkernels.ops import linear_logprob", False),
     ("from lolkernels import backends", False),
     ("import lolkernels.backends.cpu", False),
