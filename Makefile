@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/lolrl demo $(ARGS)
 
 demo-smollm2: install $(STAMPS)/smollm2
-	$(BIN)/lolrl demo --model smollm2 $(ARGS)
+	$(BIN)/lolrl demo --model smollm2 --output-dir demo-output-smollm2 $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
