@@ -76,10 +76,11 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _quiet() -> None:
-    """Our own lines are the output: transformers keeps to errors."""
+    """Our own lines and bars are the output: transformers keeps to errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

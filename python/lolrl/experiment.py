@@ -6,6 +6,8 @@ Each step is a stage of lolrl that a user can call: `sft`, `fit_value_head`, `an
 
 from __future__ import annotations
 
+import contextlib
+import io
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 import lolkernels as lk
 from lolrl.annotate import annotate
@@ -45,6 +49,22 @@ class Outcome:
     facts: Row
     logs: dict[str, list[Row]]
     samples: dict[str, list[Row]]
+
+
+class ProgressBar(TrainerCallback):
+    """One bar a training on stderr, and none where that is no terminal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="update", disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 class Experiment:
@@ -85,6 +105,13 @@ class Experiment:
         self.facts["seconds"] = time.perf_counter() - self._start
         return Outcome(self.rows, cost, self.facts, self.logs, self.samples)
 
+    def _train(self, stage: Callable[..., LoLTrainer], *args: Any, **options: Any) -> LoLTrainer:
+        """Run a training stage with a bar in place of its log lines, which metrics.jsonl keeps."""
+        config: LoLConfig = args[-1]
+        bar = ProgressBar(Path(str(config.output_dir)).name)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return stage(*args, callbacks=[bar], **options)
+
     def _tell(self, text: str) -> None:
         self._say(f"[{time.perf_counter() - self._start:5.0f} s] {text}")
 
@@ -123,7 +150,8 @@ class Experiment:
         parameters = sum(p.numel() for p in model.parameters())
         self.facts["parameters"] = parameters
         self._tell(f"{REFERENCE}: {parameters / 1e6:.2f}M parameters, {len(self.train_rows)} rows")
-        trainer = sft(
+        trainer = self._train(
+            sft,
             model,
             tokenizer,
             self.train_rows,
@@ -176,11 +204,13 @@ class Experiment:
         """Train `method` from the reference for the given updates, and measure it."""
         settings = self.settings
         policy, _ = load_policy(self.reference_folder)
+        watched = self.splits.validation[: settings.curve_prompts]
         curves = {}
         if settings.curve_prompts:
             steps = max(1, settings.updates // settings.curve_points)
             curves = {"eval_strategy": "steps", "eval_steps": steps}
-        trainer = train(
+        trainer = self._train(
+            train,
             policy,
             self.tokenizer,
             dataset,
@@ -191,7 +221,7 @@ class Experiment:
                 learning_rate=settings.learning_rate,
                 **curves,
             ),
-            eval_data=self.splits.validation[: settings.curve_prompts] if curves else None,
+            eval_data=[{"prompt": row["prompt"]} for row in watched] if curves else None,
             reward_funcs=vader_reward if curves else None,
             peft_config=lora(settings.lora_rank),
         )
@@ -211,12 +241,15 @@ class Experiment:
             judge=self.judge,
             **self._sampling(),
         )
+        row = report.to_dict()
         if self.baseline is None:
             self.baseline = report
+            # Its own length is the measure: cutting it to itself changes nothing.
+            row |= {f"matched{end}": row[f"reward{end}"] for end in ("", "_low", "_high")}
         log = trainer.state.log_history
         times = [row["step_time"] for row in log if row.get("step_time") is not None]
         self.rows.append(
-            report.to_dict()
+            row
             | {
                 "updates": trainer.state.global_step,
                 "kept": kept,
@@ -266,6 +299,7 @@ class Experiment:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
         }
         return LoLConfig(**common | changes)
 
