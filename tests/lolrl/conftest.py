@@ -1,0 +1,33 @@
+"""Offline fixtures: toy tokenizers of four kinds and a tiny model (see toys.py)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.lolrl.toys import TOKENIZERS, make_llama, make_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", params=list(TOKENIZERS))
+def any_tokenizer(request: pytest.FixtureRequest) -> Any:
+    return make_tokenizer(**TOKENIZERS[request.param])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Any:
+    return make_tokenizer(**TOKENIZERS["template_bos"])
+
+
+@pytest.fixture
+def llama(tokenizer: Any) -> Any:
+    return make_llama(len(tokenizer))
