@@ -103,6 +103,12 @@ struct Sums {
   double pz;  // sum exp(z - ref) * (z - ref)
 };
 
+int64_t count_equal(const float* z, int64_t count, float value) {
+  int64_t equal = 0;
+  for (int64_t i = 0; i < count; ++i) equal += z[i] == value;
+  return equal;
+}
+
 // Writes z of columns [col, col + kBlock) to z, padded with -inf to a multiple of kStep, and
 // returns their number after padding and their maximum; NaN does not count.
 struct BlockHead {
@@ -133,8 +139,10 @@ BlockHead read_block(const Row<D>& row, int64_t col, const LogitMap& map, float*
   return {i, largest(max)};
 }
 
-// Needs z <= ref, or NaN. Clamping from below keeps exp(-inf) * -inf out; what a clamped column
-// then adds, 1e-38, is lost beside the 1 of the largest.
+// Sums over the columns with z < ref, or NaN; z > ref does not occur. A column at ref counts 1, and
+// the caller adds it in double: in a float lane it would swallow the rest of a confident row.
+// Clamping from below keeps exp(-inf) * -inf out; what a clamped column then adds, 1e-38, is lost
+// beside the 1 of the largest.
 template <typename D>
 Sums block_sums(const float* z, int64_t count, float ref, const Row<D>& row, int64_t next_col) {
   const F32 lowest = splat(kExpMin);
@@ -144,7 +152,7 @@ Sums block_sums(const float* z, int64_t count, float ref, const Row<D>& row, int
       const int64_t at = i + u * kLanes;
       if (row.stride == 1) __builtin_prefetch(row.data + next_col + at);
       const F32 t = at_least(load<F32>(z + at) - ref, lowest);
-      const F32 e = exp_in_range(t);
+      const F32 e = t == F32{} ? F32{} : exp_in_range(t);
       p[u] += e;
       pz[u] += e * t;
     }
@@ -176,6 +184,9 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
       if (!nothing || s.p != s.p) {
         sum.p += s.p;
         sum.pz += s.pz;
+      }
+      if (!nothing && block.max == max) {
+        sum.p += static_cast<double>(count_equal(z, block.count, max));
       }
     }
     const int64_t label = args.labels[r];

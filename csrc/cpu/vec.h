@@ -60,7 +60,7 @@ inline float total(F32 v) {
   return lane[0];
 }
 
-// Below kExpMin exp is a denormal and counts as 0. Above kExpMax it is infinite.
+// Below kExpMin exp is a denormal and counts as 0; above kExpMax it counts as infinite.
 constexpr float kExpMin = -87.33f;
 constexpr float kExpMax = 88.37f;
 
@@ -85,7 +85,8 @@ inline F32 exp_in_range(F32 x) {
 
 // exp(x) for any x: exactly 0 at -inf and below kExpMin, inf above kExpMax.
 inline F32 exp_any(F32 x) {
-  const F32 e = exp_in_range(at_most(at_least(x, splat(kExpMin)), splat(kExpMax)));
+  // At 89 the power of two that exp_in_range multiplies with is infinity.
+  const F32 e = exp_in_range(at_most(at_least(x, splat(kExpMin)), splat(89.0f)));
   return x < kExpMin ? F32{} : e;
 }
 

@@ -1,0 +1,337 @@
+"""The row functions of the CPU backends against float64: accuracy, memory safety, determinism.
+
+Every tensor handed to a kernel is a view into a larger NaN-filled buffer (red zones): a read past a
+row turns results into NaN, a write past it shows in the border.
+"""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lolkernels.backends import cpu, reference
+
+needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+BACKENDS = [pytest.param(cpu, marks=needs_cpu, id="cpu"), pytest.param(reference, id="reference")]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BORDER = 64
+INF = math.inf
+
+
+class Zoned(NamedTuple):
+    view: Tensor
+    whole: Tensor  # the buffer around it
+
+    def intact(self) -> bool:
+        """Nothing but the view has been written."""
+        border = torch.ones_like(self.whole, dtype=torch.bool)
+        offset = self.view.storage_offset()
+        border.as_strided(self.view.shape, self.view.stride(), offset).fill_(False)
+        poison = self.whole[border]
+        untouched = poison.isnan() if poison.is_floating_point() else poison == 2**62
+        return bool(untouched.all())
+
+
+def zoned(values: Tensor, layout: str = "rows") -> Zoned:
+    """Copies `values` into a poisoned buffer, with the strides that `layout` names."""
+    shape = values.shape
+    strides = {
+        "rows": (shape[-1], 1),
+        "padded": (shape[-1] + 7, 1),
+        "columns": (1, shape[0] + 3),
+        "steps": (3 * shape[-1] + 2, 3),
+    }[layout][-values.dim() :]
+    strides = strides if values.dim() == 2 else ({"steps": 3}.get(layout, 1),)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    poison = math.nan if values.is_floating_point() else 2**62
+    whole = torch.full((max(extent, 0) + 2 * BORDER,), poison, dtype=values.dtype)
+    view = whole.as_strided(shape, strides, BORDER)
+    view.copy_(values)
+    return Zoned(view, whole)
+
+
+# ---- the truth -----------------------------------------------------------------------------------
+
+
+def logit_map(x: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
+    v = x.double() * scale
+    return (softcap * torch.tanh(v / softcap) if softcap else v) / temperature
+
+
+def true_stats(x: Tensor, labels: Tensor, **options: float) -> list[Tensor]:
+    z = logit_map(x, **{"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options})
+    lse = z.logsumexp(1)
+    p = (z - lse[:, None]).exp()
+    inside = (labels >= 0) & (labels < x.shape[1])
+    target = z.gather(1, labels.where(inside, 0)[:, None])[:, 0].where(inside, -INF)
+    return [target, lse, torch.where(p == 0, 0.0, p * z).sum(1), z.amax(1)]
+
+
+def true_gradient(
+    x: Tensor, labels: Tensor, lse: Tensor, abc: Any, *, terms: bool = False, **options: float
+) -> Tensor:
+    """By autograd through the logit map; with `terms`, the terms' absolute values are added up."""
+    options = {"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options}
+    leaf = x.double().requires_grad_()
+    z = logit_map(leaf, **options)
+    p = (z - lse.double()[:, None]).exp()
+    a, b, c = ((t.abs() if terms else t).double()[:, None] for t in abc)
+    cz = torch.where(p == 0, 0.0, c * (z.abs() if terms else z))
+    at_label = torch.arange(x.shape[1]) == labels[:, None]
+    (grad,) = torch.autograd.grad(z, leaf, (p * (b + cz) + a * at_label).detach())
+    return grad
+
+
+def close(got: Tensor, want: Tensor, atol: float) -> bool:
+    """Equal within atol, with equal infinities and NaNs."""
+    return torch.allclose(got.double(), want.double(), rtol=0, atol=atol, equal_nan=True)
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Equal with the signs of zeros; both 1-D."""
+    integers = {4: torch.int32, 2: torch.int16}[x.element_size()]
+    return torch.equal(x.contiguous().view(integers), y.contiguous().view(integers))
+
+
+# ---- accuracy, in red zones ----------------------------------------------------------------------
+
+WIDTHS = (1, 2, 3, 15, 16, 17, 127, 129, 1023, 1025, 2047, 2048, 2049, 4097, 32003)
+OPTIONS: tuple[dict[str, float], ...] = (
+    {},
+    {"scale": 0.5, "temperature": 0.7},
+    {"softcap": 30.0},
+    {"scale": 2.0, "softcap": 15.0, "temperature": 1.3},
+)
+
+
+def draw(choices: Any) -> Any:
+    return choices[int(torch.randint(len(choices), ()))]
+
+
+def fuzz_case(backend: ModuleType, seed: int) -> None:
+    torch.manual_seed(seed)
+    n, v, dtype, options = 1 + seed % 5, draw(WIDTHS), draw(DTYPES), draw(OPTIONS)
+    layout = draw(("rows", "padded", "columns", "steps"))
+    std = float(torch.empty(()).uniform_(1, 6))
+    raw = torch.randn(n, v) * std + draw((0.0, 0.0, -20.0, 20.0))
+    raw = raw.masked_fill(torch.rand(n, v) < draw((0.0, 0.0, 0.5)), -INF)
+    labels = torch.randint(v, (n,))
+    raw[torch.arange(n), labels] = torch.randn(n) * std
+    x, y = zoned(raw.to(dtype), layout), zoned(labels, layout)
+    before = x.view.clone()
+
+    # Eager torch adds up V terms in float32: only its log-probs have to be as good.
+    slack = 1 if backend is cpu else 10
+    stats = backend.row_stats(x.view, y.view, **options)
+    truth = true_stats(before, labels, **options)
+    for got, want in zip(stats, truth, strict=True):
+        assert got.dtype == torch.float32 and got.shape == (n,)
+        assert close(got, want, slack * 2e-5)
+    logps = stats[0] - stats[1]
+    assert (logps <= 0).all()
+    assert (logps.double() - (truth[0] - truth[1])).abs().max() <= 2e-5
+    assert torch.equal(x.view, before)
+
+    a, b, c = torch.randn(3, n)
+    abc = draw(((a, -a, 0 * c), (a, b, c)))
+    vectors = [zoned(t, layout) for t in (stats[1], *abc)]
+    out_dtype = draw((dtype, torch.float32))
+    same = draw((True, False)) and out_dtype == dtype
+    fresh = torch.zeros(n, v, dtype=out_dtype)
+    out = x if same else zoned(fresh, draw(("rows", "padded", "columns")))
+    arguments = [t.view for t in vectors]
+    got = backend.dlogits_(x.view, y.view, *arguments, **options, out=None if same else out.view)
+    assert got is out.view
+    want = true_gradient(before, labels, stats[1], abc, **options)
+    bound = slack * 1e-5 * true_gradient(before, labels, stats[1], abc, terms=True, **options)
+    if backend is not cpu and options.get("softcap"):
+        bound += 1e-2 * bound.max()  # it takes 1 - tanh^2 from the difference
+    if out_dtype != torch.float32:
+        bound += torch.finfo(out_dtype).eps * want.abs() + torch.finfo(out_dtype).smallest_normal
+    assert ((got.double() - want).abs() <= bound + 1e-37).all()
+    for zone in (x, y, out, *vectors):
+        assert zone.intact()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", range(4))
+def test_row_functions_match_float64(backend: ModuleType, block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        fuzz_case(backend, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", range(2, 22))
+def test_row_functions_match_float64_exhaustively(backend: ModuleType, block: int) -> None:
+    for seed in range(100 * block, 100 * block + 100):
+        fuzz_case(backend, seed)
+
+
+@needs_cpu
+def test_a_wrong_result_is_noticed() -> None:
+    def broken(change: Callable[[Tensor], Tensor]) -> ModuleType:
+        module = ModuleType("broken")
+        module.row_stats = lambda *args, **kw: tuple(map(change, cpu.row_stats(*args, **kw)))
+        module.dlogits_ = cpu.dlogits_
+        return module
+
+    for change in (torch.zeros_like, lambda t: 1.02 * t, lambda t: t.roll(1)):
+        with pytest.raises(AssertionError):
+            fuzz_case(broken(change), seed=4)
+
+    def rewriting(change: Callable[[Tensor], Tensor]) -> ModuleType:
+        module = ModuleType("rewriting")
+        module.row_stats = cpu.row_stats
+        module.dlogits_ = lambda *args, **kw: (g := cpu.dlogits_(*args, **kw)).copy_(change(g))
+        return module
+
+    for change in (torch.zeros_like, lambda t: 1.02 * t, lambda t: t.roll(1, 0)):
+        with pytest.raises(AssertionError):
+            fuzz_case(rewriting(change), seed=4)
+
+
+@needs_cpu
+@pytest.mark.parametrize("v", [50257, 262144])
+def test_the_error_does_not_grow_with_the_vocabulary(v: int) -> None:
+    for shift in (0.0, 100.0):
+        x = torch.randn(4, v) * 3 + shift
+        labels = torch.randint(v, (4,))
+        stats = [t.double() for t in cpu.row_stats(x, labels)]
+        truth = true_stats(x, labels)
+        ulp = 2.0**-18 if shift else 2.0**-20  # of a float32 of this size
+        assert (stats[1] - truth[1]).abs().max() <= ulp
+        assert (stats[2] - truth[2]).abs().max() <= 2 * ulp
+
+
+# ---- the pieces, one by one ----------------------------------------------------------------------
+
+
+def exponential(z: Tensor) -> Tensor:
+    """exp as the cpu kernel computes it: the gradient for a = c = 0, b = 1, lse = 0."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    out = torch.empty(1, z.numel())
+    return cpu.dlogits_(z[None], torch.tensor([-1]), zero, zero, one, zero, out=out)[0]
+
+
+@needs_cpu
+def test_exp_is_within_one_and_a_half_units_in_the_last_place() -> None:
+    z = torch.cat([torch.linspace(-87.3, 88, 2_000_003), -torch.logspace(-8, 0, 100_001)])
+    want = z.double().exp()
+    unit = torch.ldexp(torch.ones_like(want), torch.frexp(want).exponent - 24)
+    assert ((exponential(z).double() - want).abs() / unit).max() <= 1.5
+    special = torch.tensor([-INF, -1e30, -88.0, 0.0, -0.0, 89.0, 1e30, math.nan])
+    expected = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, INF, INF, math.nan])
+    assert torch.equal(exponential(special).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x, labels = every[:, None], torch.zeros(2**16, dtype=torch.int64)
+    target, number = cpu.row_stats(x, labels)[0], ~every.isnan()
+    assert torch.equal(target.isnan(), every.isnan())
+    assert same_bits(target[number], every.float()[number])
+
+    # b = value, z = lse = 0: the gradient is the value, rounded to the type of out.
+    around = torch.cat([every.float(), torch.randn(2**16) * 3, 10.0 ** torch.linspace(-8, 6, 999)])
+    values = torch.cat(
+        [around, -around, around.nextafter(torch.tensor(INF)), 1.0009765625 * around]
+    )
+    zero, n = torch.zeros(len(values)), len(values)
+    out = torch.empty(n, 1, dtype=dtype)
+    nowhere = torch.full((n,), -1)
+    cpu.dlogits_(torch.zeros(n, 1), nowhere, zero, zero, values, -zero, out=out)
+    got, want, number = out[:, 0], values.to(dtype), ~values.isnan()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert same_bits(got[number], want[number])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+def test_the_gradient_at_a_confident_label_keeps_its_digits(backend: ModuleType, p: float) -> None:
+    x = torch.full((1, 1001), math.log((1 - p) / p / 1000), dtype=torch.float64)
+    x[0, 7] = 0.0
+    x, labels, one = x.float(), torch.tensor([7]), torch.ones(1)
+    lse = backend.row_stats(x, labels)[1]
+    for dtype in DTYPES:
+        out = torch.empty(1, 1001, dtype=dtype)
+        backend.dlogits_(x, labels, lse, one, -one, 0 * one, out=out)
+        want = true_gradient(x, labels, x.double().logsumexp(1), (one, -one, 0 * one))
+        tolerance = 0.01 if backend is cpu else 0.02
+        assert abs(float(out[0, 7]) / float(want[0, 7]) - 1) <= tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_at_every_boundary_and_outside(backend: ModuleType) -> None:
+    v = 4200
+    inside = [0, 1, 15, 16, 2047, 2048, 2049, 4095, 4096, v - 1]
+    outside = [v, v + 3, -1, -7, -100, 2**31, 2**31 + 5, -(2**63), 2**63 - 1]
+    labels = torch.tensor(inside + outside)
+    n = len(labels)
+    x = zoned(torch.randn(n, v), "padded")
+    stats = backend.row_stats(x.view, labels)
+    assert torch.equal(stats[0][: len(inside)], x.view[range(len(inside)), inside])
+    assert (stats[0][len(inside) :] == -INF).all()
+    one = torch.ones(n)
+    for out in (None, zoned(torch.zeros(n, v, dtype=torch.bfloat16), "columns")):
+        view = zoned(x.view) if out is None else x
+        target = None if out is None else out.view
+        grad = backend.dlogits_(view.view, labels, stats[1], one, 0 * one, 0 * one, out=target)
+        want = torch.zeros(n, v, dtype=torch.float64)
+        p = (stats[0] - stats[1]).double().exp()[: len(inside)]
+        # With b = 0 only the label's own column holds anything: a * (1 - p) + a * p = a.
+        want[range(len(inside)), inside] = 1.0
+        assert p.max() < 1 and close(grad, want, 1e-6)
+        assert view.intact() and (out is None or out.intact())
+
+
+# ---- special values ------------------------------------------------------------------------------
+
+NAN = math.nan
+MASKED = [-INF] * 5000
+# name, row of logits, (lse, expected_logit, max_logit)
+SPECIAL = [
+    ("one class", [3.5], (3.5, 3.5, 3.5)),
+    ("all masked", MASKED, (-INF, NAN, -INF)),
+    ("one class, masked", [-INF], (-INF, NAN, -INF)),
+    ("first tiles masked", [*MASKED, 1.0, 1.0], (1 + math.log(2), 1.0, 1.0)),
+    ("last tiles masked", [1.0, 1.0, *MASKED], (1 + math.log(2), 1.0, 1.0)),
+    ("only the middle", [*MASKED, -700.0, *MASKED], (-700.0, -700.0, -700.0)),
+    ("rising tiles", [-1e4, *MASKED, 0.0, *MASKED, 1e4], (1e4, 1e4, 1e4)),
+    ("falling tiles", [1e4, *MASKED, 0.0, *MASKED, -1e4], (1e4, 1e4, 1e4)),
+    ("all negative", [-1e30, -1e30], (-1e30, -1e30, -1e30)),
+    ("huge", [3e38, -3e38], (3e38, 3e38, 3e38)),
+    ("zeros", [0.0, -0.0, 0.0, 0.0], (math.log(4), 0.0, 0.0)),
+    ("a NaN", [1.0, NAN, 2.0], (NAN, NAN, NAN)),
+    ("a NaN among masked", [*MASKED, NAN, *MASKED], (NAN, NAN, NAN)),
+    ("a NaN in the first tile", [NAN, *MASKED, 3.0], (NAN, NAN, NAN)),
+    ("a NaN in the last tile", [3.0, *MASKED, NAN], (NAN, NAN, NAN)),
+    ("+inf", [1.0, INF, 2.0], (NAN, NAN, INF)),
+    ("+inf among masked", [*MASKED, INF, *MASKED], (NAN, NAN, INF)),
+    ("two +inf", [INF, 1.0, INF], (NAN, NAN, INF)),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("name", "row", "want"), SPECIAL, ids=[s[0] for s in SPECIAL])
+@pytest.mark.parametrize("layout", ["rows", "steps"])
+def test_special_rows(name: str, row: list[float], want: tuple[float, ...], layout: str) -> None:
+    ordinary = torch.randn(len(row))
+    x = zoned(torch.stack([ordinary, torch.tensor(row), ordinary]), layout)
+    labels = torch.tensor([0, 0, len(row) - 1])
+    target, *stats = cpu.row_stats(x.view, labels)
+    first = torch.tensor(row[0])
+    assert torch.equal(target[1].nan_to_num(7.0), first.nan_to_num(7.0))
+    for got, expected in zip(stats, want, strict=True):
+        torch.testing.assert_close(
+            float(got[1]), expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name
+        )
+    alone = true_stats(ordinary[None], labels[:1])
+    for got, expected in zip((target, *stats), alone, strict=True):
+        assert close(got[0], expected[0], 2e-5)  # the neighbour does not feel it
