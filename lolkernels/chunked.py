@@ -163,7 +163,7 @@ def merge_stats(parts: list[RowStats]) -> RowStats:
         return parts[0]
     target, lse, expected, largest = (torch.stack(column) for column in zip(*parts, strict=True))
     total = torch.logsumexp(lse, 0)
-    share = (lse - total).exp()
+    share = torch.softmax(lse, 0)  # sums to one, which exp(lse - total) does to lse's rounding only
     # A panel that is all -inf has no expectation (nan) and no share.
     mean = torch.where(share == 0, 0.0, share * expected).sum(0)
     return RowStats(target.amax(0), total, mean, largest.amax(0))

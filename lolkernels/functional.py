@@ -65,7 +65,7 @@ def linear_logprob(
         mask: bool, False rows are left out: they enter no GEMM, their outputs and gradients are 0.
         temperature, softcap, logit_scale: see the formula; finite and > 0. ``softcap=None``: none.
         backend: a name of ``available_backends()``; None picks by device and dtype.
-        memory_budget: bytes of logits held at a time; None: 80 MiB, or 256 full rows where that is
+        memory_budget: bytes of logits held at a time; None: 48 MiB, or 256 full rows where that is
         more.
 
     Raises:
@@ -166,7 +166,7 @@ def linear_loss(
             but a label outside [0, V) is always an error: leave the token out of the mask.
         seq: which rows form a sequence, and the denominators of the reduction.
         reduction: "seq-mean", "token-mean", "seq-mean-token-mean" or "sum" (see ``aggregate``).
-        memory_budget: bytes of logits held at a time. None: 80 MiB, or 256 full rows where that is
+        memory_budget: bytes of logits held at a time. None: 48 MiB, or 256 full rows where that is
         more.
             ``lolkernels.planner.extra_bytes`` states the whole extra memory.
         return_outputs: return a :class:`LinearLossOutput` instead of the scalar.

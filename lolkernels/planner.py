@@ -11,7 +11,7 @@ from .sequences import Sequences
 
 PANEL = 2048  # columns of a tile: 256 rows of fp32 fill 2 MiB, the L2 of a core or two
 MIN_ROWS = 256  # fewer rows a chunk and the dweight accumulator's traffic shows
-DEFAULT_BUDGET = 80 * 2**20
+DEFAULT_BUDGET = 48 * 2**20
 
 
 class Piece(NamedTuple):
@@ -104,7 +104,7 @@ def chunk_rows(vocab: int, itemsize: int, memory_budget: int | None) -> int:
 
 
 def default_budget(vocab: int, itemsize: int = 4) -> int:
-    """80 MiB, or what 256 rows of logits take where that is more."""
+    """48 MiB, or what 256 rows of logits take where that is more."""
     return max(DEFAULT_BUDGET, MIN_ROWS * vocab * itemsize)
 
 
