@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, objectives, ops
+from . import backends, checks, loss_op, objectives, ops
 from .chunked import accumulation_dtype
 from .objectives import Objective
 from .sequences import Sequences
@@ -201,7 +201,7 @@ def linear_loss(
     spec, tensors, options = _side_tensors(needed, side, seq, hidden.device, dtype)
     handle = _bound(objective, options)
     grad = torch.is_grad_enabled()
-    out = ops.linear_loss(
+    out = loss_op.linear_loss(
         hidden,
         weight,
         labels.long(),
@@ -231,7 +231,7 @@ def _described(objective: Objective) -> tuple[tuple[str, str], ...]:
 
 def _bound(objective: Objective, options: tuple[tuple[str, Any], ...]) -> int:
     options = tuple({**objectives.defaults(objective), **dict(options)}.items())
-    return ops.bind(objective, options)
+    return loss_op.bind(objective, options)
 
 
 def _side_tensors(
