@@ -185,7 +185,10 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("labels", {"labels": torch.zeros(N, 1, dtype=torch.int64)}),
     ("temperature", {"temperature": 0.0}),
     ("temperature", {"temperature": float("nan")}),
+    ("temperature", {"temperature": float("inf")}),
     ("softcap", {"softcap": -1.0}),
+    ("softcap", {"softcap": float("inf")}),
+    ("scale", {"scale": float("nan")}),
     *((name, {name: torch.zeros(N - 1)}) for name in ("lse", "a", "b", "c")),
     *((name, {name: torch.zeros(N, dtype=torch.float64)}) for name in ("lse", "a", "b", "c")),
     ("out", {"out": torch.zeros(N, V + 1)}),
@@ -216,7 +219,7 @@ def test_the_ops_refuse_what_they_cannot_compute(name: str, change: dict[str, ob
     with pytest.raises(RuntimeError, match=rf"\b{name} must"):
         torch.ops.lolkernels.dlogits(*values.values(), out=out)
     assert torch.equal(out, before)
-    if name in ("logits", "labels", "temperature", "softcap"):
+    if name in ("logits", "labels", "temperature", "softcap", "scale"):
         for unused in ("lse", "a", "b", "c"):
             values.pop(unused)
         with pytest.raises(RuntimeError, match=rf"\b{name} must"):

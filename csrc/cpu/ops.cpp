@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -50,8 +51,11 @@ Vector<T> vector(const Tensor& t, const char* name, ScalarType dtype, int64_t si
 }
 
 LogitMap logit_map(double scale, double softcap, double temperature) {
-  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive, not ", temperature);
-  STD_TORCH_CHECK(softcap >= 0.0, "softcap must be positive, or 0 for none, not ", softcap);
+  STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite, not ", scale);
+  STD_TORCH_CHECK(temperature > 0.0 && std::isfinite(temperature),
+                  "temperature must be positive and finite, not ", temperature);
+  STD_TORCH_CHECK(softcap >= 0.0 && std::isfinite(softcap),
+                  "softcap must be positive and finite, or 0 for none, not ", softcap);
   return make_logit_map(scale, softcap, temperature);
 }
 
