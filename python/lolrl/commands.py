@@ -7,6 +7,7 @@ the options and fields it was given, which `lolrl VERB --config run.yaml` repeat
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,15 @@ def _prompt_rows(path: str) -> list[Any]:
     return list(read_prompts(path))
 
 
+def _bars() -> bool:
+    return sys.stderr.isatty()
+
+
 def _config(merged: Mapping, output: str, **fixed: Any) -> LoLConfig:
-    return from_mapping(LoLConfig, merged | fixed | {"output_dir": output}, source="options")
+    # Without a terminal the trainer prints its log lines in place of a bar.
+    defaults = {"disable_tqdm": not _bars()}
+    mapping = defaults | merged | fixed | {"output_dir": output}
+    return from_mapping(LoLConfig, mapping, source="options")
 
 
 def _trained(trainer: Any, verb: str, output: Path) -> list[str]:
@@ -97,7 +105,7 @@ def run_annotate(merged: Mapping) -> list[str]:
         head = ValueHead.load(options.value_head)
     elif options.value_data is not None and reward is not None:
         prompts = [row.prompt for row in _prompt_rows(options.value_data)]
-        answers = generate(model, tokenizer, prompts, progress=True, **options.sampling())
+        answers = generate(model, tokenizer, prompts, progress=_bars(), **options.sampling())
         head, fit = fit_value_head(
             model,
             tokenizer,
@@ -112,7 +120,13 @@ def run_annotate(merged: Mapping) -> list[str]:
         head.save(output / "value_head")
         lines.append(f"value head: R2 {fit.r2:.3f} on {fit.num_held_out} held-out prompts")
     annotated = annotate(
-        model, tokenizer, options.data, value_head=head, reward_funcs=reward, config=config
+        model,
+        tokenizer,
+        options.data,
+        value_head=head,
+        reward_funcs=reward,
+        config=config,
+        progress=_bars(),
     )
     write_jsonl(output / "annotated.jsonl", annotated_rows(annotated.dataset))
     write_json(output / "summary.json", annotated.report)
@@ -196,7 +210,7 @@ def run_evaluate(merged: Mapping) -> list[str]:
     output = Path(str(options.output_dir))
     model, tokenizer = options.load()
     reference = baseline = None
-    shared: Mapping = {"judge": judge, "progress": True} | options.sampling()
+    shared: Mapping = {"judge": judge, "progress": _bars()} | options.sampling()
     _echo("evaluate", given, output)
     reports = []
     if options.reference is not None:

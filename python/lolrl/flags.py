@@ -46,8 +46,6 @@ TRAINING_FLAGS = (
 
 def parse_value(text: str) -> Any:
     """A flag's text as plain data: null, true, false, a number, a JSON list or mapping, or text."""
-    if text in ("null", "none", "None"):
-        return None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -59,7 +57,7 @@ def parse_value(text: str) -> Any:
 
 
 def _text(text: str) -> str | None:
-    return None if text in ("null", "none", "None") else text
+    return None if text == "null" else text
 
 
 def _plain(hint: Any) -> list[Any]:

@@ -1,0 +1,451 @@
+"""The command line: every verb end to end on a tiny model, and every failure as one line (T12)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lolrl import cli
+from lolrl.cli import main
+from lolrl.config import load_yaml
+from lolrl.files import write_jsonl
+from lolrl.tokens import encode
+from tests.lolrl.toys import make_llama, make_rows, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = "tests.lolrl.test_cli:vowels"
+
+
+def vowels(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Share of vowels: a reward of its own for every text."""
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+
+def broken(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float("nan") for _ in completions]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data files, read only."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = make_rows(24)
+    write_jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "pairs.jsonl", [{k: r[k] for k in ("prompt", "completion")} for r in rows])
+    write_jsonl(
+        folder / "valued.jsonl", [r | {"advantage": r["reward"] - r["value"]} for r in rows]
+    )
+    tokenized = [encode(tokenizer, r["prompt"], r["completion"]) for r in rows]
+    write_jsonl(
+        folder / "stale.jsonl",
+        [
+            r | {"advantage": 1.0, "ref_logps": [-1.0] * (len(ids) - length)}
+            for r, (ids, length) in zip(rows, tokenized, strict=True)
+        ],
+    )
+    write_jsonl(folder / "rated.jsonl", [r | {"rating": r["reward"]} for r in rows])
+    write_jsonl(
+        folder / "prompts.jsonl", [{"prompt": f"{r['prompt']}{i}"} for i, r in enumerate(rows)]
+    )
+    return folder
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+QUICK = [
+    "--max-steps=3",
+    "--per-device-train-batch-size=4",
+    "--learning-rate=1e-2",
+    "--lr-scheduler-type=constant",
+    "--logging-steps=1",
+    "--save-strategy=no",
+    "--report-to=none",
+    "--use-cpu",
+]
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- the verbs ---
+
+
+def test_the_recipe_through_the_command_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows, out = place / "model", place / "pairs.jsonl", tmp_path
+    sft = ["sft", f"--model={model}", f"--data={rows}", f"--output-dir={out / 'sft'}", *QUICK]
+    assert main(sft) == 0
+    printed, _ = lines(capsys)
+    assert any(line.startswith("sft: 3 updates") for line in printed)
+    log = jsonl(out / "sft" / "metrics.jsonl")
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert len(losses) == 3
+    reference = out / "sft" / "last"
+
+    annotate = ["annotate", f"--model={reference}", f"--data={rows}", f"--reward={REWARD}"]
+    annotate += [f"--value-data={place / 'prompts.jsonl'}", "--value-epochs=3", "--keep=all"]
+    annotate += ["--max-new-tokens=6", f"--output-dir={out / 'annotated'}"]
+    assert main(annotate) == 0
+    capsys.readouterr()
+    annotated = jsonl(out / "annotated" / "annotated.jsonl")
+    assert len(annotated) == 24
+    for row in annotated:
+        assert row["reward"] == vowels([""], [row["completion"]])[0]
+        assert row["advantage"] == pytest.approx(row["reward"] - row["value"])
+        assert max(row["ref_logps"]) <= 0
+    assert (out / "annotated" / "value_head" / "value_head.safetensors").exists()
+
+    train = ["train", f"--model={reference}", f"--data={out / 'annotated' / 'annotated.jsonl'}"]
+    train += ["--objective=a_lol", f"--output-dir={out / 'a_lol'}", *QUICK]
+    assert main(train) == 0
+    printed, _ = lines(capsys)
+    assert any(line.startswith("train a_lol: 3 updates") for line in printed)
+    positive = sum(row["advantage"] > 0 for row in annotated)
+    summary = json.loads((out / "a_lol" / "summary.json").read_text())
+    assert (summary["rows"], summary["rows_kept"]) == (24, positive)
+    # The policy starts at the reference, whose scores went through a file.
+    assert summary["step0"]["max"] <= 1e-3
+
+    evaluate = ["evaluate", f"--model={out / 'a_lol' / 'last'}", f"--reference={reference}"]
+    evaluate += [f"--data={place / 'prompts.jsonl'}", f"--reward={REWARD}", "--max-new-tokens=6"]
+    evaluate += [f"--judge-data={place / 'rated.jsonl'}", f"--output-dir={out / 'eval'}"]
+    assert main(evaluate) == 0
+    printed, _ = lines(capsys)
+    results = json.loads((out / "eval" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in results] == ["reference", "last"]
+    samples = jsonl(out / "eval" / "samples.jsonl")
+    mean = sum(s["reward"] for s in samples if s["method"] == "last") / 24
+    assert results[1]["reward"] == pytest.approx(mean)
+    assert results[0]["divergence"] == pytest.approx(0, abs=1e-5)
+    assert results[1]["divergence"] > 0
+    assert printed[0].startswith("| method")
+
+
+def test_run_yaml_repeats_the_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = [f"--model={place / 'model'}", f"--data={place / 'valued.jsonl'}", *QUICK]
+    assert main(["train", *options, "--objective=wbc", f"--output-dir={first}"]) == 0
+    echoed = load_yaml(first / "run.yaml")
+    assert echoed["objective"] == "wbc"
+    assert echoed["learning_rate"] == 1e-2
+    assert main(["train", f"--config={first / 'run.yaml'}", f"--output-dir={second}"]) == 0
+    weights = "last/model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+    # A flag wins over the file.
+    third = tmp_path / "third"
+    arguments = [f"--config={first / 'run.yaml'}", "--objective=nll", f"--output-dir={third}"]
+    assert main(["train", *arguments]) == 0
+    assert (third / weights).read_bytes() != (first / weights).read_bytes()
+    assert load_yaml(third / "run.yaml")["objective"] == "nll"
+
+
+def test_lora_and_resume(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train", f"--model={place / 'model'}", f"--data={place / 'valued.jsonl'}", *QUICK]
+    options.remove("--save-strategy=no")
+    options += ["--save-strategy=steps", "--save-steps=2", "--objective=a_lol", "--lora-rank=2"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    options.append("--max-steps=4")
+    assert main([*options, f"--output-dir={whole}"]) == 0
+    weights = "last/adapter_model.safetensors"
+    kept = (whole / weights).read_bytes()
+    (parted).mkdir()
+    (whole / "checkpoint-2").rename(parted / "checkpoint-2")
+    assert main([*options, f"--output-dir={parted}", "--resume=last"]) == 0
+    assert (parted / weights).read_bytes() == kept
+
+
+def test_env_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert main(["env"]) == 0
+    facts = dict(line.split(None, 1) for line in lines(capsys)[0] if len(line.split()) > 1)
+    assert facts["torch"] in (torch.__version__, "threads      " + str(torch.get_num_threads()))
+    text = "\n".join(map(" ".join, facts.items()))
+    assert "reference" in text
+    assert str(Path.home()) not in text
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_help_lists_the_flags(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    needed = {
+        "sft": ["--model", "--data", "--learning-rate", "--lora-rank", "--set", "--config"],
+        "annotate": ["--value-data", "--reward", "--cache-dir", "--stale-cache"],
+        "train": ["--objective", "--clip", "--beta", "--sampling", "--resume", "--step0-tolerance"],
+        "evaluate": ["--reference", "--judge-data", "--top-p", "--max-new-tokens"],
+        "demo": ["--seeds", "--model", "--data-dir", "--updates", "--methods"],
+        "env": ["--debug"],
+    }[verb]
+    assert [flag for flag in needed if flag not in out] == []
+
+
+def test_the_module_and_the_exit_code(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    done = subprocess.run(
+        [sys.executable, "-m", "lolrl", "evaluate", "--model", "absent"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    expected = "lolrl evaluate: --data is missing: give it as a flag or in --config"
+    assert done.stderr.splitlines() == [expected]
+
+
+# --- T12: every failure is a non-zero exit and one line ---
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    files = {
+        "not.jsonl": "{not json}\n",
+        "array.jsonl": "[1, 2]\n",
+        "empty.jsonl": "",
+        "no_prompt.jsonl": '{"completion": "x", "reward": 1.0}\n',
+        "number.jsonl": '{"prompt": 3, "completion": "x"}\n',
+        "text_reward.jsonl": '{"prompt": "a", "completion": "b", "reward": "high"}\n',
+        "nan.jsonl": '{"prompt": "a", "completion": "b", "reward": NaN}\n',
+        "empty_completion.jsonl": '{"prompt": "a", "completion": "", "reward": 1.0}\n',
+        "negative.jsonl": '{"prompt": "a", "completion": "b", "reward": 0, "advantage": -1}\n',
+        "short_logps.jsonl": (
+            '{"prompt": "a", "completion": "b", "reward": 0, "advantage": 1, "ref_logps": [-1]}\n'
+        ),
+        "list.yaml": "- a\n- b\n",
+        "tag.yaml": "model: !!python/object/apply:os.getcwd []\n",
+        "twice.yaml": "seed: 1\nseed: 2\n",
+        "typo.yaml": "objectiv: a_lol\n",
+        "code.yaml": f"reward: {REWARD}\n",
+        "trust.yaml": "trust_remote_code: true\n",
+        "wrong_type.yaml": "learning_rate: fast\n",
+        "broken.yaml": "a: [1\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "hollow").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_text("{")
+    return files
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    bad_files(folder)
+    return folder
+
+
+TRAIN = ["train", "--model={place}/model", "--output-dir={out}", "--data={place}/valued.jsonl"]
+SFT = ["sft", "--model={place}/model", "--output-dir={out}", "--data={place}/pairs.jsonl"]
+EVALUATE = ["evaluate", "--output-dir={out}", "--data={place}/prompts.jsonl", "--reward=vader"]
+ANNOTATE = ["annotate", "--model={place}/model", "--output-dir={out}"]
+FAILURES: list[tuple[list[str], int, str]] = [
+    ([], 2, "VERB"),
+    (["tarin"], 2, "tarin"),
+    (["train", "--objectives=a_lol"], 2, "--objectives"),
+    (["train", "--learn=1"], 2, "--learn"),  # no abbreviations
+    (["train", "--config"], 2, "--config"),
+    (["sft"], 2, "--model is missing"),
+    (["sft", "--model=m"], 2, "--data is missing"),
+    (["sft", "--model=m", "--data=d"], 2, "--output-dir is missing"),
+    ([*TRAIN, "--objective=alol"], 2, "objective='alol' is not one of"),
+    ([*TRAIN, "--clip=0"], 2, "clip"),
+    ([*TRAIN, "--clip=often"], 2, "clip='often' must be a number"),
+    ([*TRAIN, "--max-steps=2.5"], 2, "max_steps=2.5 must be an integer"),
+    ([*TRAIN, "--sampling=weird"], 2, "sampling='weird'"),
+    ([*TRAIN, "--set=nothing"], 2, "--set 'nothing' must be FIELD=VALUE"),
+    ([*TRAIN, "--set=learnin_rate=1"], 2, "did you mean 'learning_rate'"),
+    ([*TRAIN, "--config={bad}/absent.yaml"], 2, "absent.yaml"),
+    ([*TRAIN, "--config={bad}/list.yaml"], 2, "must be a mapping"),
+    ([*TRAIN, "--config={bad}/tag.yaml"], 2, "tag.yaml"),
+    ([*TRAIN, "--config={bad}/twice.yaml"], 2, "'seed' is given twice"),
+    ([*TRAIN, "--config={bad}/typo.yaml"], 2, "did you mean 'objective'"),
+    ([*TRAIN, "--config={bad}/wrong_type.yaml"], 2, "learning_rate='fast' must be a number"),
+    ([*TRAIN, "--config={bad}/broken.yaml"], 2, "broken.yaml"),
+    ([*TRAIN, "--config={bad}/code.yaml"], 2, "taken from --reward only"),
+    ([*TRAIN, "--config={bad}/trust.yaml"], 2, "taken from --trust-remote-code only"),
+    ([*TRAIN, "--eval-data={place}/prompts.jsonl"], 2, "--eval-data needs --reward"),
+    ([*TRAIN, "--resume={bad}/absent"], 2, "is not a checkpoint folder"),
+    ([*TRAIN, "--resume={bad}/hollow"], 1, "hollow"),
+    ([*TRAIN, "--lora-rank=-1"], 1, "rank must be >= 0"),
+    ([*TRAIN, "--ref-model={bad}/absent"], 1, "there is no folder"),
+    ([*TRAIN, "--backend=abacus"], 1, "abacus"),
+    ([*TRAIN, "--data={place}/pairs.jsonl"], 1, "advantages"),
+    ([*TRAIN, "--data={bad}/absent.jsonl"], 1, "absent.jsonl"),
+    ([*TRAIN, "--data={bad}/negative.jsonl"], 1, "no row with a positive advantage"),
+    ([*TRAIN, "--data={bad}/short_logps.jsonl"], 1, "field 'ref_logps'"),
+    ([*TRAIN, "--data={place}/stale.jsonl", "--use-cpu"], 1, "StepZeroError"),
+    ([*TRAIN, "--data={bad}/nan.jsonl"], 1, "nan.jsonl, line 1"),
+    ([*TRAIN, "--data={bad}/text_reward.jsonl"], 1, "line 1, field 'reward'"),
+    ([*SFT, "--model={bad}/absent"], 1, "there is no folder"),
+    ([*SFT, "--model={bad}/hollow"], 1, "holds no config.json"),
+    ([*SFT, "--model={bad}/damaged"], 1, "damaged"),
+    ([*SFT, "--model={bad}/list.yaml"], 1, "is a file"),
+    ([*SFT, "--gguf-file=w.gguf", "--model={bad}/hollow"], 1, "holds no file 'w.gguf'"),
+    ([*SFT, "--data={bad}/not.jsonl"], 1, "line 1"),
+    ([*SFT, "--data={bad}/array.jsonl"], 1, "line 1"),
+    ([*SFT, "--data={bad}/empty.jsonl"], 1, "empty.jsonl"),
+    ([*SFT, "--data={bad}/no_prompt.jsonl"], 1, "field 'prompt'"),
+    ([*SFT, "--data={bad}/number.jsonl"], 1, "field 'prompt'"),
+    ([*SFT, "--data={bad}/empty_completion.jsonl"], 1, "field 'completion'"),
+    ([*SFT, "--output-dir={bad}/list.yaml"], 1, "list.yaml"),
+    ([*ANNOTATE, "--data={bad}/not.jsonl", "--reward=vader"], 1, "line 1"),
+    ([*ANNOTATE, "--data={place}/pairs.jsonl", "--value-data=x"], 2, "--value-data needs --reward"),
+    (
+        [*ANNOTATE, "--data={place}/pairs.jsonl", "--reward=vader", "--value-head={bad}/hollow"],
+        1,
+        "value_head.safetensors",
+    ),
+    (
+        [*ANNOTATE, "--data={place}/pairs.jsonl", "--reward=tests.lolrl.test_cli:broken"],
+        1,
+        "reward function broken returned nan",
+    ),
+    ([*ANNOTATE, "--data={place}/rows.jsonl", "--keep=best"], 2, "keep='best'"),
+    ([*EVALUATE, "--model={place}/model", "--reward=taste"], 1, "unknown reward 'taste'"),
+    ([*EVALUATE, "--model={place}/model", "--top-p=2"], 1, "top_p must be in"),
+    ([*EVALUATE, "--model={place}/model", "--seed=often"], 2, "seed='often' must be an integer"),
+    ([*EVALUATE, "--model={place}/model", "--judge-data={place}/pairs.jsonl"], 1, "field 'rating'"),
+    ([*EVALUATE, "--model={bad}/absent"], 1, "there is no folder"),
+    (["demo", "--output-dir={out}", "--model=large"], 2, "--model 'large' must be one of"),
+    (["demo", "--output-dir={out}", "--methods", "a_lol", "b"], 2, "methods=['b']"),
+    (["demo", "--output-dir={out}", "--seeds=0"], 1, "seeds must be >= 1"),
+    (["demo", "--output-dir={out}", "--batch=3", "--micro-batch=2"], 2, "multiple of 2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "cause"),
+    FAILURES,
+    ids=[f"{i}-{' '.join(a[:1])}-{c[:20]}" for i, (a, _, c) in enumerate(FAILURES)],
+)
+def test_a_failure_is_one_line(
+    arguments: list[str],
+    code: int,
+    cause: str,
+    place: Path,
+    bad: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [a.format(place=place, bad=bad, out=tmp_path / "out") for a in arguments]
+    try:
+        result = main(filled)
+    except SystemExit as stop:
+        result = int(stop.code or 0)
+    out, err = lines(capsys)
+    assert result == code
+    assert len(err) == 1, err
+    assert err[0].startswith("lolrl")
+    assert cause in err[0]
+    assert "Traceback" not in "\n".join(out + err)
+
+
+def test_there_are_at_least_forty_failures() -> None:
+    assert len(FAILURES) >= 40
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--debug"]) == 2
+    _, err = lines(capsys)
+    assert err[0] == "Traceback (most recent call last):"
+    assert err[-1].startswith("lolrl sft: --model is missing")
+
+
+def test_an_unexpected_error_names_its_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(merged: Any) -> list[str]:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("lolrl.commands.run_env", fail)
+    assert main(["env"]) == 1
+    assert lines(capsys)[1] == ["lolrl env: ZeroDivisionError: division by zero"]
+
+
+def test_an_interrupt_is_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(merged: Any) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lolrl.commands.run_env", stop)
+    assert main(["env"]) == 130
+    assert lines(capsys)[1] == ["lolrl env: interrupted"]
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None),
+        ("true", True),
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("0.5", 0.5),
+        ("[1, 2]", [1, 2]),
+        ('{"clip": 0.5}', {"clip": 0.5}),
+        ("a_lol", "a_lol"),
+    ],
+)
+def test_parse_value(text: str, value: Any) -> None:
+    from lolrl.flags import parse_value
+
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_every_field_of_ours_is_a_flag() -> None:
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from lolrl.config import LoLConfig
+
+    parser = cli.build_parser("train")
+    text = next(
+        sub.format_help()
+        for action in parser._actions
+        for name, sub in (getattr(action, "choices", None) or {}).items()
+        if name == "train"
+    )
+    base = {f.name for f in dataclasses.fields(TrainingArguments)}
+    own = [f.name for f in dataclasses.fields(LoLConfig) if f.name not in base]
+    missing = [n for n in own if f"--{n.replace('_', '-')}" not in text]
+    assert missing == ["objective_args"]  # a mapping: YAML or --set
+
+
+def test_objective_args_come_from_set_or_yaml(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--model={place / 'model'}", f"--data={place / 'valued.jsonl'}", *QUICK]
+    options += ["--objective=a_lol", f"--output-dir={tmp_path}"]
+    assert main(["train", *options, '--set=objective_args={"clop": 0.5}']) == 2
+    assert "a_lol has no option 'clop'" in lines(capsys)[1][-1]
+    assert main(["train", *options, '--set=objective_args={"clip": 0.5}']) == 0
+    echoed = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert echoed["objective_args"] == {"clip": 0.5}
