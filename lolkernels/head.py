@@ -242,6 +242,7 @@ def _scored(
     if objective is not None:
         options.update({k: kwargs.pop(k) for k in side_inputs(objective) if k in kwargs})
         options["reduction"] = reduction
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and more
     for name in TRAINING_COLUMNS:
         if name in kwargs:
             raise TypeError(
