@@ -35,6 +35,7 @@ from lolrl.value import evaluation_mode
 __all__ = ["LoLTrainer", "StepZeroError", "sft", "train"]
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "completion_mask")
+ABOUT_COMPLETIONS = ("completion", "chosen", "rejected", "value", "advantage", "ref_logps")
 MAX_SKIPPED_IN_A_ROW = 5
 
 
@@ -514,8 +515,10 @@ class LoLTrainer(Trainer):
         prompts = [prompt_text(r.prompt) for r in records]
         columns = shared_columns(records)
         # What the data says of its own completions does not describe the generated ones.
-        for name in ("completion", "chosen", "rejected", *args.reward_columns):
-            columns.pop(name, None)
+        for name in list(columns):
+            stem = name.removesuffix("_chosen").removesuffix("_rejected")
+            if stem in (*ABOUT_COMPLETIONS, *args.reward_columns):
+                del columns[name]
         assert self.reward_funcs is not None
         rewards = torch.tensor(
             call_reward_funcs(

@@ -1,0 +1,439 @@
+"""Annotation: the reference's log-probs, advantages, and a cache that is never stale (T6)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lolrl import cache
+from lolrl.annotate import annotate, call_reward_funcs, score_logps
+from lolrl.cache import StaleCacheError
+from lolrl.config import AnnotateConfig, ValueConfig
+from lolrl.data import DataError, read_records
+from lolrl.tokens import LoLDataset
+from lolrl.value import ValueHead, predict_values
+from tests.lolrl.toys import CHAT, make_dataset, make_llama, make_rows, make_tokenizer
+
+
+def eager_logps(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """log-softmax of the model's own logits, one row alone, float64."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(ids[None]).logits[0].double()
+    logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return logps[prompt_length - 1 :]
+
+
+def head_of(seed: int = 0, **kw: Any) -> ValueHead:
+    torch.manual_seed(seed)
+    config = ValueConfig(**{"num_heads": 4, "min_value": -0.5, "max_value": 0.5, **kw})
+    return ValueHead(32, config).eval()
+
+
+def test_logps_are_those_of_the_model(llama: Any, tokenizer: Any) -> None:
+    dataset = make_dataset(tokenizer, 12)
+    llama.train()
+    scored = score_logps(llama, dataset, pad_token_id=2, batch_size=5)
+    assert llama.training
+    plain = make_llama(len(tokenizer)).eval()
+    for i, mine in enumerate(scored):
+        item = dataset[i]
+        theirs = eager_logps(plain, item["input_ids"], item["prompt_length"])
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        assert (mine.double() - theirs).abs().max() <= 2e-5
+        assert (mine.double() - theirs).sum().abs() <= 1e-4 and bool((mine <= 0).all())
+
+
+def test_temperature_divides_the_logits(llama: Any, tokenizer: Any) -> None:
+    dataset = make_dataset(tokenizer, 3)
+    hot = score_logps(llama, dataset, pad_token_id=2, temperature=2.0)
+    plain = make_llama(len(tokenizer)).eval()
+    item = dataset[1]
+    with torch.no_grad():
+        logits = plain(item["input_ids"][None]).logits[0] / 2.0
+    theirs = logits[:-1].log_softmax(-1).gather(1, item["input_ids"][1:, None])[:, 0]
+    assert (hot[1] - theirs[item["prompt_length"] - 1 :]).abs().max() < 2e-5
+
+
+def test_advantage_is_reward_minus_value(llama: Any, tokenizer: Any) -> None:
+    rows = make_rows(20)
+    result = annotate(llama, tokenizer, rows, config=AnnotateConfig(keep="all"), progress=False)
+    expected = [r["reward"] - r["value"] for r in rows]
+    assert result.dataset.advantages.tolist() == expected
+    assert result.report["cache"] == "off" and result.report["share_kept"] == 1.0
+    kept = annotate(llama, tokenizer, rows, progress=False)
+    positive = [i for i, a in enumerate(expected) if a > 0]
+    assert 0 < len(positive) < 20
+    assert [r.line - 1 for r in kept.dataset.records] == positive
+    assert kept.report["share_kept"] == len(positive) / 20 and kept.report["num_rows"] == 20
+    assert kept.report["advantage_mean"] == pytest.approx(sum(expected) / 20)
+    # The kept rows keep their own tokens' scores.
+    for place, row in enumerate(positive):
+        assert torch.equal(kept.dataset.ref_logps[place], result.dataset.ref_logps[row])
+
+
+def test_values_come_from_the_head(llama: Any, tokenizer: Any) -> None:
+    rows = [{k: v for k, v in r.items() if k != "value"} for r in make_rows(10)]
+    head = head_of()
+    result = annotate(
+        llama, tokenizer, rows, value_head=head, config=AnnotateConfig(keep="all"), progress=False
+    )
+    values = predict_values(head, llama, tokenizer, [r["prompt"] for r in rows], batch_size=16)
+    assert torch.equal(result.dataset.values, values)
+    assert torch.equal(result.dataset.advantages, result.dataset.rewards - values)
+
+
+def test_advantages_of_the_data_win(llama: Any, tokenizer: Any) -> None:
+    rows = [{**r, "advantage": i / 4 - 0.5} for i, r in enumerate(make_rows(6))]
+    result = annotate(llama, tokenizer, rows, config=AnnotateConfig(keep="all"), progress=False)
+    assert result.dataset.advantages.tolist() == [i / 4 - 0.5 for i in range(6)]
+
+
+def test_reward_functions_fill_in(llama: Any, tokenizer: Any) -> None:
+    rows = make_rows(6)
+    for i in (1, 4):
+        del rows[i]["reward"]
+    calls = []
+
+    def length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append((prompts, completions, columns))
+        return [float(len(c)) for c in completions]
+
+    rows = [{**r, "topic": i} for i, r in enumerate(rows)]
+    result = annotate(
+        llama, tokenizer, rows, reward_funcs=length, config=AnnotateConfig(keep="all"), progress=False
+    )
+    expected = [r["reward"] if "reward" in r else float(len(r["completion"])) for r in rows]
+    assert result.dataset.rewards.tolist() == expected
+    (prompts, completions, columns) = calls[0]
+    assert prompts == [rows[1]["prompt"], rows[4]["prompt"]] and columns == {"topic": [1, 4]}
+    with pytest.raises(DataError) as caught:
+        annotate(llama, tokenizer, rows, progress=False)
+    assert (caught.value.line, caught.value.field) == (2, "reward")
+
+
+def test_call_reward_funcs() -> None:
+    def one(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(p) + len(c)) for p, c in zip(prompts, completions, strict=True)]
+
+    def two(prompts: list[str], completions: list[str], **columns: Any) -> torch.Tensor:
+        return torch.tensor(columns["bonus"])
+
+    args = (["a", "bb"], ["c", "d"])
+    assert call_reward_funcs(one, *args) == [2.0, 3.0]
+    both = call_reward_funcs([one, two], *args, weights=[0.5, -2], columns={"bonus": [1.0, 0.25]})
+    assert both == [-1.0, 1.0]
+    with pytest.raises(ValueError, match="reward_weights"):
+        call_reward_funcs([one], *args, weights=[1, 2])
+    with pytest.raises(ValueError, match="returned 1 values for 2"):
+        call_reward_funcs(lambda p, c, **k: [1.0], *args)
+    with pytest.raises(ValueError, match="completion 1"):
+        call_reward_funcs(lambda p, c, **k: [1.0, float("nan")], *args)
+    with pytest.raises(TypeError, match="return a float"):
+        call_reward_funcs(lambda p, c, **k: [1.0, "good"], *args)
+    with pytest.raises(TypeError, match="not callable"):
+        call_reward_funcs(["vader"], *args)
+
+
+def test_a_reference_with_nan_is_named_by_row(llama: Any, tokenizer: Any) -> None:
+    """T7: a log-prob that is not finite is an error at caching, with the row."""
+    dataset = make_dataset(tokenizer, 4)
+    with torch.no_grad():
+        llama.lm_head.weight[int(dataset[2]["input_ids"][-2])] = float("nan")
+    with pytest.raises(DataError, match="log-prob nan under the reference") as caught:
+        annotate(llama, tokenizer, make_rows(4), progress=False)
+    assert (caught.value.line, caught.value.field) == (1, "completion")
+
+
+# --- T6: the invalidation matrix ---
+
+
+class World:
+    """Everything `annotate` is called with, so that a test can change one thing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = make_rows(8)
+        self.tokenizer = make_tokenizer(extra=("<|user|>", "<|assistant|>"), template=CHAT)
+        self.model = make_llama(len(self.tokenizer))
+        self.head: ValueHead | None = head_of()
+        self.reward_funcs: Any = [first_reward]
+        self.config: dict[str, Any] = {"keep": "all", "max_prompt_length": 64}
+        for row in self.rows:
+            del row["value"]
+        del self.rows[0]["reward"]
+
+    def run(self, **kw: Any) -> Any:
+        config = AnnotateConfig(**{**self.config, "cache_dir": str(self.folder), **kw})
+        return annotate(
+            self.model,
+            self.tokenizer,
+            self.rows,
+            value_head=self.head,
+            reward_funcs=self.reward_funcs,
+            config=config,
+            progress=False,
+        )
+
+
+def first_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def second_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [2.0 for _ in completions]
+
+
+class Judge:
+    """A reward with weights of its own: they enter the key through `cache_key`."""
+
+    def __init__(self, version: str) -> None:
+        self.cache_key = f"judge:{version}"
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [0.5 for _ in completions]
+
+
+def _config(**changes: Any) -> Any:
+    return lambda w: w.config.update(changes)
+
+
+def _row(index: int, **changes: Any) -> Any:
+    return lambda w: w.rows[index].update(changes)
+
+
+def _weights(w: World) -> None:
+    with torch.no_grad():
+        w.model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
+
+
+def _head_weights(w: World) -> None:
+    with torch.no_grad():
+        w.head.linear.bias += 1e-6
+
+
+def _attribute(path: str, value: Any) -> Any:
+    def change(w: World) -> None:
+        *parents, last = path.split(".")
+        target: Any = w
+        for name in parents:
+            target = getattr(target, name)
+        setattr(target, last, value)
+
+    return change
+
+
+def _tokenizer(**kw: Any) -> Any:
+    defaults = {"extra": ("<|user|>", "<|assistant|>"), "template": CHAT}
+    return lambda w: setattr(w, "tokenizer", make_tokenizer(**{**defaults, **kw}))
+
+
+def _vocabulary(w: World) -> None:
+    core = json.loads(w.tokenizer.backend_tokenizer.to_str())
+    core["model"]["merges"] = core["model"]["merges"][:-1]
+    from tokenizers import Tokenizer
+
+    w.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+
+
+CHANGES: dict[str, tuple[Any, set[str]]] = {
+    "one character of a completion": (_row(3, completion="goods 3"), {"rows", "tokens"}),
+    "one character of a prompt": (_row(3, prompt="nobody lauGhe "), {"rows", "tokens"}),
+    "a reward": (_row(2, reward=0.123), {"rows"}),
+    "a value of the data": (_row(2, value=0.1), {"rows"}),
+    "an advantage of the data": (_row(2, advantage=0.1), {"rows"}),
+    "a column the reward function reads": (
+        lambda w: [r.update(topic=i) for i, r in enumerate(w.rows)],
+        {"columns"},
+    ),
+    "the order of rows": (lambda w: w.rows.reverse(), {"rows", "tokens"}),
+    "a row less": (lambda w: w.rows.pop(), {"rows", "tokens", "num_rows"}),
+    "a row twice": (lambda w: w.rows.append(w.rows[-1]), {"rows", "tokens", "num_rows"}),
+    "max_prompt_length that cuts": (_config(max_prompt_length=4), {"tokens", "max_prompt_length"}),
+    "max_prompt_length that does not": (_config(max_prompt_length=65), {"max_prompt_length"}),
+    "max_completion_length": (
+        _config(max_completion_length=3),
+        {"tokens", "max_completion_length"},
+    ),
+    "temperature": (_config(temperature=1.25), {"temperature"}),
+    "backend": (_config(backend="reference"), {"backend"}),
+    "reward weights": (_config(reward_weights=[0.5]), {"rows", "reward_weights"}),
+    "reward columns": (_config(reward_columns=["score"]), {"rows", "reward_columns"}),
+    "reward function": (_attribute("reward_funcs", [second_reward]), {"reward_funcs"}),
+    "a further reward function": (
+        _attribute("reward_funcs", [first_reward, second_reward]),
+        {"reward_funcs"},
+    ),
+    "no value head": (_attribute("head", None), {"value_head", "value_config"}),
+    "weights of the value head": (_head_weights, {"value_head"}),
+    "range of the value head": (
+        _attribute("head", head_of(max_value=0.75)),
+        {"value_config"},
+    ),
+    "one weight of the reference": (_weights, {"weights"}),
+    "dtype of the reference": (lambda w: w.model.bfloat16(), {"weights", "dtype"}),
+    "attention of the reference": (
+        lambda w: w.model.set_attn_implementation("eager"),
+        {"attention"},
+    ),
+    "configuration of the reference": (
+        _attribute("model.config.rms_norm_eps", 1e-5),
+        {"model_config"},
+    ),
+    "chat template": (_tokenizer(template=CHAT + " "), {"chat_template"}),
+    "padding token": (_tokenizer(pad="<eos>"), {"special_tokens"}),
+    "BOS": (_tokenizer(bos=False), {"tokenizer", "special_tokens", "tokens"}),
+    "a merge of the tokenizer": (_vocabulary, {"tokenizer"}),
+    "kernel version": ("patch", {"lolkernels"}),
+}
+
+IRRELEVANT: dict[str, Any] = {
+    "batch size": _config(batch_size=3),
+    "memory budget": _config(memory_budget=1 << 20),
+    "which rows are returned": _config(keep="positive"),
+    "mode of the model": lambda w: w.model.train(),
+    "another object with the same weights": lambda w: setattr(
+        w, "model", make_llama(len(w.tokenizer))
+    ),
+    "name of the model": _attribute("model.config._name_or_path", "elsewhere"),
+    "an equal tokenizer": _tokenizer(),
+    "generation settings": _attribute("model.config.use_cache", False),
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path / "cache")
+    assert world.run().report["cache"] == "built"
+    return world
+
+
+def test_the_matrix_is_large_enough() -> None:
+    assert len(CHANGES) >= 20 and len(IRRELEVANT) >= 5
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_makes_the_cache_stale(name: str, world: World, monkeypatch) -> None:
+    """T6: rejected, with the field named; rebuilding gives what a cold run gives."""
+    change, fields = CHANGES[name]
+    if change == "patch":
+        monkeypatch.setattr("lolkernels.__version__", "999")
+    else:
+        change(world)
+    with pytest.raises(StaleCacheError) as caught:
+        world.run()
+    assert fields <= set(caught.value.fields), caught.value.fields
+    assert set(caught.value.fields) <= fields | {"rows", "tokens", "columns"}
+    assert all(field in str(caught.value) for field in fields)
+    rebuilt = world.run(stale_cache="rebuild")
+    assert rebuilt.report["cache"] == "built"
+    cold = world.run(cache_dir=str(world.folder.parent / "cold"))
+    assert torch.equal(torch.cat(rebuilt.dataset.ref_logps), torch.cat(cold.dataset.ref_logps))
+    assert world.run().report["cache"] == "hit"
+
+
+@pytest.mark.parametrize("name", IRRELEVANT)
+def test_what_does_not_matter_is_a_hit(name: str, world: World) -> None:
+    before = world.run()
+    IRRELEVANT[name](world)
+    after = world.run()
+    assert after.report["cache"] == "hit" and after.report["key"] == before.report["key"]
+
+
+def test_cached_equals_online_bit_for_bit(world: World) -> None:
+    online = world.run(cache_dir=None)
+    cached = world.run()
+    assert (online.report["cache"], cached.report["cache"]) == ("off", "hit")
+    for name in ("rewards", "values", "advantages"):
+        assert torch.equal(getattr(online.dataset, name), getattr(cached.dataset, name))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(online.dataset.ref_logps, cached.dataset.ref_logps, strict=True)
+    )
+
+
+def test_key_is_in_both_files_and_every_field_counts(world: World) -> None:
+    manifest = json.loads((world.folder / cache.MANIFEST).read_text())
+    assert len(manifest["key"]) >= 20
+    assert manifest["key_sha256"] == cache.key_hash(manifest["key"])
+    import safetensors
+
+    with safetensors.safe_open(world.folder / cache.ARRAYS, framework="pt") as file:
+        assert json.loads(file.metadata()["key"]) == manifest["key"]
+    for field in manifest["key"]:
+        other = {**manifest["key"], field: "something else"}
+        assert cache.stale_fields(manifest["key"], other) == [field]
+        assert cache.key_hash(other) != manifest["key_sha256"]
+    shorter = {k: v for k, v in manifest["key"].items() if k != "dtype"}
+    assert cache.stale_fields(manifest["key"], shorter) == ["dtype"]
+
+
+def test_torn_and_flipped_files_are_found(world: World) -> None:
+    """T5: 50 truncations and 50 bit flips of each file; none is loaded."""
+    for name in (cache.ARRAYS, cache.MANIFEST):
+        path = world.folder / name
+        data = path.read_bytes()
+        for k in range(50):
+            path.write_bytes(data[: k * len(data) // 50])
+            with pytest.raises(StaleCacheError, match="damaged"):
+                world.run()
+            place = (k * 977) % len(data)
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(StaleCacheError):
+                world.run()
+        path.write_bytes(data)
+    assert world.run().report["cache"] == "hit"
+    (world.folder / cache.ARRAYS).unlink()
+    with pytest.raises(StaleCacheError, match="damaged"):
+        world.run()
+    assert world.run(stale_cache="rebuild").report["cache"] == "built"
+
+
+def test_arrays_without_manifest_are_no_cache(world: World) -> None:
+    """A run killed between the two files leaves no cache, not a wrong one."""
+    (world.folder / cache.MANIFEST).unlink()
+    assert world.run().report["cache"] == "built"
+
+
+def test_hostile_files_run_nothing(world: World, tmp_path: Path, monkeypatch) -> None:
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (Path("CANARY"),))
+
+    payload = pickle.dumps(Attack())
+    for name in (cache.ARRAYS, cache.MANIFEST):
+        path = world.folder / name
+        data = path.read_bytes()
+        path.write_bytes(payload)
+        with pytest.raises(StaleCacheError):
+            world.run()
+        path.write_bytes(data)
+    assert not (tmp_path / "CANARY").exists()
+
+
+def test_identity_of_reward_functions() -> None:
+    assert cache.function_key(first_reward) != cache.function_key(second_reward)
+    assert cache.function_key(first_reward).startswith("tests.lolrl.test_annotate.first_reward:")
+    assert cache.function_key(Judge("a")) == "judge:a" != cache.function_key(Judge("b"))
+    one, two = (lambda p, c, **k: [0.0]), (lambda p, c, **k: [1.0])
+    assert isinstance(cache.function_key(one), str) and isinstance(cache.function_key(two), str)
+
+
+def test_rows_keep_their_scores_under_shuffling(llama: Any, tokenizer: Any) -> None:
+    """RELIABILITY 3.2, property 18: scores belong to rows, not to places."""
+    records = read_records(make_rows(11))
+    dataset = LoLDataset.from_records(records, tokenizer)
+    order = [7, 2, 9, 0, 10, 4, 1, 8, 3, 6, 5]
+    shuffled = LoLDataset.from_records([records[i] for i in order], tokenizer)
+    a = score_logps(llama, dataset, pad_token_id=2, batch_size=4)
+    b = score_logps(llama, shuffled, pad_token_id=2, batch_size=4)
+    for place, row in enumerate(order):
+        assert (a[row] - b[place]).abs().max() < 1e-5
