@@ -165,11 +165,12 @@ class Experiment:
             ),
             peft_config=lora(settings.lora_rank),
         )
-        # The methods start from the files, as a user's would; an adapter is merged into them first.
-        self.reference, self.tokenizer = load_policy(trainer.last_model_dir, merge=True)
+        # The methods start from files, as a user's would; an adapter is merged into the weights.
+        merged = trainer.model.merge_and_unload() if settings.lora_rank else trainer.model
         self.reference_folder = self.folder / "reference"
-        self.reference.save_pretrained(self.reference_folder)
-        self.tokenizer.save_pretrained(self.reference_folder)
+        merged.save_pretrained(self.reference_folder)
+        tokenizer.save_pretrained(self.reference_folder)
+        self.reference, self.tokenizer = load_policy(self.reference_folder)
         self.reference.requires_grad_(False)
         return trainer
 
@@ -291,7 +292,7 @@ class Experiment:
             "warmup_steps": 10,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
-            "logging_steps": 5,
+            "logging_steps": min(5, settings.updates),
             "eval_max_new_tokens": settings.max_new_tokens,
             "eval_temperature": 1.0,
             "eval_top_p": settings.top_p,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ def load_policy(
     source: str | Path,
     *,
     gguf_file: str | None = None,
-    merge: bool = False,
     download: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, or by a name that the local hub cache knows.
 
-    A folder with a LoRA adapter is loaded on the base model that the adapter names; `merge` folds
-    it into the weights. `gguf_file` is a file of the folder. Nothing is fetched unless `download`,
-    and no code of the folder runs unless `trust_remote_code`.
+    A folder with a LoRA adapter is loaded on the base model that the adapter names. `gguf_file` is
+    a file of the folder. Nothing is fetched unless `download`, and no code of the folder runs
+    unless `trust_remote_code`.
 
     Raises ValueError where there is no such folder, model or tokenizer, naming it.
     """
@@ -50,8 +48,7 @@ def load_policy(
         if (folder / ADAPTER).exists():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(source, is_trainable=False, **options)
-            model = model.merge_and_unload() if merge else model
+            model = AutoPeftModelForCausalLM.from_pretrained(source, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -63,11 +60,11 @@ def load_policy(
     return model, tokenizer
 
 
-def lora(rank: int, *, alpha: int | None = None, layers: Sequence[int] | None = None) -> Any:
+def lora(rank: int, *, alpha: int | None = None) -> Any:
     """A LoRA configuration for every linear layer of the blocks, or None for `rank` 0.
 
-    alpha: default 2 x rank. layers: the blocks to adapt, by index (None: all). Dropout is 0: the
-    policy must equal its reference before the first update.
+    alpha: default 2 x rank. Dropout is 0: the policy must equal its reference before the first
+    update.
     """
     if rank < 0:
         raise ValueError(f"rank must be >= 0 (0 trains every weight): got {rank}")
@@ -80,7 +77,6 @@ def lora(rank: int, *, alpha: int | None = None, layers: Sequence[int] | None = 
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
-        layers_to_transform=None if layers is None else list(layers),
         task_type="CAUSAL_LM",
     )
 
