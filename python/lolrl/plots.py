@@ -14,10 +14,11 @@ Row = Mapping[str, Any]
 
 _GREY = "0.55"
 _CURVES = (
-    ("loss", "loss"),
     ("eval_reward", "reward on validation prompts"),
-    ("ratio/mean", "mean ratio before the clip"),
-    ("logps/mean", "mean log-prob (nats a token)"),
+    ("loss", "loss"),
+    # The mean ratio itself spans twenty orders of magnitude: one row can own it.
+    ("clip_ratio", "share of ratios outside the clip"),
+    ("logps/mean", "mean log-prob of the training rows (nats a token)"),
 )
 
 
@@ -145,10 +146,10 @@ def plot_divergence(rows: Sequence[Row], path: str | Path, *, title: str = "") -
 
 
 def plot_curves(logs: Mapping[str, Sequence[Row]], path: str | Path, *, title: str = "") -> Path:
-    """Training curves: loss, validation reward, ratio and log-prob over updates, a line per method.
+    """Training curves over updates, a line per method: reward, loss, clipped share, log-prob.
 
-    logs: method -> rows of its JSON Lines log, each with `step` and any of `loss, eval_reward,
-    ratio/mean, logps/mean`. A panel that no method has is left out.
+    logs: method -> rows of its JSON Lines log, each with `step` and any of `eval_reward, loss,
+    clip_ratio, logps/mean`. A panel that no method has is left out.
     Raises ValueError where no row has any of them.
     """
     panels = [

@@ -92,14 +92,18 @@ def test_curves_have_a_panel_a_quantity_and_a_line_a_method(
     logs: dict[str, list[dict[str, Any]]] = {
         "nll": [{"step": 5, "loss": 3.0}, {"step": 10, "loss": 2.0}],
         "a_lol": [
-            {"step": 5, "loss": 1.0, "ratio/mean": 0.9},
-            {"step": 10, "loss": 0.5, "ratio/mean": 0.8},
+            {"step": 5, "loss": 1.0, "clip_ratio": 0.1},
+            {"step": 10, "loss": 0.5, "clip_ratio": 0.2},
             {"step": 10, "eval_reward": 0.4},
         ],
     }
     size(plots.plot_curves(logs, tmp_path / "c.png"))
     panels = {axis.get_title(loc="left"): axis for axis in drawn[0].axes if axis.get_visible()}
-    assert list(panels) == ["loss", "reward on validation prompts", "mean ratio before the clip"]
+    assert list(panels) == [
+        "reward on validation prompts",
+        "loss",
+        "share of ratios outside the clip",
+    ]
     lines = {line.get_label(): line.get_xydata().tolist() for line in panels["loss"].get_lines()}
     assert lines == {"nll": [[5, 3.0], [10, 2.0]], "a_lol": [[5, 1.0], [10, 0.5]]}
     (reward,) = panels["reward on validation prompts"].get_lines()
