@@ -1,0 +1,545 @@
+"""``linear_loss``: every objective, chunked, against the unfused formula in float64."""
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import lolkernels as lk
+from lolkernels import objectives, testing
+from lolkernels.objectives import PerSequence, PerToken
+from lolkernels.testing import LAYOUTS, Problem, RedZones, eager, fuzz, peaky
+
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"cpu": HALF, "reference": (*HALF, torch.float64)}
+REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
+BLOCK = 50
+CASES = [
+    pytest.param(
+        backend, start, marks=() if start < 300 else pytest.mark.slow, id=f"{backend}-{start}"
+    )
+    for backend in DTYPES
+    for start in range(0, 2000, BLOCK)
+]
+
+
+# A user's objectives: of a whole sequence, and of a pair.
+def length_normalised(
+    logps: Tensor, rewards: PerSequence, seq: lk.Sequences, *, power: float = 1.0
+) -> Tensor:
+    return rewards * torch.log1p(-seq.mean(logps) * power)
+
+
+def pairwise(logps: Tensor, ref_logps: PerToken, seq: lk.Sequences, *, beta: float = 0.1) -> Tensor:
+    chosen, rejected = seq.sum(logps - ref_logps).view(-1, 2).unbind(1)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+OBJECTIVES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+    (objectives.nll, {}),
+    (objectives.wbc, {}),
+    (objectives.r_gold, {"floor": 0.05}),
+    (objectives.r_lol, {"clip": 0.5}),
+    (objectives.r_lol, {"clip": None}),
+    (objectives.a_lol, {}),
+    (objectives.a_lol, {"clip": 1.5}),
+    (objectives.a_lol_seq, {"clip": 0.2}),
+    (objectives.a_lol_seq, {"clip": None}),
+    (objectives.a_lol_ref_free, {}),
+    (objectives.a_lol_kl, {"beta": 0.3}),
+    (objectives.r_lol_kl, {}),
+    (length_normalised, {"power": 0.5}),
+    (pairwise, {"beta": 0.4}),
+]
+
+
+class Drawn:
+    """Sequences, side inputs, budget and reduction of a fuzz case over its problem's rows."""
+
+    def __init__(self, seed: int, problem: Problem) -> None:
+        r = random.Random(f"loss {seed}")
+        generator = torch.Generator().manual_seed(seed)
+        n, v = problem.labels.shape[0], problem.weight.shape[0]
+        self.objective, self.options = r.choice(OBJECTIVES)
+        group = 2 if self.objective is pairwise else 1
+        cuts = sorted(r.randint(0, n) for _ in range(r.randint(0, 6)))
+        offsets = [0, *cuts, n]
+        if (len(offsets) - 1) % group:
+            offsets.append(n)  # an empty sequence
+        self.seq = lk.Sequences.from_cu_seqlens(offsets, group_size=group)
+        if r.random() < 0.3:
+            self.seq = self.seq.with_totals(num_sequences=9, num_tokens=101)
+        self.reduction = r.choice(REDUCTIONS)
+        self.budget = r.choice((None, 1, v * 4 * 3, v * 4 * 13, 10_000))
+        truth = eager(problem.double()).logps
+        s = self.seq.num_sequences
+        side = {
+            "ref_logps": truth + torch.randn(n, generator=generator) * r.choice((0.02, 0.3)),
+            "advantages": torch.randn(s, generator=generator),
+            "rewards": torch.rand(s, generator=generator) + 0.1,
+        }
+        wide = torch.float64 if problem.hidden.dtype == torch.float64 else torch.float32
+        needed = lk.side_inputs(self.objective)
+        self.side = {k: t.to(wide) for k, t in side.items() if k in needed}
+        self.upstream = r.choice((1.0, -0.25, 3.0))
+        self.frozen = r.choice(((), (), ("weight", "bias"), ("hidden",), ("bias",)))
+        self.layout: Callable[[], str] = lambda: r.choice(LAYOUTS)
+
+
+def unfused(problem: Problem, drawn: Drawn, kind: torch.dtype | None) -> dict[str, Tensor]:
+    """Eager loss and gradients; ``kind`` float64 gives the truth."""
+    p = problem.double() if kind == torch.float64 else problem
+    operands = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in operands.items() if t is not None}
+    logps = eager(replace(p, **leaves)).logps
+    side = {k: t.to(logps.dtype) for k, t in drawn.side.items()}
+    per_sequence = drawn.objective(logps=logps, seq=drawn.seq, **side, **drawn.options)
+    loss = lk.aggregate(per_sequence, drawn.seq, drawn.reduction)
+    grads = torch.autograd.grad(loss * drawn.upstream, list(leaves.values()))
+    (coef,) = torch.autograd.grad(
+        lk.aggregate(
+            drawn.objective(
+                logps=(leaf := logps.detach().requires_grad_()),
+                seq=drawn.seq,
+                **side,
+                **drawn.options,
+            ),
+            drawn.seq,
+            drawn.reduction,
+        ),
+        leaf,
+    )
+    return {
+        "loss": loss.detach(),
+        "seq_loss": per_sequence.detach(),
+        "logps": logps.detach(),
+        "coef": coef * drawn.upstream,
+        **dict(zip(leaves, grads, strict=True)),
+    }
+
+
+def check_case(seed: int, backend: str) -> tuple[float, int]:
+    """One fuzz case between red zones. Largest error of the loss (relative), canaries rejected."""
+    problem = fuzz(seed, DTYPES[backend])
+    drawn = Drawn(seed, problem)
+    seq = drawn.seq
+    zones = RedZones()
+    operands = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
+    placed = {
+        k: zones.place(k, t, drawn.layout()).requires_grad_(k not in drawn.frozen)
+        for k, t in operands.items()
+        if t is not None
+    }
+    side = {k: zones.place(k, t, drawn.layout()) for k, t in drawn.side.items()}
+    out = lk.linear_loss(
+        drawn.objective,
+        placed["hidden"],
+        placed["weight"],
+        zones.place("labels", problem.labels, drawn.layout()),
+        seq,
+        bias=placed.get("bias"),
+        reduction=drawn.reduction,
+        backend=backend,
+        memory_budget=drawn.budget,
+        return_outputs=True,
+        **problem.options,
+        **side,
+        **drawn.options,
+    )
+    trainable = {k: t for k, t in placed.items() if t.requires_grad}
+    grads = torch.autograd.grad(out.loss * drawn.upstream, list(trainable.values()))
+    zones.check()
+
+    true, peer = unfused(problem, drawn, torch.float64), unfused(problem, drawn, None)
+    wide = torch.float64 if problem.hidden.dtype == torch.float64 else torch.float32
+    assert out.loss.dtype == wide and out.loss.shape == ()
+    computed = ~out.logps.isnan()
+    skipped = torch.zeros_like(computed)
+    if not bool(computed.all()):  # whole sequences whose advantage is not positive
+        assert drawn.objective in (
+            objectives.a_lol,
+            objectives.a_lol_seq,
+            objectives.a_lol_ref_free,
+        )
+        skipped = seq.expand(drawn.side["advantages"] <= 0)
+    assert torch.equal(computed, ~skipped)
+    canaries = testing.accept_logprobs(out.logps[computed], true["logps"][computed])
+
+    # An error of d in each log-prob moves the loss by sum |coef| d (and by the ratio's own share).
+    atol = 1e-12 if wide == torch.float64 else testing.LOGPROB_ATOL
+    size = max(1.0, true["logps"].abs().sum().item())
+    blur = atol * (true["coef"].abs().sum().item() / abs(drawn.upstream)) * size + 1e-6 * abs(
+        true["loss"].item()
+    ) * (1e-6 if wide == torch.float64 else 1)
+    off = abs(out.loss.item() - true["loss"].item())
+    assert off <= blur + 1e-13, f"loss off by {off:.1e}, bound {blur:.1e}"
+    seq_off = (out.seq_loss.double() - true["seq_loss"]).abs()
+    seq_size = 1 + true["seq_loss"].abs()
+    assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
+
+    sizes = testing.gradient_sizes(problem, {"logps": true["coef"]})
+    # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
+    longest = max(1, int(seq.lengths.max()))
+    for name, grad in zip(trainable, grads, strict=True):
+        assert grad.dtype == trainable[name].dtype
+        try:
+            canaries += testing.accept_gradient(
+                grad, peer[name], true[name], sizes[name] * math.sqrt(longest)
+            )
+        except AssertionError as error:
+            raise AssertionError(f"d{name} of {drawn.objective.__name__}: {error}") from None
+    return off / max(1e-3, abs(true["loss"].item())), canaries
+
+
+@pytest.mark.parametrize(("backend", "start"), CASES)
+def test_fuzz_against_float64(
+    backend: str, start: int, record_property: Callable[[str, object], None]
+) -> None:
+    worst, canaries, faults = 0.0, 0, []
+    for seed in range(start, start + BLOCK):
+        try:
+            error, rejected = check_case(seed, backend)
+        except AssertionError as error_of_case:
+            faults.append(f"seed {seed}: {error_of_case}")
+            continue
+        worst, canaries = max(worst, error), canaries + rejected
+    assert not faults, f"{len(faults)} of {BLOCK} cases:\n" + "\n".join(faults)
+    assert canaries >= 4 * BLOCK
+    record_property("worst relative error of the loss", worst)
+
+
+# --- exact in float64: every objective, reduction, chunking and frozen operand --------------------
+
+
+def double_problem(
+    n: int = 37, v: int = 53, bias: bool = True
+) -> tuple[Problem, dict[str, Tensor]]:
+    p = peaky(n, 9, v, dtype=torch.float64, bias=bias, softcap=20.0, temperature=0.8)
+    side = {
+        "ref_logps": eager(p).logps + 0.1 * torch.randn(n, dtype=torch.float64),
+        "advantages": torch.tensor([0.7, -0.3, 1.2, 0.0, 0.4, 2.0], dtype=torch.float64),
+        "rewards": torch.tensor([0.1, 0.9, 1.0, 0.5, 0.0, 2.0], dtype=torch.float64),
+    }
+    return p, side
+
+
+LENGTHS = [4, 11, 0, 3, 18, 1]  # an empty sequence, and one longer than the smaller budgets
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows_held", [1, 5, 12, 1000])
+@pytest.mark.parametrize(("objective", "options"), OBJECTIVES)
+def test_the_fused_pass_equals_the_unfused_one(
+    objective: Callable[..., Tensor], options: dict[str, Any], rows_held: int, reduction: str
+) -> None:
+    p, side = double_problem()
+    seq = lk.Sequences.from_lengths(LENGTHS, group_size=2 if objective is pairwise else 1)
+    side = {k: t for k, t in side.items() if k in lk.side_inputs(objective)}
+    for frozen in ((), ("weight", "bias"), ("hidden",), ("bias",)):
+        operands = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
+        a = {k: t.clone().requires_grad_(k not in frozen) for k, t in operands.items()}
+        b = {k: t.clone().requires_grad_(k not in frozen) for k, t in operands.items()}
+        fused = lk.linear_loss(
+            objective,
+            a["hidden"],
+            a["weight"],
+            p.labels,
+            seq,
+            bias=a["bias"],
+            reduction=reduction,
+            memory_budget=rows_held * 53 * 8,
+            **p.options,
+            **side,
+            **options,
+        )
+        logps = eager(replace(p, **b)).logps
+        unfused = lk.aggregate(objective(logps=logps, seq=seq, **side, **options), seq, reduction)
+        assert abs(fused.item() - unfused.item()) <= 1e-12 * max(1, abs(unfused.item()))
+        leaves = [k for k in a if k not in frozen]
+        got = torch.autograd.grad(fused, [a[k] for k in leaves])
+        want = torch.autograd.grad(unfused, [b[k] for k in leaves])
+        for x, y in zip(got, want, strict=True):
+            assert testing.accept_gradient(x, y, y) == 3
+
+
+def test_padded_inputs_with_a_mask_equal_packed_rows() -> None:
+    mask = torch.rand(5, 12) < 0.6
+    mask[3] = False
+    h, labels = torch.randn(5, 12, 8), torch.randint(40, (5, 12))
+    w, ref = torch.randn(40, 8), -torch.rand(5, 12)
+    advantages = torch.rand(5)
+    seq = lk.Sequences.from_mask(mask)
+    outcomes = []
+    for padded in (True, False):
+        leaf = h.clone().requires_grad_()
+        picked = [leaf, labels, ref] if padded else [leaf[mask], labels[mask], ref[mask]]
+        if padded:  # what lies outside the mask is never read
+            labels[~mask] = 10**9
+        loss = lk.linear_loss(
+            objectives.a_lol,
+            picked[0],
+            w,
+            picked[1],
+            seq,
+            ref_logps=picked[2],
+            advantages=advantages,
+        )
+        outcomes.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    assert all(torch.equal(x, y) for x, y in zip(*outcomes, strict=True))
+    assert bool((outcomes[0][1][~mask] == 0).all())
+    assert float(outcomes[0][1][mask].abs().max()) > 0
+
+
+# --- work: which rows enter a GEMM, and how often -------------------------------------------------
+
+
+def gemm_flops(call: Callable[[], Tensor]) -> int:
+    """Flops of all matrix products of a forward and backward."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss = call()
+        if loss.requires_grad:
+            loss.backward()
+    flops = 0
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            first = 0 if event.key == "aten::mm" else 1
+            (m, k), (_, n) = event.input_shapes[first : first + 2]
+            flops += 2 * m * k * n * event.count
+    return flops
+
+
+def work_of(n_active: int, **how: Any) -> tuple[float, int, int]:
+    """GEMMs of 2 n D V flops that one call takes, over ``n_active`` rows."""
+    d, v, lengths = 16, 300, [7, 20, 9, 30]
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(sum(lengths), d, generator=generator)
+    w = torch.randn(v, d, generator=generator).requires_grad_(how.pop("train_weight", True))
+    labels = torch.randint(v, (sum(lengths),), generator=generator)
+    advantages = how.pop("advantages", torch.ones(4))
+    h.requires_grad_(how.pop("train_hidden", True))
+    flops = gemm_flops(
+        lambda: lk.linear_loss(
+            objectives.a_lol_seq if how.get("token") else objectives.a_lol,
+            h,
+            w,
+            labels,
+            lk.Sequences.from_lengths(lengths),
+            ref_logps=-torch.ones(sum(lengths)),
+            advantages=advantages,
+            memory_budget=how.get("rows", 1000) * v * 4,
+        )
+    )
+    return flops / (2 * n_active * d * v), d, v
+
+
+def test_three_gemms_and_two_with_a_frozen_operand() -> None:
+    assert work_of(66)[0] == 3
+    assert work_of(66, rows=30)[0] == 3  # several chunks
+    assert work_of(66, rows=10, token=True)[0] == 3  # sequences are cut where a loss is token-local
+    assert work_of(66, train_weight=False)[0] == 2
+    assert work_of(66, train_weight=False, rows=10)[0] == 2  # groups longer than a chunk
+    assert work_of(66, train_hidden=False)[0] == 2
+    assert work_of(66, train_hidden=False, train_weight=False)[0] == 1
+
+
+def test_a_group_longer_than_a_chunk_computes_its_logits_twice() -> None:
+    long_rows = 20 + 30
+    assert work_of(1, rows=10)[0] == 3 * 66 + long_rows
+    assert work_of(1, rows=25)[0] == 3 * 66 + 30
+
+
+def test_sequences_without_a_positive_advantage_enter_no_gemm() -> None:
+    advantages = torch.tensor([1.0, -2.0, 0.0, 3.0])
+    assert work_of(7 + 30, advantages=advantages)[0] == 3
+    assert work_of(7 + 30, advantages=advantages, train_weight=False)[0] == 2
+    assert work_of(1, advantages=-torch.ones(4))[0] == 0
+
+
+def test_prompt_rows_enter_no_gemm() -> None:
+    mask = torch.zeros(4, 10, dtype=torch.bool)
+    mask[:, 5:] = True
+    h, w = torch.randn(4, 10, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    labels = torch.randint(300, (4, 10))
+    flops = gemm_flops(
+        lambda: lk.linear_loss(objectives.nll, h, w, labels, lk.Sequences.from_mask(mask))
+    )
+    assert flops == 3 * 2 * 20 * 16 * 300
+    flops = gemm_flops(lambda: lk.linear_logprob(h, w, labels, mask=mask).logps.sum())
+    assert flops == 4 * 2 * 20 * 16 * 300
+
+
+def test_a_skipped_sequence_has_no_statistics_and_no_gradient() -> None:
+    h, w = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4)
+    out = lk.linear_loss(
+        objectives.a_lol_ref_free,
+        h,
+        w,
+        torch.arange(9),
+        lk.Sequences.from_lengths([3, 4, 2]),
+        advantages=torch.tensor([1.0, -1.0, 2.0]),
+        return_outputs=True,
+    )
+    out.loss.backward()
+    assert bool((h.grad[3:7] == 0).all()) and bool((h.grad[:3] != 0).any())
+    for t in (out.logps, out.lse, out.entropy, out.max_logit):
+        assert torch.equal(t.isnan(), torch.tensor([False] * 3 + [True] * 4 + [False] * 2))
+        assert not t.requires_grad
+    assert float(out.seq_loss[1]) == 0.0 and not out.seq_loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", list(DTYPES))
+def test_all_sequences_skipped_gives_a_zero_loss_and_zero_gradients(backend: str) -> None:
+    h, w = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    loss = lk.linear_loss(
+        objectives.a_lol_ref_free,
+        h,
+        w,
+        torch.arange(5),
+        lk.Sequences.from_lengths([5]),
+        advantages=torch.tensor([-1.0]),
+        backend=backend,
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert float(h.grad.abs().max()) == 0.0 and float(w.grad.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_tokens_is_a_loss_of_zero(lengths: list[int], reduction: str) -> None:
+    h, w = torch.zeros(0, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.int64)
+    seq = lk.Sequences.from_lengths(lengths)
+    loss = lk.linear_loss(objectives.nll, h, w, labels, seq, reduction=reduction)
+    loss.backward()
+    assert loss.item() == 0.0 and h.grad.shape == (0, 4) and float(w.grad.abs().max()) == 0.0
+
+
+# --- what an objective may be ---------------------------------------------------------------------
+
+
+def test_a_lambda_a_partial_and_an_object_are_objectives() -> None:
+
+    p = peaky(8, 4, 11)
+    seq = lk.Sequences.from_lengths([5, 3])
+
+    class Scaled:
+        def __call__(self, logps: Tensor, seq: lk.Sequences) -> Tensor:
+            return -2.0 * seq.sum(logps)
+
+    def scaled(logps: Tensor, seq: lk.Sequences, *, factor: float = 1.0) -> Tensor:
+        return -factor * seq.sum(logps)
+
+    want = 2 * lk.linear_loss(objectives.nll, p.hidden, p.weight, p.labels, seq)
+    found = [
+        lambda logps, seq: -2.0 * seq.sum(logps),
+        Scaled(),
+        functools.partial(scaled, factor=2.0),
+    ]
+    for objective in found:
+        got = lk.linear_loss(objective, p.hidden, p.weight, p.labels, seq)
+        assert torch.equal(got, want)
+
+
+def test_options_with_defaults_and_without() -> None:
+    p, side = double_problem()
+    seq = lk.Sequences.from_lengths(LENGTHS)
+    given = {"ref_logps": side["ref_logps"], "advantages": side["advantages"]}
+    losses = {
+        clip: lk.linear_loss(
+            objectives.a_lol, p.hidden, p.weight, p.labels, seq, **given, **options
+        ).item()
+        for clip, options in ((0.9, {}), (0.1, {"clip": 0.1}), (None, {"clip": None}))
+    }
+    assert len(set(losses.values())) == 3  # the option arrives
+    explicit = lk.linear_loss(
+        objectives.a_lol, p.hidden, p.weight, p.labels, seq, clip=0.9, **given
+    )
+    assert explicit.item() == losses[0.9]
+
+
+def test_a_loss_that_ignores_the_log_probs_has_zero_gradient() -> None:
+    p = peaky(8, 4, 11)
+    h = p.hidden.requires_grad_()
+
+    def constant(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
+        return rewards * 2
+
+    loss = lk.linear_loss(
+        constant,
+        h,
+        p.weight,
+        p.labels,
+        lk.Sequences.from_lengths([5, 3]),
+        rewards=torch.tensor([1.0, 2.0]),
+    )
+    loss.backward()
+    assert loss.item() == 3.0 and float(h.grad.abs().max()) == 0.0
+
+
+def test_step_zero_ratio_is_one_whatever_the_batch_shape() -> None:
+    """Reference log-probs scored in one batch shape, the policy in another: |sum| <= 1e-3 nat."""
+    for dtype in HALF:
+        p = peaky(600, 64, 5000, dtype=dtype, std=4.0)
+        seq = lk.Sequences.from_lengths([400, 50, 150])
+        ref = torch.cat(
+            [
+                lk.linear_logprob(p.hidden[i : i + 7], p.weight, p.labels[i : i + 7]).logps
+                for i in range(0, 600, 7)
+            ]
+        )
+        ones = torch.ones(3)
+        out = lk.linear_loss(
+            objectives.a_lol,
+            p.hidden,
+            p.weight,
+            p.labels,
+            seq,
+            ref_logps=ref,
+            advantages=ones,
+            memory_budget=5000 * 4 * 60,
+            clip=None,
+            return_outputs=True,
+        )
+        assert float(seq.sum(out.logps - ref).abs().max()) <= 1e-3
+        ratio = -out.seq_loss / seq.sum(out.logps)
+        assert float((ratio - 1).abs().max()) <= 1e-3
+
+
+def test_the_denominators_may_be_those_of_a_larger_update() -> None:
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, sequences of uneven length, one without tokens."""
+    lengths = [3, 9, 1, 0, 14, 2, 5, 6]
+    p = peaky(sum(lengths), 8, 31, dtype=torch.float64)
+    advantages = torch.rand(8, dtype=torch.float64) + 0.1
+    for reduction in REDUCTIONS:
+        outcomes = []
+        for parts in (1, 2, 4, 8):
+            h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+            total, row, size = 0.0, 0, 8 // parts
+            for i in range(0, 8, size):
+                part = lengths[i : i + size]
+                rows = slice(row, row + sum(part))
+                row = rows.stop
+                seq = lk.Sequences.from_lengths(part)
+                loss = lk.linear_loss(
+                    objectives.a_lol_ref_free,
+                    h[rows],
+                    w,
+                    p.labels[rows],
+                    seq.with_totals(num_sequences=8, num_tokens=sum(lengths)),
+                    reduction=reduction,
+                    advantages=advantages[i : i + size],
+                )
+                loss.backward()
+                total += loss.item()
+            outcomes.append((torch.tensor(total, dtype=torch.float64), h.grad, w.grad))
+        for other in outcomes[1:]:
+            for x, y in zip(outcomes[0], other, strict=True):
+                assert float((x - y).abs().max()) <= 1e-12 * max(1, float(y.abs().max()))
