@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import lolkernels as lk
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import lolkernels as lk
 from lolrl import cache
 from lolrl.cache import StaleCacheError
 from lolrl.collate import LoLCollator
@@ -33,8 +33,8 @@ class Annotated:
     """Annotated rows and how they came about.
 
     dataset: the kept rows, with `ref_logps`, and `rewards`, `values`, `advantages` where known.
-    report: num_rows, num_kept, share_kept, num_skipped, means of reward, value and advantage over all
-    rows (None where unknown), `cache` ("hit", "built" or "off"), `key` (its hash), seconds.
+    report: num_rows, num_kept, share_kept, num_skipped, means of reward, value and advantage over
+    all rows (None where unknown), `cache` ("hit", "built" or "off"), `key` (its hash), seconds.
     """
 
     dataset: LoLDataset
@@ -83,7 +83,8 @@ def call_reward_funcs(
                 ) from error
             if not math.isfinite(number):
                 raise ValueError(
-                    f"reward function {name} returned {number} for completion {i}; return a finite float"
+                    f"reward function {name} returned {number} for completion {i}; "
+                    "return a finite float"
                 )
             total[i] += weight * number
     return total
@@ -111,8 +112,8 @@ def score_logps(
 ) -> list[Tensor]:
     """log p(y_t | x, y_<t) of every completion token of every row, without gradient or logits.
 
-    The model is fused in place (`lolkernels.fuse_lm_head`), scored in eval mode, and left in the mode
-    it was in.
+    The model is fused in place (`lolkernels.fuse_lm_head`), scored in eval mode, and left in the
+    mode it was in.
 
     Returns:
         n tensors (completion length,), float32 nats on the CPU, in the dataset's order.
@@ -160,6 +161,15 @@ def cache_key(
     functions = [] if reward_funcs is None else reward_funcs
     functions = [functions] if callable(functions) else list(functions)
     records = [[r.prompt, r.completion, r.reward, r.value, r.advantage] for r in dataset.records]
+    given = {
+        name: column
+        for name, column in (
+            ("rewards", dataset.rewards),
+            ("values", dataset.values),
+            ("advantages", dataset.advantages),
+        )
+        if column is not None
+    }
     tokens = cache.tensors_digest(
         {"ids": dataset.ids, "offsets": dataset.offsets, "prompt_lengths": dataset.prompt_lengths}
     )
@@ -168,7 +178,7 @@ def cache_key(
         **cache.versions_key(),
         **cache.model_key(model),
         **cache.tokenizer_key(tokenizer),
-        "rows": sha256_text(canonical_json(records)),
+        "rows": sha256_text(canonical_json([records, cache.tensors_digest(given)])),
         "columns": sha256_text(repr(sorted(columns.items()))),
         "tokens": tokens,
         "num_rows": len(dataset),
@@ -293,9 +303,8 @@ def _compute(
     rewards = _rewards(dataset, reward_funcs, config)
     if rewards is not None:
         arrays["rewards"] = rewards
-    known = [r.value for r in records]
-    if all(v is not None for v in known):
-        arrays["values"] = torch.tensor(known, dtype=torch.float64)
+    if dataset.values is not None:
+        arrays["values"] = dataset.values
     elif value_head is not None:
         arrays["values"] = predict_values(
             value_head,

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lolkernels
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import lolkernels
 from lolrl.files import canonical_json, sha256_file, sha256_text, write_atomic, write_json
 
 FORMAT = "lolrl.annotations.1"
@@ -38,7 +38,8 @@ class StaleCacheError(ValueError):
     def __init__(self, folder: Path, fields: list[str], problem: str) -> None:
         self.fields = fields
         super().__init__(
-            f"{folder}: {problem}; pass stale_cache='rebuild' to write it again, or another cache_dir"
+            f"{folder}: {problem}; pass stale_cache='rebuild' to write it again, "
+            "or another cache_dir"
         )
 
 
@@ -98,8 +99,8 @@ def tokenizer_key(tokenizer: Any) -> dict[str, str]:
 def function_key(function: Callable[..., Any]) -> str:
     """Identity of a reward function: its `cache_key` attribute, or its name and source text.
 
-    A function whose behaviour depends on data outside of its source (a file, a model) should carry a
-    string `cache_key` that changes with it.
+    A function whose behaviour depends on data outside of its source (a file, a model) should carry
+    a string `cache_key` that changes with it.
     """
     own = getattr(function, "cache_key", None)
     if isinstance(own, str):

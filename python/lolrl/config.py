@@ -1,27 +1,35 @@
-"""Configuration of every stage: dataclasses, and strict YAML in both directions.
-
-Nothing here is executable: YAML is read by a safe loader that refuses duplicate keys, unknown
-fields are an error, and `from_mapping(cls, to_mapping(c))` gives `c` back.
-"""
+"""Configuration of every stage, as dataclasses whose fields explain themselves."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import os
-import types
-import typing
-from collections.abc import Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from lolrl.files import write_atomic
+from lolrl.configfile import (
+    ConfigError,
+    dump_config,
+    from_mapping,
+    load_config,
+    load_yaml,
+    to_mapping,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "AnnotateConfig",
+    "ConfigError",
+    "LoLConfig",
+    "ValueConfig",
+    "dump_config",
+    "from_mapping",
+    "load_config",
+    "load_yaml",
+    "to_mapping",
+]
 
 OBJECTIVES = (
     "nll",
@@ -34,13 +42,6 @@ OBJECTIVES = (
     "a_lol_kl",
     "r_lol_kl",
 )
-MAX_CONFIG_BYTES = 1 << 20
-
-Config = TypeVar("Config")
-
-
-class ConfigError(ValueError):
-    """A configuration value or file that cannot be used; the message says what to change."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -77,8 +78,8 @@ def _check_rewards(columns: list[str], weights: list[float] | None) -> None:
 class LoLConfig(TrainingArguments):
     """Arguments of `LoLTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
-    Three defaults of the base class differ: `logging_steps` is 10, `report_to` is TensorBoard where it
-    is installed, and columns are never dropped (`remove_unused_columns=False`), because the
+    Three defaults of the base class differ: `logging_steps` is 10, `report_to` is TensorBoard where
+    it is installed, and columns are never dropped (`remove_unused_columns=False`), because the
     objective's side inputs are columns.
 
     Raises:
@@ -88,7 +89,7 @@ class LoLConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata=_help("Log the metrics every this many updates.")
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="auto",
         metadata=_help(
             "Where log lines go beside console and metrics.jsonl; auto: TensorBoard if installed."
@@ -108,7 +109,7 @@ class LoLConfig(TrainingArguments):
     clip: float | None = field(
         default=0.9,
         metadata=_help(
-            "eps of the ratio's bounds [1 - eps, 1 + eps]; null switches the clip off, 0 is refused."
+            "eps of the ratio's bounds [1 - eps, 1 + eps]; null: no clip; 0 is refused."
         ),
     )
     beta: float = field(
@@ -132,9 +133,9 @@ class LoLConfig(TrainingArguments):
     sampling: str = field(
         default="auto",
         metadata=_help(
-            "advantage: draw rows in proportion to max(advantage, 0), without replacement inside an "
-            "update; uniform: a permutation each epoch; auto: advantage for the objectives that take "
-            "advantages."
+            "advantage: draw rows in proportion to max(advantage, 0), without replacement inside "
+            "an update; uniform: a permutation each epoch; auto: advantage for the objectives that "
+            "take advantages."
         ),
     )
     disable_dropout: bool = field(
@@ -143,8 +144,8 @@ class LoLConfig(TrainingArguments):
     step0_gate: bool = field(
         default=True,
         metadata=_help(
-            "Before the first update, require |sum of log-ratios| <= step0_tolerance on step0_rows rows. "
-            "Switch it off only when the policy does not start from the reference."
+            "Before the first update, require |sum of log-ratios| <= step0_tolerance on "
+            "step0_rows rows. Switch it off only when the policy does not start from the reference."
         ),
     )
     step0_tolerance: float = field(
@@ -207,7 +208,7 @@ class LoLConfig(TrainingArguments):
         _choice("on_bad", self.on_bad, ("error", "skip"))
         _choice("stale_cache", self.stale_cache, ("error", "rebuild"))
         if self.clip is not None:
-            # Zero would mean "weight one" to some and "no clip" to others; both have their own name.
+            # Zero would mean "weight one" to some and "no clip" to others; both have their name.
             _positive("clip (null switches it off, a_lol_ref_free is weight one)", self.clip)
         for name in ("temperature", "step0_tolerance", "step0_rows", "eval_max_new_tokens"):
             _positive(name, getattr(self, name))
@@ -323,154 +324,3 @@ class ValueConfig:
         low, high = self.min_value, self.max_value
         if low is not None and high is not None and not low < high:
             raise ConfigError(f"min_value={low!r} must be below max_value={high!r}")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses a mapping with the same key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise ConfigError(
-                    f"line {key_node.start_mark.line + 1}: a key must be a plain name"
-                )
-            if key in seen:
-                raise ConfigError(
-                    f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file. Only plain data: no tags, no duplicate keys, at most 1 MiB.
-
-    Raises:
-        ConfigError: naming the file, and the line where the parser knows it.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {len(raw)} bytes is more than a configuration may have (1 MiB)")
-    try:
-        loader = _StrictLoader(raw.decode("utf-8"))
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(raw.decode("utf-8"))):
-            # Nested aliases expand exponentially; no field of ours needs them.
-            raise ConfigError("aliases (*name) are not supported; write the value out")
-        try:
-            value = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: not plain YAML: {text}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{path}: must be a mapping from field names to values")
-    return value
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, where the type is plain; YAML 1.1 reads 1e-4 as a string."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        plain = [option for option in options if option is not type(None)]
-        if len(plain) == 1:
-            return _coerce(name, value, plain[0])
-        return value
-    if origin is list and typing.get_args(hint)[0] in (str, int, float):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name}={value!r} must be a list")
-        return [_coerce(f"{name}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value)]
-    if hint is float:
-        try:
-            if not isinstance(value, (bool, list, dict)) and value is not None:
-                # An integer stays one: transformers reads 500 as steps and 0.5 as a share.
-                return value if isinstance(value, int) else float(value)
-        except ValueError:
-            pass
-        raise ConfigError(f"{name}={value!r} must be a number")
-    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"{name}={value!r} must be an integer")
-    if hint is bool and not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be true or false")
-    if hint is str and not isinstance(value, str):
-        raise ConfigError(f"{name}={value!r} must be a string")
-    return value
-
-
-def from_mapping(
-    cls: type[Config], mapping: dict[str, Any], *, source: str = "configuration"
-) -> Config:
-    """`cls(**mapping)` with unknown names refused and plain types checked.
-
-    Raises:
-        ConfigError: naming `source`, the field, and for an unknown name the nearest known one.
-    """
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    values = {}
-    for name, value in mapping.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{source}: {cls.__name__} has no field {name!r}{hint}")
-        try:
-            values[name] = _coerce(name, value, hints[name])
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from error
-
-
-def load_config(
-    cls: type[Config],
-    path: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> Config:
-    """`cls` from a YAML file (optional) with `overrides` (flags) on top.
-
-    Raises:
-        ConfigError: see `load_yaml` and `from_mapping`.
-    """
-    mapping = {} if path is None else load_yaml(path)
-    return from_mapping(cls, {**mapping, **(overrides or {})}, source=str(path or "flags"))
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Every field of a configuration as plain data: strings, numbers, lists, dictionaries, None."""
-    source = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-    # The hub's token is a secret: it is never written, and has to be given again.
-    names = [f.name for f in dataclasses.fields(config) if f.init and f.name != "hub_token"]
-    return {name: _plain(source[name]) for name in names if name in source}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value.value if hasattr(value, "value") else value
-    return str(value)
-
-
-def dump_config(config: Any, path: str | os.PathLike[str]) -> Path:
-    """Write every field to a YAML file that `load_config` reads back to an equal configuration."""
-    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
-    return write_atomic(path, text.encode("utf-8"))

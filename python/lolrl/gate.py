@@ -142,12 +142,12 @@ def _cause(
         if ids != have:
             return (
                 f"The row was tokenised otherwise: {len(have)} ids against {len(ids)} by "
-                "processing_class and these length limits. Annotate with the tokenizer and limits of "
-                "the training."
+                "processing_class and these length limits. Annotate with the tokenizer and limits "
+                "of the training."
             )
     return (
         f"In eval mode it is {calm:.3g} too, and the tokens agree: ref_logps were made by other "
-        "weights, dtype or attention (a stale cache), or the policy does not start from the reference. "
-        "Annotate again with the model training starts from; only if it is meant to differ, set "
-        "step0_gate=False."
+        "weights, dtype or attention (a stale cache), or the policy does not start from the "
+        "reference. Annotate again with the model training starts from; only if it is meant to "
+        "differ, set step0_gate=False."
     )

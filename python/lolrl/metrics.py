@@ -49,7 +49,8 @@ class Meter:
     r_lol, per token for a_lol_seq, before the clip; whole-sequence for other objectives with a
     reference), clip_ratio the share outside [1 - clip, 1 + clip], kl the mean over sequences of
     sum_t (l_t - l^r_t) in nats, entropy and logps/mean means over the tokens that were scored
-    (sequences without weight are not), unlearned_share the share of rows a KL objective pushes down.
+    (sequences without weight are not), unlearned_share the share of rows a KL objective pushes
+    down.
     """
 
     def __init__(self, objective: str, *, clip: float | None, beta: float, device: Any) -> None:
@@ -175,7 +176,7 @@ class Meter:
         return logs
 
     def state(self) -> dict[str, Any]:
-        """Counters and unfinished sums as JSON values; floats survive exactly, non-finite as text."""
+        """Counters and unfinished sums as JSON values; floats are text, so that they survive."""
         return {
             "sums": [repr(v) for v in self.sums.tolist()],
             "low": repr(float(self.low)),

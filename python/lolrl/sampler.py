@@ -25,8 +25,9 @@ class UpdateSampler(Sampler[int]):
 
     With weights, each update of `update_batch_size` rows is drawn by successive sampling: the first
     row with probability w_i / sum w, the next likewise among those left, and so on; so no row is
-    twice in an update, and updates are independent. Rows of weight zero are never drawn; if fewer rows
-    than an update have weight, an update is all of them. Without weights an epoch is a permutation.
+    twice in an update, and updates are independent. Rows of weight zero are never drawn; if fewer
+    rows than an update have weight, an update is all of them. Without weights an epoch is a
+    permutation.
 
     An epoch has as many draws as there are rows with weight (all rows without weights), the last
     update being shorter where the numbers do not divide.
@@ -67,8 +68,8 @@ class UpdateSampler(Sampler[int]):
                 raise ValueError("weights must be finite and >= 0")
             if not bool((weights > 0).any()):
                 raise ValueError(
-                    "weights are all zero: no row has a positive advantage; check the value head, or "
-                    "train with sampling='uniform' and advantage_filter='none'"
+                    "weights are all zero: no row has a positive advantage; check the value head, "
+                    "or train with sampling='uniform' and advantage_filter='none'"
                 )
         if lengths is not None and lengths.shape != (num_rows,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({num_rows},)")

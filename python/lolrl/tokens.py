@@ -1,4 +1,4 @@
-"""Tokens of a prompt and its completion, the boundary between them, and the dataset that holds both.
+"""Tokens of a prompt and its completion, their boundary, and the dataset that holds them.
 
 The tokens of a row are always those of the *whole* text: `ids == tokenize(prompt + completion)`,
 and the completion starts where the tokens of the prompt alone stop agreeing with them.
@@ -31,7 +31,7 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 
 
 def text_ids(tokenizer: Any, text: str, *, prefix: list[int] | None = None) -> list[int]:
-    """Ids of a plain text after the tokenizer's own prefix, once: a text that begins with BOS keeps one."""
+    """Ids of a text behind the tokenizer's own prefix; a text that begins with BOS keeps one."""
     prefix = prefix_ids(tokenizer) if prefix is None else prefix
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
@@ -55,7 +55,7 @@ def _keep_end(ids: list[int], limit: int | None, tokenizer: Any) -> list[int]:
         return ids
     bos = tokenizer.bos_token_id
     if bos is not None and ids[0] == bos:
-        return [bos] + ids[len(ids) - limit + 1 :] if limit > 1 else [bos]
+        return [bos, *ids[len(ids) - limit + 1 :]]
     return ids[len(ids) - limit :]
 
 
@@ -65,10 +65,11 @@ def encode_prompt(
     """Ids of a prompt alone, as generation starts from it.
 
     A string gets the tokenizer's own prefix (one BOS at most) and nothing behind it; messages go
-    through the chat template with its generation prompt. Of a longer prompt the end is kept, and BOS.
+    through the chat template with its generation prompt. Of a longer prompt the end and
+    BOS are kept.
 
     Raises:
-        ValueError: messages without a chat template; a tokenizer that adds specials inside the text.
+        ValueError: messages without a chat template; a tokenizer with specials inside the text.
     """
     if isinstance(prompt, str):
         ids = text_ids(tokenizer, prompt)

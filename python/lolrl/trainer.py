@@ -1,41 +1,48 @@
 """`LoLTrainer`: `transformers.Trainer` with a fused offline-RL objective.
 
-The loss is computed inside the model's own forward (`lolkernels.fuse_lm_head`), so whatever wraps the
-module sees one ordinary forward. What is here: which rows, which denominators, what is logged, when
-to stop. What is not: distribution, mixed precision, optimisers and schedules, which are the base class's.
+The loss is computed inside the model's own forward (`lolkernels.fuse_lm_head`), so whatever wraps
+the module sees one ordinary forward. What is here: which rows, which denominators, what is logged,
+when to stop. What is not: distribution, mixed precision, optimisers and schedules, which are the
+base class's.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lolkernels as lk
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from lolrl.annotate import RewardFuncs, annotate, call_reward_funcs, shared_columns
+import lolkernels as lk
+from lolrl.annotate import RewardFuncs
 from lolrl.checkpoints import STATE, CheckpointError, last_complete, read_state, write_manifest
 from lolrl.collate import LoLCollator
-from lolrl.config import OBJECTIVES, AnnotateConfig, ConfigError, LoLConfig, dump_config
-from lolrl.data import Record, read_prompts, read_records
+from lolrl.config import LoLConfig, dump_config
+from lolrl.data import Record
 from lolrl.files import write_json
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
+from lolrl.prepare import (
+    evaluation_rows,
+    objective_options,
+    resolve_auto,
+    resolve_objective,
+    training_rows,
+    wrap_peft,
+)
 from lolrl.sampler import UpdateSampler
-from lolrl.tokens import LoLDataset, as_dataset, completion_text, model_eos_ids, prompt_text
-from lolrl.value import evaluation_mode
+from lolrl.tokens import LoLDataset, model_eos_ids
+from lolrl.validation import MODEL_INPUTS, generated_rewards, row_losses
 
 __all__ = ["LoLTrainer", "StepZeroError", "sft", "train"]
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "completion_mask")
-ABOUT_COMPLETIONS = ("completion", "chosen", "rejected", "value", "advantage", "ref_logps")
 MAX_SKIPPED_IN_A_ROW = 5
 
 
@@ -62,8 +69,8 @@ class LoLTrainer(Trainer):
 
     Args:
         model: a causal LM, or the path of one (loaded from disk).
-        ref_model: the frozen reference, used once to score rows without `ref_logps`. None: the policy
-            as it is before training.
+        ref_model: the frozen reference, used once to score rows without `ref_logps`. None: the
+            policy as it is before training.
         args: a `LoLConfig`.
         data_collator: default `LoLCollator`.
         train_dataset: an annotated `LoLDataset`, or anything `read_records` takes.
@@ -72,8 +79,8 @@ class LoLTrainer(Trainer):
         compute_metrics: called with an `EvalPrediction` of (completions, rewards, inputs=prompts).
         callbacks, optimizers: as in `Trainer`.
         peft_config: wraps the model with `peft.get_peft_model`.
-        reward_funcs: `f(prompts, completions, **columns) -> list[float]`, one or several; scores the
-            responses generated in evaluation, weighted by `args.reward_weights`.
+        reward_funcs: `f(prompts, completions, **columns) -> list[float]`, one or several; scores
+            the responses generated in evaluation, weighted by `args.reward_weights`.
         objective: a callable in place of `args.objective` (see `lolkernels.side_inputs`).
 
     Raises:
@@ -110,32 +117,32 @@ class LoLTrainer(Trainer):
 
             model = AutoModelForCausalLM.from_pretrained(model)
         if peft_config is not None:
-            model = _wrap_peft(model, peft_config, args)
+            model = wrap_peft(model, peft_config, args)
         if args.disable_dropout:
             switch_off_dropout(model)
         lk.fuse_lm_head(model, backend=args.backend, memory_budget=args.memory_budget)
 
-        self.objective_name, self.objective = _resolve_objective(args, objective)
+        self.objective_name, self.objective = resolve_objective(args, objective)
         self.needed = dict(lk.side_inputs(self.objective))
-        self.options = _options(args, self.needed, self.objective_name)
+        self.options = objective_options(args, self.needed, self.objective_name)
         self.reward_funcs = reward_funcs
-        self.train_report: dict[str, Any] = {}
         self.tokenizer = processing_class
-        takes_advantages = "advantages" in self.needed
-        if args.sampling == "auto":
-            args.sampling = "advantage" if takes_advantages else "uniform"
-        if args.advantage_filter == "auto":
-            args.advantage_filter = "positive" if takes_advantages else "none"
-        if args.metric_for_best_model is None and args.eval_strategy != "no":
-            args.metric_for_best_model = "reward" if reward_funcs is not None else "nll"
-            args.greater_is_better = reward_funcs is not None
-
+        resolve_auto(args, self.needed, has_rewards=reward_funcs is not None)
+        self.train_report: dict[str, Any] = {}
         if train_dataset is not None:
-            train_dataset = self._prepare_train(model, ref_model, train_dataset, args)
+            train_dataset, self.train_report = training_rows(
+                model,
+                ref_model,
+                processing_class,
+                train_dataset,
+                args,
+                self.needed,
+                self.objective_name,
+            )
         self.eval_records: list[Record] = []
         self.eval_rows: LoLDataset | None = None
         if eval_dataset is not None:
-            self._prepare_eval(model, eval_dataset, args)
+            self._set_evaluation(model, eval_dataset, args)
         pad = processing_class.pad_token_id
         if pad is None:
             pad = processing_class.eos_token_id or 0
@@ -162,93 +169,6 @@ class LoLTrainer(Trainer):
         self.summary: dict[str, Any] = {}
         if self.is_world_process_zero():
             dump_config(args, Path(args.output_dir) / "config.yaml")
-
-    # --- data ---
-
-    def _prepare_train(self, model: Any, ref_model: Any, data: Any, args: LoLConfig) -> LoLDataset:
-        dataset = as_dataset(data, self.tokenizer, model, args)
-        if "ref_logps" in self.needed and dataset.ref_logps is None:
-            cache_dir = args.cache_dir or str(Path(args.output_dir) / "annotations")
-            config = AnnotateConfig(
-                max_prompt_length=args.max_prompt_length,
-                max_completion_length=args.max_completion_length,
-                reward_columns=args.reward_columns,
-                reward_weights=args.reward_weights,
-                on_bad=args.on_bad,
-                keep="all",
-                temperature=args.temperature,
-                batch_size=2 * args.per_device_train_batch_size,
-                backend=args.backend,
-                memory_budget=args.memory_budget,
-                cache_dir=cache_dir,
-                stale_cache=args.stale_cache,
-            )
-            reference = model if ref_model is None else ref_model
-            reference = reference.to(args.device)
-            scored = annotate(
-                reference, self.tokenizer, dataset, config=config, progress=not args.disable_tqdm
-            )
-            dataset = dataset.with_columns(ref_logps=scored.dataset.ref_logps)
-        for name in ("rewards", "advantages"):
-            if name in self.needed and getattr(dataset, name) is None:
-                how = (
-                    "a reward for every row" if name == "rewards" else "rows annotated with values"
-                )
-                raise ValueError(
-                    f"train_dataset has no {name}, which the objective {self.objective_name} needs; give {how}"
-                )
-        total = len(dataset)
-        if args.advantage_filter == "positive":
-            if dataset.advantages is None:
-                raise ValueError(
-                    "advantage_filter='positive' needs advantages; annotate the rows or set it to 'none'"
-                )
-            keep = (dataset.advantages > 0).nonzero().flatten().tolist()
-            if not keep:
-                raise ValueError(
-                    "train_dataset has no row with a positive advantage; check rewards and value head, "
-                    "or set advantage_filter='none'"
-                )
-            dataset = dataset.select(keep)
-        if args.sampling == "advantage" and dataset.advantages is None:
-            raise ValueError(
-                "sampling='advantage' needs advantages; annotate the rows or set 'uniform'"
-            )
-        self.train_report = {
-            "rows": total,
-            "rows_kept": len(dataset),
-            "share_kept": len(dataset) / total,
-            "rows_skipped": len(dataset.skipped),
-        }
-        return dataset
-
-    def _prepare_eval(self, model: Any, data: Any, args: LoLConfig) -> None:
-        if isinstance(data, dict):
-            raise TypeError("eval_dataset is a mapping; give one set of rows")
-        if isinstance(data, LoLDataset):
-            records, self.eval_rows = list(data.records), data
-        else:
-            if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "__len__"):
-                data = list(data)
-            records = list(read_prompts(data, on_bad=args.on_bad))
-            if all({"completion", "chosen"} & r.columns.keys() for r in records):
-                self.eval_rows = as_dataset(
-                    read_records(
-                        data,
-                        reward_columns=args.reward_columns,
-                        reward_weights=args.reward_weights,
-                        on_bad=args.on_bad,
-                    ),
-                    self.tokenizer,
-                    model,
-                    args,
-                )
-        if self.eval_rows is None and self.reward_funcs is None:
-            raise ValueError(
-                "eval_dataset holds prompts only, and reward_funcs is missing; give one to score the "
-                "generated responses, or rows with completions"
-            )
-        self.eval_records = records[: args.eval_prompts]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> UpdateSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -321,10 +241,10 @@ class LoLTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm; an update with a gradient that is not finite is left out and counted."""
+        """The gradient's norm; an update whose gradient is not finite is left out and counted."""
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm)
-        if value == value and value not in (float("inf"), float("-inf")):
+        if math.isfinite(value):
             self._skipped_in_a_row = 0
             return norm
         for parameter in model.parameters():
@@ -333,8 +253,9 @@ class LoLTrainer(Trainer):
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
-                f"the gradient was {value} in {self._skipped_in_a_row} updates in a row, the last at step "
-                f"{self.state.global_step}; lower the learning rate, or check the data and the weights"
+                f"the gradient was {value} in {self._skipped_in_a_row} updates in a row, the last "
+                f"at step {self.state.global_step}; lower the learning rate, or check the data "
+                "and the weights"
             )
         return norm
 
@@ -392,8 +313,8 @@ class LoLTrainer(Trainer):
             wrong = sorted(k for k in {*stored, *mine} if stored.get(k) != mine.get(k))
             if wrong:
                 raise CheckpointError(
-                    f"the checkpoint drew other rows: {', '.join(wrong)} differ; resume with the data, "
-                    "seed and batch size it was made with, or train from the start"
+                    f"the checkpoint drew other rows: {', '.join(wrong)} differ; resume with the "
+                    "data, seed and batch size it was made with, or train from the start"
                 )
             self._meter.load(self._resumed.get("meter", {}))
             self._skipped_in_a_row = int(self._resumed.get("skipped_in_a_row", 0))
@@ -437,7 +358,7 @@ class LoLTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model (safetensors), tokenizer and configuration (YAML); the base class would pickle it."""
+        """Model (safetensors), tokenizer, configuration (YAML); the base class pickles the last."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -469,6 +390,11 @@ class LoLTrainer(Trainer):
 
     # --- evaluation ---
 
+    def _set_evaluation(self, model: Any, data: Any, args: LoLConfig) -> None:
+        self.eval_records, self.eval_rows = evaluation_rows(
+            model, self.tokenizer, data, args, has_rewards=self.reward_funcs is not None
+        )
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -482,12 +408,27 @@ class LoLTrainer(Trainer):
         mean over rows, where they have its side inputs. Nothing is drawn from the global generator.
         """
         if eval_dataset is not None:
-            self._prepare_eval(self.model, eval_dataset, self.args)
+            self._set_evaluation(self.model, eval_dataset, self.args)
         metrics: dict[str, float] = {}
         if self.reward_funcs is not None and self.eval_records:
-            metrics.update(self._evaluate_reward())
+            metrics = generated_rewards(
+                self.model,
+                self.processing_class,
+                self.eval_records,
+                self.reward_funcs,
+                self.args,
+                self.compute_metrics,
+            )
         if self.eval_rows is not None:
-            metrics.update(self._evaluate_rows(self.eval_rows))
+            metrics |= row_losses(
+                self.model,
+                self.eval_rows,
+                self.data_collator,
+                self.args,
+                self.objective,
+                self.needed,
+                self.options,
+            )
         if not metrics:
             raise ValueError("eval_dataset is missing; give rows with prompts")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -496,129 +437,6 @@ class LoLTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _evaluate_reward(self) -> dict[str, float]:
-        from lolrl.evaluate import generate
-
-        args, records = self.args, self.eval_records
-        completions = generate(
-            self.model,
-            self.processing_class,
-            [r.prompt for r in records],
-            max_new_tokens=args.eval_max_new_tokens,
-            temperature=args.eval_temperature,
-            top_p=args.eval_top_p,
-            seed=args.eval_seed,
-            batch_size=args.per_device_eval_batch_size,
-            max_prompt_length=args.max_prompt_length,
-        )
-        prompts = [prompt_text(r.prompt) for r in records]
-        columns = shared_columns(records)
-        # What the data says of its own completions does not describe the generated ones.
-        for name in list(columns):
-            stem = name.removesuffix("_chosen").removesuffix("_rejected")
-            if stem in (*ABOUT_COMPLETIONS, *args.reward_columns):
-                del columns[name]
-        assert self.reward_funcs is not None
-        rewards = torch.tensor(
-            call_reward_funcs(
-                self.reward_funcs,
-                prompts,
-                completions,
-                weights=args.reward_weights,
-                columns=columns,
-            ),
-            dtype=torch.float64,
-        )
-        words = sum(len(completion_text(c).split()) for c in completions) / len(completions)
-        metrics = {
-            "reward": float(rewards.mean()),
-            "reward_std": float(rewards.std(unbiased=False)),
-            "length": words,
-        }
-        if self.compute_metrics is not None:
-            prediction = EvalPrediction(
-                predictions=completions,  # type: ignore[arg-type]
-                label_ids=rewards.numpy(),
-                inputs=prompts,  # type: ignore[arg-type]
-            )
-            metrics.update(self.compute_metrics(prediction))
-        return metrics
-
-    def _evaluate_rows(self, rows: LoLDataset) -> dict[str, float]:
-        size = self.args.per_device_eval_batch_size
-        names = {
-            "ref_logps": rows.ref_logps,
-            "advantages": rows.advantages,
-            "rewards": rows.rewards,
-        }
-        required = [n for n, kind in self.needed.items() if kind != "option"]
-        with_loss = all(names.get(n) is not None for n in required)
-        total = torch.zeros(3, dtype=torch.float64)
-        with evaluation_mode(self.model):
-            for start in range(0, len(rows), size):
-                index = range(start, min(start + size, len(rows)))
-                batch = self._prepare_inputs(self.data_collator([rows[i] for i in index]))
-                out = self.model(
-                    **{n: batch[n] for n in MODEL_INPUTS}, temperature=self.args.temperature
-                )
-                total[0] += out.logps.double().sum().cpu()
-                total[1] += out.seq.num_tokens
-                if with_loss:
-                    side = {
-                        n: batch[n][batch["completion_mask"]] if batch[n].dim() == 2 else batch[n]
-                        for n in required
-                    }
-                    loss = self.objective(out.logps, **side, seq=out.seq, **self.options)
-                    total[2] += loss.double().sum().cpu()
-        metrics = {"nll": float(-total[0] / total[1])}
-        if with_loss:
-            metrics["loss"] = float(total[2] / len(rows))
-        return metrics
-
-
-def _wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:
-    try:
-        from peft import PeftModel, get_peft_model
-    except ImportError as error:
-        raise ImportError("peft_config needs peft; pip install peft") from error
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "peft_config is given, but model is a PeftModel already; give one of the two"
-        )
-    if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
-        # Checkpointed blocks of a frozen trunk would otherwise see no input that needs a gradient.
-        model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)
-
-
-def _resolve_objective(
-    args: LoLConfig, objective: Callable[..., Tensor] | None
-) -> tuple[str, Callable[..., Tensor]]:
-    if objective is None:
-        return args.objective, getattr(lk.objectives, args.objective)
-    if not callable(objective):
-        raise TypeError(
-            f"objective is a {type(objective).__name__}; give a callable, or args.objective"
-        )
-    inner = objective.func if isinstance(objective, functools.partial) else objective
-    name = getattr(inner, "__name__", type(inner).__name__)
-    known = name in OBJECTIVES and getattr(lk.objectives, name) is inner
-    return (name if known else f"custom:{name}"), objective
-
-
-def _options(args: LoLConfig, needed: dict[str, str], name: str) -> dict[str, Any]:
-    """The objective's options: clip, beta and floor where it has them, then `objective_args`."""
-    known = [n for n, kind in needed.items() if kind == "option"]
-    options = {n: getattr(args, n) for n in ("clip", "beta", "floor") if n in known}
-    if name.startswith("custom:"):
-        options = {}  # a callable's own defaults are its author's choice
-    for key, value in (args.objective_args or {}).items():
-        if key not in known:
-            has = ", ".join(known) or "none"
-            raise ConfigError(f"objective_args: {name} has no option {key!r} (options: {has})")
-        options[key] = value
-    return options
 
 
 def train(

@@ -62,7 +62,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 1)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (B, T, D), (B, T) bool -> (B,)
-        """Values in the reward's unit; `mask` is True at the prompt's tokens, at least one a row."""
+        """Values in the reward's unit; `mask` is True at the prompt's tokens, one at least."""
         states = self.dropout(hidden)
         query = self.query.expand(len(hidden), -1, -1)
         pooled, _ = self.attention(
@@ -310,7 +310,7 @@ def predict_values(
     Equal prompts are computed once. `model` is the reference the head was fitted on.
     """
     keys = [canonical_json(prompt) for prompt in prompts]
-    unique = {key: prompt for key, prompt in zip(keys, prompts, strict=True)}
+    unique = dict(zip(keys, prompts, strict=True))
     place = {key: i for i, key in enumerate(unique)}
     parts = []
     distinct = list(unique.values())

@@ -105,11 +105,16 @@ def test_reward_functions_fill_in(llama: Any, tokenizer: Any) -> None:
 
     rows = [{**r, "topic": i} for i, r in enumerate(rows)]
     result = annotate(
-        llama, tokenizer, rows, reward_funcs=length, config=AnnotateConfig(keep="all"), progress=False
+        llama,
+        tokenizer,
+        rows,
+        reward_funcs=length,
+        config=AnnotateConfig(keep="all"),
+        progress=False,
     )
     expected = [r["reward"] if "reward" in r else float(len(r["completion"])) for r in rows]
     assert result.dataset.rewards.tolist() == expected
-    (prompts, completions, columns) = calls[0]
+    prompts, _, columns = calls[0]
     assert prompts == [rows[1]["prompt"], rows[4]["prompt"]] and columns == {"topic": [1, 4]}
     with pytest.raises(DataError) as caught:
         annotate(llama, tokenizer, rows, progress=False)

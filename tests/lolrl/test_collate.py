@@ -12,8 +12,20 @@ from lolrl.collate import LoLCollator
 from tests.lolrl.toys import make_dataset, make_gpt2, make_llama
 
 ROWS = [
-    {"input_ids": [5, 6, 7], "prompt_length": 1, "ref_logps": [-1.0, -2.0], "advantage": 0.5, "reward": 1.0},
-    {"input_ids": [8, 9, 4, 3, 1], "prompt_length": 3, "ref_logps": [-3.0, -4.0], "advantage": -2.0, "reward": 0.0},
+    {
+        "input_ids": [5, 6, 7],
+        "prompt_length": 1,
+        "ref_logps": [-1.0, -2.0],
+        "advantage": 0.5,
+        "reward": 1.0,
+    },
+    {
+        "input_ids": [8, 9, 4, 3, 1],
+        "prompt_length": 3,
+        "ref_logps": [-3.0, -4.0],
+        "advantage": -2.0,
+        "reward": 0.0,
+    },
 ]
 
 
@@ -37,7 +49,10 @@ def test_left_padding_and_multiples() -> None:
 
 
 def test_a_column_is_there_only_if_every_row_has_it() -> None:
-    rows = [dict(ROWS[0]), {k: v for k, v in ROWS[1].items() if k not in ("ref_logps", "advantage")}]
+    rows = [
+        dict(ROWS[0]),
+        {k: v for k, v in ROWS[1].items() if k not in ("ref_logps", "advantage")},
+    ]
     batch = LoLCollator(1)(rows)
     assert "ref_logps" not in batch and "advantages" not in batch and "rewards" in batch
 

@@ -107,7 +107,8 @@ def test_value_config_refuses(changes: dict, name: str) -> None:
     beta=st.floats(0, 1e9),
     rate=st.floats(1e-12, 1.0),
     columns=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True),
-    options=st.none() | st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False) | st.text()),
+    options=st.none()
+    | st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False) | st.text()),
     steps=st.integers(1, 10**9),
 )
 def test_round_trip_through_yaml(

@@ -1,4 +1,4 @@
-"""Rows: what is accepted, and T9: a hundred ways to be malformed, each named by file, line and field."""
+"""Rows: what is accepted, and T9: a hundred malformed ones, each named by file, line, field."""
 
 from __future__ import annotations
 
@@ -307,7 +307,9 @@ def test_write_jsonl_round_trip_and_refusal(tmp_path: Path) -> None:
     rows = [row(completion='quote " and \u00e9 and \n newline'), row(reward=-0.1)]
     path = write_jsonl(tmp_path / "out" / "rows.jsonl", rows)
     back = read_records(path)
-    assert [(r.completion, r.reward) for r in back] == [(r["completion"], r["reward"]) for r in rows]
+    assert [(r.completion, r.reward) for r in back] == [
+        (r["completion"], r["reward"]) for r in rows
+    ]
     before = path.read_bytes()
     with pytest.raises(ValueError):
         write_jsonl(path, [row(reward=float("nan"))])

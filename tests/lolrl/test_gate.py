@@ -13,7 +13,14 @@ from lolrl.config import AnnotateConfig
 from lolrl.gate import StepZeroError, dropout_modules, gate_rows, switch_off_dropout
 from lolrl.tokens import LoLDataset
 from lolrl.trainer import LoLTrainer
-from tests.lolrl.toys import make_config, make_gpt2, make_llama, make_rows, make_tokenizer, parameters
+from tests.lolrl.toys import (
+    make_config,
+    make_gpt2,
+    make_llama,
+    make_rows,
+    make_tokenizer,
+    parameters,
+)
 
 COUNT = 24
 
@@ -43,7 +50,9 @@ def attempt(model: Any, rows: Any, tok: Any, folder: Path, **kw: Any) -> LoLTrai
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-def test_same_weights_pass_in_any_batch_shape(make: Any, size: int, tok: Any, tmp_path: Path) -> None:
+def test_same_weights_pass_in_any_batch_shape(
+    make: Any, size: int, tok: Any, tmp_path: Path
+) -> None:
     """|sum log-ratio| <= 1e-3 nat on each row, in a batch shape the scores were not made with."""
     rows = scored(make(len(tok)), tok)
     trainer = attempt(
@@ -157,7 +166,9 @@ def test_objectives_without_a_reference_need_no_gate(
     assert trainer.step0 is None and trainer.state.global_step == 2
 
 
-def test_gate_leaves_the_random_stream_and_the_mode_alone(tok: Any, rows: Any, tmp_path: Path) -> None:
+def test_gate_leaves_the_random_stream_and_the_mode_alone(
+    tok: Any, rows: Any, tmp_path: Path
+) -> None:
     ends = []
     for gate in (True, False):
         trainer = attempt(make_llama(len(tok)), rows, tok, tmp_path / str(gate), step0_gate=gate)

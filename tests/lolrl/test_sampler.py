@@ -14,7 +14,7 @@ from lolrl.sampler import UpdateSampler
 
 
 def successive_sampling(weights: list[float], count: int) -> dict[tuple[int, ...], float]:
-    """Exact probability of each ordered draw without replacement, proportional to the weights left."""
+    """Exact probability of each ordered draw without replacement, by the weights left."""
     law = {}
     for order in itertools.permutations(range(len(weights)), count):
         probability, left = 1.0, sum(weights)
@@ -73,6 +73,7 @@ def test_uniform_epoch_is_a_permutation(n: int, size: int, seed: int, epoch: int
 def test_stream_depends_on_seed_epoch_and_nothing_else() -> None:
     weights = torch.arange(1.0, 101.0)
     for given_weights in (None, weights):
+
         def stream(seed: int, epoch: int) -> list[int]:
             sampler = UpdateSampler(given_weights, 100, update_batch_size=8, seed=seed)  # noqa: B023
             sampler.set_epoch(epoch)

@@ -123,7 +123,7 @@ def test_template_cannot_run_code(tmp_path, monkeypatch) -> None:
         "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
     )
     hostile = make_tokenizer(template=attack)
-    with pytest.raises(Exception, match="unsafe|undefined|no attribute"):
+    with pytest.raises(Exception, match=r"unsafe|undefined|no attribute"):
         encode_prompt(hostile, [{"role": "user", "content": "a"}])
     assert not (tmp_path / "CANARY").exists()
 
@@ -146,7 +146,9 @@ def test_prompt_keeps_its_end_and_bos_completion_its_start(any_tokenizer: Any) -
 
 
 @settings(max_examples=100)
-@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), st.text(min_size=1, max_size=20))
+@given(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), st.text(min_size=1, max_size=20)
+)
 def test_any_text_splits_without_loss(prompt: str, completion: str) -> None:
     tokenizer = _TOKENIZER
     try:

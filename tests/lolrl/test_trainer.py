@@ -49,7 +49,9 @@ class Gradients(TrainerCallback):
         self.seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
 
-def run(folder: Path, data: Any, tok: Any, *, dtype=torch.float64, resume=None, seed=0, **kw) -> Any:
+def run(
+    folder: Path, data: Any, tok: Any, *, dtype=torch.float64, resume=None, seed=0, **kw
+) -> Any:
     gradients = Gradients()
     model = make_llama(len(tok), dtype=dtype, seed=seed)
     trainer = LoLTrainer(
@@ -78,17 +80,20 @@ def loss_by_hand(model: Any, rows: LoLDataset, index: list[int], name: str) -> t
         r = float(torch.tensor(item["reward"]).float())
         ratio = (l.sum() - ref.sum()).exp().clamp(0.1, 1.9).detach()
         tokens = (l - ref).exp().clamp(0.1, 1.9).detach()
-        total = total + {
-            "nll": lambda: -l.sum(),  # noqa: B023
-            "wbc": lambda: -r * l.sum(),  # noqa: B023
-            "r_gold": lambda: -r * (l.exp().clamp(min=0.1).detach() * l).sum(),  # noqa: B023
-            "r_lol": lambda: -r * ratio * l.sum(),  # noqa: B023
-            "a_lol": lambda: -a * ratio * l.sum(),  # noqa: B023
-            "a_lol_seq": lambda: -a * (tokens * l).sum(),  # noqa: B023
-            "a_lol_ref_free": lambda: -a * l.sum(),  # noqa: B023
-            "a_lol_kl": lambda: -a * l.sum() + 0.1 * (l - ref).sum(),  # noqa: B023
-            "r_lol_kl": lambda: -r * l.sum() + 0.1 * (l - ref).sum(),  # noqa: B023
-        }[name]()
+        total = (
+            total
+            + {
+                "nll": lambda: -l.sum(),  # noqa: B023
+                "wbc": lambda: -r * l.sum(),  # noqa: B023
+                "r_gold": lambda: -r * (l.exp().clamp(min=0.1).detach() * l).sum(),  # noqa: B023
+                "r_lol": lambda: -r * ratio * l.sum(),  # noqa: B023
+                "a_lol": lambda: -a * ratio * l.sum(),  # noqa: B023
+                "a_lol_seq": lambda: -a * (tokens * l).sum(),  # noqa: B023
+                "a_lol_ref_free": lambda: -a * l.sum(),  # noqa: B023
+                "a_lol_kl": lambda: -a * l.sum() + 0.1 * (l - ref).sum(),  # noqa: B023
+                "r_lol_kl": lambda: -r * l.sum() + 0.1 * (l - ref).sum(),  # noqa: B023
+            }[name]()
+        )
     return total / len(index)
 
 
@@ -142,13 +147,12 @@ def test_accumulation_does_not_matter(name, rows, tokenizer_module, tmp_path) ->
         )
     reference = runs[8]
     start = parameters(make_llama(len(tokenizer_module), dtype=torch.float64))
-    moved = max(
-        float((p - start[n]).abs().max()) for n, p in parameters(reference.model).items()
-    )
+    moved = max(float((p - start[n]).abs().max()) for n, p in parameters(reference.model).items())
     assert moved > 1e-3
     # 27 rows: the fourth update of an epoch has three.
-    assert reference.state.log_history[3]["completion_tokens"] < 0.6 * (
-        reference.state.log_history[0]["completion_tokens"]
+    assert (
+        reference.state.log_history[3]["completion_tokens"]
+        < 0.6 * (reference.state.log_history[0]["completion_tokens"])
     )
     for size in (4, 2, 1):
         for key, gradient in reference.gradients[0].items():
@@ -192,7 +196,7 @@ def test_fused_equals_eager_over_20_updates(rows, tokenizer_module, tmp_path) ->
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     logged = [line["loss"] for line in trainer.state.log_history if "ratio/mean" in line]
     assert logged == pytest.approx(losses, rel=1e-7)
     theirs = parameters(model)
@@ -237,7 +241,9 @@ def test_prompt_and_padding_cannot_reach_the_loss(rows, tokenizer_module, tmp_pa
             trainer.model.train(), batches[0], num_items_in_batch=items_in_batch
         )
         loss.backward()
-        return float(loss.detach()), {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+        return float(loss.detach()), {
+            n: p.grad.clone() for n, p in trainer.model.named_parameters()
+        }
 
     five, six = trainer.data_collator(items[:5]), trainer.data_collator(items)
     six["completion_mask"][5] = False
@@ -380,7 +386,9 @@ def test_damaged_checkpoints_are_not_resumed_from(rows, tokenizer_module, tmp_pa
         ({"advantage_filter": "none", "sampling": "uniform"}, "num_rows"),
     ],
 )
-def test_resume_with_other_rows_is_refused(changes, field, rows, tokenizer_module, tmp_path) -> None:
+def test_resume_with_other_rows_is_refused(
+    changes, field, rows, tokenizer_module, tmp_path
+) -> None:
     kw: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
     def attempt(resume: bool, **more: Any) -> None:
@@ -550,7 +558,9 @@ def test_evaluation_figures(rows, tokenizer_module, tmp_path) -> None:
         loss = loss_by_hand(model, rows, everything, "a_lol_seq")
         nll = loss_by_hand(model, rows, everything, "nll") * len(rows)
     assert metrics["eval_loss"] == pytest.approx(float(loss), rel=1e-6)
-    assert metrics["eval_nll"] == pytest.approx(float(nll / rows.completion_lengths.sum()), rel=1e-6)
+    assert metrics["eval_nll"] == pytest.approx(
+        float(nll / rows.completion_lengths.sum()), rel=1e-6
+    )
 
 
 def test_config_is_echoed_resolved(rows, tokenizer_module, tmp_path) -> None:
@@ -660,7 +670,7 @@ def test_missing_inputs_are_named(rows, tokenizer_module, tmp_path) -> None:
 
 
 def test_reference_is_scored_when_rows_have_no_scores(rows, tokenizer_module, tmp_path) -> None:
-    """Without ref_logps the trainer scores them itself, cached, by ref_model or the initial policy."""
+    """Rows without ref_logps are scored by ref_model or the initial policy, and cached."""
     bare = rows.with_columns(ref_logps=None)
     trainer = run(tmp_path / "a", bare, tokenizer_module, max_steps=2)
     expected = run(tmp_path / "b", rows, tokenizer_module, max_steps=2)
@@ -704,7 +714,9 @@ def test_peft(rows, tokenizer_module, tmp_path) -> None:
     moved = [n for n in after if "lora_B" in n and float(after[n].abs().max()) > 0]
     assert len(moved) == 4
     for name, value in before.items():
-        mine = [v for n, v in after.items() if n.endswith(name.replace(".weight", ".base_layer.weight"))]
+        mine = [
+            v for n, v in after.items() if n.endswith(name.replace(".weight", ".base_layer.weight"))
+        ]
         mine += [v for n, v in after.items() if n.endswith(name)]
         assert torch.equal(mine[0], value), name
     assert (tmp_path / "last" / "adapter_model.safetensors").exists()

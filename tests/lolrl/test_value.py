@@ -88,7 +88,9 @@ def test_prompt_states_are_the_backbone_s(llama: Any, tokenizer: Any) -> None:
 def planted(count: int) -> tuple[list[str], list[float]]:
     """Rewards of both signs that a reader of the prompt can know."""
     words = {"good": 1.5, "dull": -2.0, "long": 0.5}
-    prompts = [f"{w} {['movie', 'story', 'end'][i % 3]} {i % 5}" for i in range(count) for w in words]
+    prompts = [
+        f"{w} {['movie', 'story', 'end'][i % 3]} {i % 5}" for i in range(count) for w in words
+    ]
     return prompts, [words[p.split()[0]] + 0.1 * (-1) ** i for i, p in enumerate(prompts)]
 
 

@@ -1,4 +1,4 @@
-"""Made on the spot, offline: toy tokenizers of four kinds, tiny models, rows with rewards and values."""
+"""Made on the spot, offline: toy tokenizers of four kinds, tiny models, rows with rewards."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CORPUS = [
     "it moves slowly but it moves me",
 ]
 CHAT = (
-    "{{ bos_token or '' }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ bos_token or '' }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -40,7 +40,7 @@ def make_tokenizer(
     template: str | None = None,
     suffix_eos: bool = False,
 ) -> Any:
-    """Byte-level BPE with the given special tokens; `bos` and `suffix_eos`: what it adds by itself."""
+    """Byte-level BPE with these specials; `bos` and `suffix_eos`: what it adds by itself."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -124,11 +124,17 @@ def make_gpt2(vocab: int, *, seed: int = 0, dropout: float = 0.0) -> Any:
     return model
 
 
-ENDS = ["good", "bright and good end", "dull", "a long story , nobody laughed but it moves me", "cried"]
+ENDS = [
+    "good",
+    "bright and good end",
+    "dull",
+    "a long story , nobody laughed but it moves me",
+    "cried",
+]
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:
-    """Prompts and completions of uneven lengths, with rewards and values of both signs' advantages."""
+    """Completions of uneven lengths; rewards and values give advantages of both signs."""
     return [
         {
             "prompt": CORPUS[i % len(CORPUS)][: 8 + i % 7] + " ",

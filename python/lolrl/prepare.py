@@ -1,0 +1,191 @@
+"""What a training run needs before its first step: objective, options, rows."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import lolkernels as lk
+from lolrl.annotate import annotate
+from lolrl.config import OBJECTIVES, AnnotateConfig, ConfigError, LoLConfig
+from lolrl.data import Record, read_prompts, read_records
+from lolrl.tokens import LoLDataset, as_dataset
+
+Objective = Callable[..., Tensor]
+
+
+def wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:
+    """`peft.get_peft_model(model, peft_config)`.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model is a PEFT model already.
+    """
+    try:
+        from peft import PeftModel, get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs peft; pip install peft") from error
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config is given, but model is a PeftModel already; give one of the two"
+        )
+    if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # Checkpointed blocks of a frozen trunk would otherwise see no input that needs a gradient.
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config)
+
+
+def resolve_objective(args: LoLConfig, objective: Objective | None) -> tuple[str, Objective]:
+    """Name and function: `args.objective`, or a callable, whose name gets the prefix `custom:`."""
+    if objective is None:
+        return args.objective, getattr(lk.objectives, args.objective)
+    if not callable(objective):
+        raise TypeError(
+            f"objective is a {type(objective).__name__}; give a callable, or args.objective"
+        )
+    inner = objective.func if isinstance(objective, functools.partial) else objective
+    name = getattr(inner, "__name__", type(inner).__name__)
+    known = name in OBJECTIVES and getattr(lk.objectives, name) is inner
+    return (name if known else f"custom:{name}"), objective
+
+
+def objective_options(args: LoLConfig, needed: dict[str, str], name: str) -> dict[str, Any]:
+    """The objective's options: clip, beta and floor where it has them, then `objective_args`.
+
+    Raises:
+        ConfigError: `objective_args` names an option the objective does not have.
+    """
+    known = [n for n, kind in needed.items() if kind == "option"]
+    options = {n: getattr(args, n) for n in ("clip", "beta", "floor") if n in known}
+    if name.startswith("custom:"):
+        options = {}  # a callable's own defaults are its author's choice
+    for key, value in (args.objective_args or {}).items():
+        if key not in known:
+            has = ", ".join(known) or "none"
+            raise ConfigError(f"objective_args: {name} has no option {key!r} (options: {has})")
+        options[key] = value
+    return options
+
+
+def resolve_auto(args: LoLConfig, needed: dict[str, str], *, has_rewards: bool) -> None:
+    """Replace "auto" by what it means for this objective, so that the echoed file says it."""
+    takes_advantages = "advantages" in needed
+    if args.sampling == "auto":
+        args.sampling = "advantage" if takes_advantages else "uniform"
+    if args.advantage_filter == "auto":
+        args.advantage_filter = "positive" if takes_advantages else "none"
+    if args.metric_for_best_model is None and args.eval_strategy != "no":
+        args.metric_for_best_model = "reward" if has_rewards else "nll"
+        args.greater_is_better = has_rewards
+
+
+def training_rows(
+    model: Any,
+    ref_model: Any,
+    tokenizer: Any,
+    data: Any,
+    args: LoLConfig,
+    needed: dict[str, str],
+    name: str,
+) -> tuple[LoLDataset, dict[str, Any]]:
+    """The rows that will be drawn from, and a report of how many they are.
+
+    Rows without `ref_logps` are scored by `ref_model`, or by the model as it is, if the objective
+    needs them; the scores are cached in `args.cache_dir`, by default in the output folder.
+
+    Raises:
+        ValueError: the rows lack what the objective, the filter or the sampler needs.
+    """
+    dataset = as_dataset(data, tokenizer, model, args)
+    if "ref_logps" in needed and dataset.ref_logps is None:
+        config = AnnotateConfig(
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            reward_columns=args.reward_columns,
+            reward_weights=args.reward_weights,
+            on_bad=args.on_bad,
+            keep="all",
+            temperature=args.temperature,
+            batch_size=2 * args.per_device_train_batch_size,
+            backend=args.backend,
+            memory_budget=args.memory_budget,
+            cache_dir=args.cache_dir or str(Path(args.output_dir) / "annotations"),
+            stale_cache=args.stale_cache,
+        )
+        reference = (model if ref_model is None else ref_model).to(args.device)
+        scored = annotate(
+            reference, tokenizer, dataset, config=config, progress=not args.disable_tqdm
+        )
+        dataset = dataset.with_columns(ref_logps=scored.dataset.ref_logps)
+    for column, how in (
+        ("rewards", "give a reward for every row"),
+        ("advantages", "annotate the rows with a value head"),
+    ):
+        if column in needed and getattr(dataset, column) is None:
+            raise ValueError(f"train_dataset has no {column}, which {name} needs; {how}")
+    total = len(dataset)
+    if args.advantage_filter == "positive":
+        if dataset.advantages is None:
+            raise ValueError(
+                "advantage_filter='positive' needs advantages; annotate the rows, or set it to "
+                "'none'"
+            )
+        keep = (dataset.advantages > 0).nonzero().flatten().tolist()
+        if not keep:
+            raise ValueError(
+                "train_dataset has no row with a positive advantage; check rewards and value "
+                "head, or set advantage_filter='none'"
+            )
+        dataset = dataset.select(keep)
+    if args.sampling == "advantage" and dataset.advantages is None:
+        raise ValueError(
+            "sampling='advantage' needs advantages; annotate the rows, or set it to 'uniform'"
+        )
+    return dataset, {
+        "rows": total,
+        "rows_kept": len(dataset),
+        "share_kept": len(dataset) / total,
+        "rows_skipped": len(dataset.skipped),
+    }
+
+
+def evaluation_rows(
+    model: Any, tokenizer: Any, data: Any, args: LoLConfig, *, has_rewards: bool
+) -> tuple[list[Record], LoLDataset | None]:
+    """Prompts to generate from, and the tokenised rows if all of them have completions.
+
+    Raises:
+        TypeError: `data` is a mapping of several sets.
+        ValueError: neither completions to score nor reward functions to score responses with.
+    """
+    limit = args.eval_prompts
+    if isinstance(data, dict):
+        raise TypeError("eval_dataset is a mapping; give one set of rows")
+    if isinstance(data, LoLDataset):
+        rows = data if limit is None else data.select(range(min(limit, len(data))))
+        return list(rows.records), rows
+    if not isinstance(data, (str, os.PathLike)) and not hasattr(data, "__len__"):
+        data = list(data)
+    records = list(read_prompts(data, on_bad=args.on_bad))[:limit]
+    scored: LoLDataset | None = None
+    if all({"completion", "chosen"} & r.columns.keys() for r in records):
+        completions = read_records(
+            data,
+            reward_columns=args.reward_columns,
+            reward_weights=args.reward_weights,
+            on_bad=args.on_bad,
+        )
+        if limit is not None:
+            del completions[limit:]
+        scored = as_dataset(completions, tokenizer, model, args)
+    if scored is None and not has_rewards:
+        raise ValueError(
+            "eval_dataset holds prompts only, and reward_funcs is missing; give one to score the "
+            "generated responses, or rows with completions"
+        )
+    return records, scored
