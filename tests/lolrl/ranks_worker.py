@@ -1,0 +1,51 @@
+"""One rank of test_ranks.py: trains the toy policy and writes what it ended with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lolrl.annotate import annotate
+from lolrl.config import AnnotateConfig
+from lolrl.trainer import LoLTrainer
+from tests.lolrl.toys import make_config, make_llama, make_rows, make_tokenizer
+
+
+def main(folder: Path, size: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    reference = make_llama(len(tokenizer), dtype=torch.float64)
+    rows = annotate(
+        reference, tokenizer, make_rows(24), config=AnnotateConfig(keep="all"), progress=False
+    ).dataset
+    trainer = LoLTrainer(
+        make_llama(len(tokenizer), dtype=torch.float64),
+        args=make_config(
+            folder,
+            objective="a_lol",
+            sampling="uniform",
+            advantage_filter="none",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=8,
+            learning_rate=3e-3,
+            ddp_backend="gloo" if "RANK" in os.environ else None,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    rank = trainer.args.process_index
+    state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
+    save_file(state, folder / f"rank{rank}.safetensors")
+    lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
+    (folder / f"rank{rank}.json").write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
