@@ -237,6 +237,8 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
     g = upstream[0]
     if g is None:
         return tuple(nothing)
+    if torch.is_grad_enabled():  # the gradients carry no graph: a second one would be lost silently
+        raise NotImplementedError("lolkernels ops have no second derivative (create_graph=True)")
     grads, ctx.grads = ctx.grads, None
     if grads is None:
         hidden, weight, labels, bias, cu_seqlens, totals, *side = ctx.saved_tensors
