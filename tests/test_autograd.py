@@ -1,0 +1,425 @@
+"""The autograd contract: gradcheck, repeated and scaled backward, who requires grad, dtypes."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import lolkernels as lk
+from lolkernels import objectives, testing
+from lolkernels.objectives import PerSequence
+from lolkernels.testing import eager, peaky
+
+LENGTHS = [2, 3, 1]
+N, D, V = 6, 3, 7
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def smooth_objective(
+    logps: Tensor, rewards: PerSequence, seq: lk.Sequences, *, power: float = 0.5
+) -> Tensor:
+    return -rewards * torch.tanh(power * seq.mean(logps)) + 0.1 * seq.sum(logps.square())
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# --- gradcheck ------------------------------------------------------------------------------------
+
+# The ratio of A-LoL is detached: its loss is not the integral of its gradient, and gradcheck, which
+# differentiates the loss, sees another function. ref_logps tells it apart: where every weight lies
+# outside the clip it is constant, and the two agree. With floor = 1 r_gold's weight is one.
+GRADCHECKED: list[tuple[str, Callable[..., Tensor], dict[str, Any]]] = [
+    ("nll", objectives.nll, {}),
+    ("wbc", objectives.wbc, {}),
+    ("r_gold, floor 1", objectives.r_gold, {"floor": 1.0}),
+    ("r_lol above the clip", objectives.r_lol, {"clip": 0.5, "drift": -9.0}),
+    ("r_lol below the clip", objectives.r_lol, {"clip": 0.5, "drift": 9.0}),
+    ("a_lol above the clip", objectives.a_lol, {"clip": 0.9, "drift": -9.0}),
+    ("a_lol below the clip", objectives.a_lol, {"clip": 0.9, "drift": 9.0}),
+    ("a_lol_seq above the clip", objectives.a_lol_seq, {"clip": 0.2, "drift": -9.0}),
+    ("a_lol_seq below the clip", objectives.a_lol_seq, {"clip": 0.2, "drift": 9.0}),
+    ("a_lol_ref_free", objectives.a_lol_ref_free, {}),
+    ("a_lol_kl", objectives.a_lol_kl, {"beta": 0.4}),
+    ("r_lol_kl", objectives.r_lol_kl, {"beta": 0.4}),
+    ("a user's", smooth_objective, {"power": 0.7}),
+]
+SCALINGS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 3.0},
+    {"temperature": 0.7, "logit_scale": 1.3},
+]
+REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
+
+
+def side_inputs(objective: Callable[..., Tensor], drift: float) -> dict[str, Tensor]:
+    side = {
+        "ref_logps": -torch.rand(N, dtype=torch.float64) * 3 + drift,
+        "advantages": torch.tensor([0.5, -0.2, 1.5], dtype=torch.float64),
+        "rewards": torch.tensor([0.5, 0.2, 1.5], dtype=torch.float64),
+    }
+    return {k: t for k, t in side.items() if k in lk.side_inputs(objective)}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
+@pytest.mark.parametrize("rows_held", [4, 100])
+@pytest.mark.parametrize(("name", "objective", "options"), GRADCHECKED, ids=lambda x: str(x))
+def test_gradcheck_of_linear_loss(
+    name: str,
+    objective: Callable[..., Tensor],
+    options: dict[str, Any],
+    rows_held: int,
+    scaling: dict[str, Any],
+) -> None:
+    options = dict(options)
+    side = side_inputs(objective, options.pop("drift", 0.0))
+    labels = torch.randint(V, (N,))
+    seq = lk.Sequences.from_lengths(LENGTHS)
+    # Every reduction and both bias choices come up over the configurations.
+    turn = GRADCHECKED.index(next(g for g in GRADCHECKED if g[0] == name)) + len(scaling)
+    bias = doubles(V).requires_grad_() if turn % 2 else None
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return lk.linear_loss(
+            objective,
+            hidden,
+            weight,
+            labels,
+            seq,
+            bias=bias,
+            reduction=REDUCTIONS[turn % 4],
+            memory_budget=rows_held * V * 8,
+            **scaling,
+            **side,
+            **options,
+        )
+
+    leaves = (doubles(N, D).requires_grad_(), doubles(V, D).requires_grad_(), bias)
+    assert gradcheck(loss, leaves, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
+@pytest.mark.parametrize("output", ["logps", "lse", "entropy", "all"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck_of_linear_logprob(output: str, bias: bool, scaling: dict[str, Any]) -> None:
+    labels, mask = torch.randint(V, (N,)), torch.tensor([True] * 4 + [False, True])
+
+    def scored(hidden: Tensor, weight: Tensor, b: Tensor | None) -> Any:
+        out = lk.linear_logprob(
+            hidden, weight, labels, bias=b, mask=mask, memory_budget=2 * V * 8, **scaling
+        )
+        return out[:3] if output == "all" else getattr(out, output)
+
+    leaves = (
+        doubles(N, D).requires_grad_(),
+        doubles(V, D).requires_grad_(),
+        doubles(V).requires_grad_() if bias else None,
+    )
+    assert gradcheck(scored, leaves, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
+@pytest.mark.parametrize("output", ["logps", "lse", "entropy", "all"])
+def test_gradcheck_of_logprob(output: str, scaling: dict[str, Any]) -> None:
+    labels = torch.randint(V, (N,))
+
+    def scored(logits: Tensor) -> Any:
+        out = lk.logprob(logits, labels, **scaling)
+        return out[:3] if output == "all" else getattr(out, output)
+
+    x = (2 * doubles(N, V)).requires_grad_()
+    assert gradcheck(scored, (x,), eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+
+
+def test_gradcheck_sees_a_wrong_gradient() -> None:
+    """The canary of this file: an unclipped detached ratio is not the derivative of its loss."""
+    labels, seq = torch.randint(V, (N,)), lk.Sequences.from_lengths(LENGTHS)
+    side = side_inputs(objectives.r_lol, 0.0)
+    weight = doubles(V, D)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return lk.linear_loss(objectives.r_lol, hidden, weight, labels, seq, clip=None, **side)
+
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        gradcheck(loss, (doubles(N, D).requires_grad_(),), eps=1e-6, atol=1e-5, rtol=1e-3)
+
+
+# --- calls with one backward, as the rest of this file uses them ----------------------------------
+
+
+def logprob_call(backend: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    p = peaky(12, 40, 40, dtype=dtype)
+    x = (p.hidden * 2).detach().requires_grad_()
+    return lambda: lk.logprob(x, p.labels, backend=backend).logps, [x]
+
+
+def linear_logprob_call(
+    backend: str, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    p = peaky(12, 8, 300, dtype=dtype, bias=True)
+    leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
+    return (
+        lambda: lk.linear_logprob(*leaves[:2], p.labels, bias=leaves[2], backend=backend).logps,
+        leaves,
+    )
+
+
+def linear_loss_call(backend: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    p = peaky(12, 8, 300, dtype=dtype, bias=True)
+    leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
+    seq = lk.Sequences.from_lengths([5, 0, 7])
+    ref = eager(p.double()).logps.float() + 0.1 * torch.randn(12)
+    side = {"ref_logps": ref, "advantages": torch.tensor([1.0, 2.0, 0.5])}
+    return (
+        lambda: lk.linear_loss(
+            objectives.a_lol,
+            *leaves[:2],
+            p.labels,
+            seq,
+            bias=leaves[2],
+            backend=backend,
+            memory_budget=6 * 300 * 4,
+            **side,
+        ),
+        leaves,
+    )
+
+
+CALLS = {
+    "logprob": logprob_call,
+    "linear_logprob": linear_logprob_call,
+    "linear_loss": linear_loss_call,
+}
+each_call = pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    [(n, b, d) for n in CALLS for b in ("cpu", "reference") for d in HALF],
+    ids=str,
+)
+
+
+@each_call
+def test_a_second_backward_gives_the_same_gradient_bit_for_bit(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    """Gradients scaled in place in the first backward give .5 and .25 of them in the next."""
+    call, leaves = CALLS[name](backend, dtype)
+    before = [t.detach().clone() for t in leaves]
+    out = call()
+    upstream = torch.randn_like(out) * 0.5
+    runs = [torch.autograd.grad(out, leaves, upstream, retain_graph=True) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    assert all(float(g.abs().max()) > 0 for g in runs[0])
+    assert all(torch.equal(a, b.detach()) for a, b in zip(before, leaves, strict=True))
+
+
+@each_call
+def test_backward_is_linear_in_the_upstream_gradient(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    """loss * 2 and loss / 4 scale the gradients exactly: powers of two round nothing."""
+    call, leaves = CALLS[name](backend, dtype)
+
+    def grads(factor: float) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((call() * factor).sum(), leaves)
+
+    unit = grads(1.0)
+    doubled, quarter = grads(2.0), grads(0.25)
+    for u, twice, less in zip(unit, doubled, quarter, strict=True):
+        # float16 rounds what falls below its normal range.
+        atol = 1.2e-7 if dtype == torch.float16 else 0.0
+        assert float((twice - 2 * u).abs().max()) <= atol
+        assert float((less - u / 4).abs().max()) <= atol
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    (scaled,) = torch.autograd.grad(scaler.scale(call().sum()), leaves[:1])
+    assert float((scaled - 8 * unit[0]).abs().max()) <= 5 * atol
+
+
+@pytest.mark.parametrize("name", ["logprob", "linear_logprob"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_upstream_gradients_of_any_layout(name: str, backend: str) -> None:
+    """A scalar load of a vector upstream gradient multiplies every row by its first entry."""
+    call, leaves = CALLS[name](backend, torch.float32)
+    values = torch.randn(12)
+    one_hot, late = torch.zeros(12), values.clone()
+    one_hot[7], late[0] = 1.0, 0.0
+    wide, matrix = torch.randn(24), torch.randn(3, 4)
+    layouts = {
+        "randn": values,
+        "stride 0": torch.tensor(1.5).expand(12),
+        "every second": wide[::2],
+        "transposed": matrix.t().reshape(12),
+        "one-hot": one_hot,
+        "first is zero": late,
+        "zeros": torch.zeros(12),
+    }
+    for layout, upstream in layouts.items():
+        got = torch.autograd.grad(call(), leaves, upstream)
+        want = torch.autograd.grad(call(), leaves, upstream.clone().contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), layout
+        rows = got[0].abs().amax(1) > 0
+        assert torch.equal(rows, upstream != 0), layout
+
+
+PATTERNS = list(itertools.product([False, True], repeat=3))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_loss"])
+@pytest.mark.parametrize(
+    "pattern", PATTERNS, ids=lambda p: "".join("hwb"[i] for i in range(3) if p[i]) or "none"
+)
+def test_every_requires_grad_pattern(
+    name: str, backend: str, dtype: torch.dtype, pattern: tuple[bool, ...]
+) -> None:
+    """Gradients exist exactly where they are asked for, and do not depend on who else asks."""
+    call, leaves = CALLS[name](backend, dtype)
+    full = torch.autograd.grad(call().sum(), leaves)
+    for leaf, wanted in zip(leaves, pattern, strict=True):
+        leaf.requires_grad_(wanted)
+    out = call()
+    assert out.requires_grad == any(pattern)
+    if any(pattern):
+        out.sum().backward()
+    for leaf, wanted, whole in zip(leaves, pattern, full, strict=True):
+        if not wanted:
+            assert leaf.grad is None
+        elif name == "linear_loss":  # another path may form the same gradient in another order
+            testing.accept_gradient(leaf.grad, whole, whole.double(), size=10.0)
+        else:
+            assert torch.equal(leaf.grad, whole)
+
+
+@each_call
+def test_no_grad_and_inference_mode_give_the_same_values(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    call, _ = CALLS[name](backend, dtype)
+    recorded = call()
+    with torch.no_grad():
+        silent = call()
+    with torch.inference_mode():
+        inference = call()
+    assert recorded.requires_grad and not silent.requires_grad and not inference.requires_grad
+    # linear_loss scores without holding rows when nothing is to be differentiated.
+    tol = 1e-5 if name == "linear_loss" else 0.0
+    for other in (silent, inference):
+        assert float((recorded - other).detach().abs().max()) <= tol
+
+
+def test_tensors_made_in_inference_mode_work_outside() -> None:
+    with torch.inference_mode():
+        h, w, labels = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
+    out = lk.linear_logprob(h, w, labels)
+    assert bool(out.logps.isfinite().all())
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_double_backward_raises(name: str) -> None:
+    call, leaves = CALLS[name]("cpu", torch.float32)
+    out = call().sum()
+    with pytest.raises(NotImplementedError, match=r"second derivative"):
+        grads = torch.autograd.grad(out, leaves, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+
+
+# --- what stands before and after the ops ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("producer", [torch.tanh, lambda t: t.softmax(-1), torch.sigmoid])
+def test_a_producer_that_saved_its_output_gets_the_right_gradient(
+    backend: str, producer: Callable[[Tensor], Tensor]
+) -> None:
+    """Writing gradients over an input corrupts the op before it, which saved that tensor."""
+    base, labels = torch.randn(9, 30), torch.randint(30, (9,))
+    for op in ("logprob", "linear_loss"):
+        x = base.clone().requires_grad_()
+        y = producer(x)
+        if op == "logprob":
+            loss = -lk.logprob(y, labels, backend=backend).logps.sum()
+        else:
+            seq = lk.Sequences.from_lengths([4, 5])
+            loss = lk.linear_loss(
+                objectives.nll, y, torch.eye(30), labels, seq, reduction="sum", backend=backend
+            )
+        kept = y.detach().clone()
+        loss.backward()
+        assert torch.equal(kept, y.detach())
+        z = base.double().requires_grad_()
+        F.cross_entropy(producer(z), labels, reduction="sum").backward()
+        assert float((x.grad - z.grad).abs().max()) <= 1e-6
+
+
+def test_accumulation_into_existing_gradients() -> None:
+    call, leaves = CALLS["linear_loss"]("cpu", torch.float32)
+    call().backward()
+    once = [t.grad.clone() for t in leaves]
+    call().backward()
+    assert all(torch.equal(t.grad, 2 * g) for t, g in zip(leaves, once, strict=True))
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    table = torch.randn(30, 8, requires_grad=True)
+    ids, labels = torch.randint(30, (10,)), torch.randint(30, (10,))
+    seq = lk.Sequences.from_lengths([10])
+    h = F.embedding(ids, table)
+    lk.linear_loss(objectives.nll, h, table, labels, seq, reduction="sum").backward()
+    other = table.detach().double().requires_grad_()
+    F.cross_entropy(F.embedding(ids, other) @ other.T, labels, reduction="sum").backward()
+    assert float((table.grad - other.grad).abs().max()) <= 1e-5
+
+
+GRID = [(h, w) for h in HALF for w in HALF]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), GRID, ids=str)
+def test_every_pair_of_dtypes_works_forward_and_backward(
+    hidden_dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
+) -> None:
+    p = peaky(20, 8, 60, dtype=hidden_dtype, weight_dtype=weight_dtype)
+    seq = lk.Sequences.from_lengths([8, 12])
+    truth = eager(p.double()).logps
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        out = lk.linear_logprob(h, w, p.labels)
+        testing.accept_logprobs(out.logps, truth)
+        by_op = torch.autograd.grad(out.logps.sum(), (h, w))
+        loss = lk.linear_loss(objectives.nll, h, w, p.labels, seq, reduction="sum")
+        by_loss = torch.autograd.grad(-loss, (h, w))
+    for leaf, a, b in zip((h, w), by_op, by_loss, strict=True):
+        assert a.dtype == b.dtype == leaf.dtype
+        testing.accept_gradient(a, b, b.double(), size=10.0)
+
+
+def test_float64_does_not_mix() -> None:
+    h, w, labels = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
+    for a, b in ((h.double(), w), (h, w.double())):
+        with pytest.raises(TypeError, match="float64"):
+            lk.linear_logprob(a, b, labels)
+
+
+def test_memory_is_released_after_backward() -> None:
+    """The gradients made in the forward are handed over, not kept beside the leaf's."""
+    call, leaves = CALLS["linear_loss"]("cpu", torch.float32)
+    loss = call()
+    loss.backward()
+    pointers = [t.grad.data_ptr() for t in leaves]
+    for t in leaves:
+        t.grad = None
+    loss = call()
+    loss.backward(retain_graph=True)
+    first = [t.grad.clone() for t in leaves]
+    for t in leaves:
+        t.grad.zero_()  # writing into what was handed over must not reach the graph
+    loss.backward()
+    assert all(torch.equal(t.grad, g) for t, g in zip(leaves, first, strict=True))
+    assert len(pointers) == 3
