@@ -60,7 +60,7 @@ def call_reward_funcs(
     weights = [1.0] * len(functions) if weights is None else list(weights)
     if not functions or len(weights) != len(functions):
         raise ValueError(
-            f"reward_weights has {len(weights)} entries for {len(functions)} reward_funcs; "
+            f"reward_func_weights has {len(weights)} entries for {len(functions)} reward_funcs; "
             "give one weight for each function"
         )
     total = [0.0] * len(completions)
@@ -190,6 +190,7 @@ def cache_key(
         "reward_columns": list(config.reward_columns),
         "reward_weights": None if config.reward_weights is None else list(config.reward_weights),
         "reward_funcs": [cache.function_key(f) for f in functions],
+        "reward_func_weights": config.reward_func_weights,
         "value_head": None if value_head is None else cache.tensors_digest(value_head.state_dict()),
         "value_config": None if value_head is None else canonical_json(asdict(value_head.config)),
     }
@@ -343,13 +344,11 @@ def _rewards(
             )
         return None
     rows = [records[i] for i in missing]
-    # The data's own rewards carry config.reward_weights already; functions take them by position.
-    weights = config.reward_weights
     computed = call_reward_funcs(
         reward_funcs,
         [prompt_text(r.prompt) for r in rows],
         [completion_text(r.completion) for r in rows],
-        weights=weights,
+        weights=config.reward_func_weights,
         columns=shared_columns(rows),
     )
     rewards = [r.reward if r.reward is not None else 0.0 for r in records]

@@ -61,7 +61,9 @@ def _positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ConfigError(f"{name}={value!r} must be a finite number {bound}")
 
 
-def _check_rewards(columns: list[str], weights: list[float] | None) -> None:
+def _check_rewards(
+    columns: list[str], weights: list[float] | None, functions: list[float] | None
+) -> None:
     if not columns or not all(isinstance(c, str) and c for c in columns):
         raise ConfigError(f"reward_columns={columns!r} must be a list of at least one column name")
     if len(set(columns)) != len(columns):
@@ -72,6 +74,8 @@ def _check_rewards(columns: list[str], weights: list[float] | None) -> None:
         raise ConfigError(
             f"reward_weights={weights!r} must hold one finite weight for each of {columns!r}"
         )
+    if functions is not None and not all(math.isfinite(w) for w in functions):
+        raise ConfigError(f"reward_func_weights={functions!r} must hold finite weights")
 
 
 @dataclass
@@ -170,6 +174,9 @@ class LoLConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata=_help("Weights of reward_columns in the sum; null: all one.")
     )
+    reward_func_weights: list[float] | None = field(
+        default=None, metadata=_help("Weights of the reward functions in the sum; null: all one.")
+    )
     on_bad: str = field(
         default="error", metadata=_help("Malformed rows: error stops, skip drops and counts them.")
     )
@@ -221,7 +228,7 @@ class LoLConfig(TrainingArguments):
             raise ConfigError(f"eval_top_p={self.eval_top_p!r} must be in (0, 1]")
         if self.objective_args is not None and not isinstance(self.objective_args, dict):
             raise ConfigError(f"objective_args={self.objective_args!r} must be a mapping or null")
-        _check_rewards(self.reward_columns, self.reward_weights)
+        _check_rewards(self.reward_columns, self.reward_weights, self.reward_func_weights)
         if self.remove_unused_columns:
             raise ConfigError(
                 "remove_unused_columns=True would drop advantages and ref_logps; leave it False"
@@ -253,7 +260,10 @@ class AnnotateConfig:
         default_factory=lambda: ["reward"], metadata=_help("Columns that hold rewards.")
     )
     reward_weights: list[float] | None = field(
-        default=None, metadata=_help("Weights of reward_columns, or of the reward functions.")
+        default=None, metadata=_help("Weights of reward_columns in the sum; null: all one.")
+    )
+    reward_func_weights: list[float] | None = field(
+        default=None, metadata=_help("Weights of the reward functions in the sum; null: all one.")
     )
     on_bad: str = field(
         default="error", metadata=_help("Malformed rows: error stops, skip drops and counts them.")
@@ -286,8 +296,7 @@ class AnnotateConfig:
         for name in ("memory_budget", "max_prompt_length", "max_completion_length"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if not self.reward_columns:
-            raise ConfigError("reward_columns=[] must name at least one column")
+        _check_rewards(self.reward_columns, self.reward_weights, self.reward_func_weights)
 
 
 @dataclass

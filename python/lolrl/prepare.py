@@ -11,12 +11,33 @@ from typing import Any
 from torch import Tensor
 
 import lolkernels as lk
-from lolrl.annotate import annotate
+from lolrl.annotate import RewardFuncs, annotate
 from lolrl.config import OBJECTIVES, AnnotateConfig, ConfigError, LoLConfig
 from lolrl.data import Record, read_prompts, read_records
 from lolrl.tokens import LoLDataset, as_dataset
 
 Objective = Callable[..., Tensor]
+
+
+def check_reward_funcs(reward_funcs: RewardFuncs | None, args: LoLConfig) -> None:
+    """Fail before training, not at the first evaluation.
+
+    Raises:
+        TypeError: an entry is not callable.
+        ValueError: the number of weights is not the number of functions.
+    """
+    if reward_funcs is None:
+        return
+    functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    for function in functions:
+        if not callable(function):
+            raise TypeError(f"reward_funcs holds {function!r}, which is not callable")
+    weights = args.reward_func_weights
+    if not functions or (weights is not None and len(weights) != len(functions)):
+        raise ValueError(
+            f"reward_func_weights={weights!r} does not fit {len(functions)} reward_funcs; give one "
+            "weight for each function"
+        )
 
 
 def wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:

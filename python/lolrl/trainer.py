@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lolrl.files import write_json
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
 from lolrl.prepare import (
+    check_reward_funcs,
     evaluation_rows,
     objective_options,
     resolve_auto,
@@ -80,7 +82,7 @@ class LoLTrainer(Trainer):
         callbacks, optimizers: as in `Trainer`.
         peft_config: wraps the model with `peft.get_peft_model`.
         reward_funcs: `f(prompts, completions, **columns) -> list[float]`, one or several; scores
-            the responses generated in evaluation, weighted by `args.reward_weights`.
+            the responses generated in evaluation, weighted by `args.reward_func_weights`.
         objective: a callable in place of `args.objective` (see `lolkernels.side_inputs`).
 
     Raises:
@@ -111,6 +113,7 @@ class LoLTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; give a LoLConfig")
         if processing_class is None:
             raise ValueError("processing_class is missing; give the tokenizer of the model")
+        check_reward_funcs(reward_funcs, args)
         args = copy.copy(args)
         if isinstance(model, (str, os.PathLike)):
             from transformers import AutoModelForCausalLM
@@ -369,7 +372,18 @@ class LoLTrainer(Trainer):
         dump_config(self.args, folder / "config.yaml")
 
     def _save_named(self, name: str) -> None:
-        self.save_model(str(Path(self.args.output_dir) / name), _internal_call=True)
+        """Save the model in `output_dir/name`; a reader finds the old folder or the new, whole."""
+        folder = Path(self.args.output_dir) / name
+        fresh, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
+        if self.args.should_save:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.save_model(str(fresh), _internal_call=True)
+        if self.args.should_save:
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = super()._determine_best_metric(metrics, trial)

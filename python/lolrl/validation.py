@@ -49,7 +49,7 @@ def generated_rewards(
         if stem in (*ABOUT_COMPLETIONS, *args.reward_columns):
             del columns[name]
     values = call_reward_funcs(
-        reward_funcs, prompts, completions, weights=args.reward_weights, columns=columns
+        reward_funcs, prompts, completions, weights=args.reward_func_weights, columns=columns
     )
     rewards = torch.tensor(values, dtype=torch.float64)
     metrics = {

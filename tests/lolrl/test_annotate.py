@@ -132,7 +132,7 @@ def test_call_reward_funcs() -> None:
     assert call_reward_funcs(one, *args) == [2.0, 3.0]
     both = call_reward_funcs([one, two], *args, weights=[0.5, -2], columns={"bonus": [1.0, 0.25]})
     assert both == [-1.0, 1.0]
-    with pytest.raises(ValueError, match="reward_weights"):
+    with pytest.raises(ValueError, match="reward_func_weights"):
         call_reward_funcs([one], *args, weights=[1, 2])
     with pytest.raises(ValueError, match="returned 1 values for 2"):
         call_reward_funcs(lambda p, c, **k: [1.0], *args)
@@ -267,6 +267,10 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "temperature": (_config(temperature=1.25), {"temperature"}),
     "backend": (_config(backend="reference"), {"backend"}),
     "reward weights": (_config(reward_weights=[0.5]), {"rows", "reward_weights"}),
+    "weight of the reward function": (
+        _config(reward_func_weights=[2.0]),
+        {"reward_func_weights"},
+    ),
     "reward columns": (_config(reward_columns=["score"]), {"rows", "reward_columns"}),
     "reward function": (_attribute("reward_funcs", [second_reward]), {"reward_funcs"}),
     "a further reward function": (

@@ -59,6 +59,7 @@ def test_every_field_has_help() -> None:
         ({"reward_columns": ["a", "a"]}, "reward_columns"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
         ({"reward_weights": [float("inf")]}, "reward_weights"),
+        ({"reward_func_weights": [float("nan")]}, "reward_func_weights"),
         ({"on_bad": "ignore"}, "on_bad"),
         ({"stale_cache": "use"}, "stale_cache"),
         ({"eval_top_p": 0.0}, "eval_top_p"),

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 import lolkernels as lk
+import lolrl.trainer
 from lolrl.annotate import annotate
 from lolrl.checkpoints import CheckpointError, last_complete
 from lolrl.config import AnnotateConfig
@@ -731,3 +732,75 @@ def test_peft(rows, tokenizer_module, tmp_path) -> None:
         resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
     )
     same_state(resumed, trainer)
+
+
+def test_reward_functions_are_checked_before_training(rows, tokenizer_module, tmp_path) -> None:
+    def attempt(reward_funcs: Any, **kw: Any) -> None:
+        LoLTrainer(
+            make_llama(len(tokenizer_module)),
+            args=make_config(tmp_path, **kw),
+            train_dataset=rows,
+            processing_class=tokenizer_module,
+            reward_funcs=reward_funcs,
+        )
+
+    with pytest.raises(ValueError, match="reward_func_weights"):
+        attempt(short_is_good, reward_func_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="reward_func_weights"):
+        attempt([])
+    with pytest.raises(TypeError, match="not callable"):
+        attempt([short_is_good, "vader"])
+
+
+def test_tensorboard_gets_the_same_figures(rows, tokenizer_module, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = run(tmp_path, rows, tokenizer_module, max_steps=3, report_to="auto")
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    reader = EventAccumulator(str(events.parent))
+    reader.Reload()
+    lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
+    for name in ("loss", "ratio/mean", "kl", "entropy", "clip_ratio"):
+        scalars = reader.Scalars(f"train/{name}")
+        assert [s.step for s in scalars] == [1, 2, 3]
+        assert [s.value for s in scalars] == pytest.approx([x[name] for x in lines], rel=1e-6)
+
+
+@pytest.mark.parametrize("point", ["weights", "optimizer", "rng", "state", "manifest", "rotate"])
+def test_a_crash_inside_save_loses_nothing(
+    point: str, rows, tokenizer_module, tmp_path, monkeypatch
+) -> None:
+    """T4 by fault injection: whatever was being written, the run resumes to the same bits."""
+    kw: dict[str, Any] = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "dtype": torch.float32,
+    }
+    whole = run(tmp_path / "whole", rows, tokenizer_module, **kw)
+    target = {
+        "weights": (LoLTrainer, "_save"),
+        "optimizer": (LoLTrainer, "_save_optimizer_and_scheduler"),
+        "rng": (LoLTrainer, "_save_rng_state"),
+        "state": (lolrl.trainer, "write_json"),
+        "manifest": (lolrl.trainer, "write_manifest"),
+        "rotate": (lolrl.trainer, "rotate_checkpoints"),
+    }[point]
+    original = getattr(*target)
+    calls = []
+
+    def crash(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    folder = tmp_path / "crashed"
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, rows, tokenizer_module, **kw)
+    assert last_complete(folder).name == ("checkpoint-4" if point == "rotate" else "checkpoint-2")
+    same_state(run(folder, rows, tokenizer_module, resume=True, seed=5, **kw), whole)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-6"]
