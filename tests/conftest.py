@@ -1,10 +1,12 @@
-"""Shared settings of the test suite: hypothesis profiles and a fixed seed per test."""
+"""Shared settings of the test suite: hypothesis profiles, a fixed seed, missing backends."""
 
 import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import lolkernels as lk
 
 # Derandomized everywhere: a red test stays red for the next person who runs it.
 settings.register_profile(
@@ -27,3 +29,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def _fixed_seed() -> None:
     """Every test starts from the same global random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a backend that this machine lacks, with the library's own reason.
+
+    That is every test with a parameter that is the backend's name, and every test marked
+    `compiled`. Where a compiler exists the compiled backend may not be missing: see test_install.
+    """
+    missing = {name: why for name, why in lk.available_backends().items() if why is not None}
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        wanted = {v for v in callspec.params.values() if isinstance(v, str)} if callspec else set()
+        if item.get_closest_marker("compiled"):
+            wanted.add("cpu")
+        for name in wanted & set(missing):
+            item.add_marker(pytest.mark.skip(reason=f"backend {name}: {missing[name]}"))

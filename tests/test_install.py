@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import lolkernels as lk
+
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "lolkernels", "python", "requirements")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE")
 NO_COMPILER = "/nonexistent/compiler"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 
 def copy_tree(folder: Path) -> Path:
@@ -93,7 +96,13 @@ print(lk.__file__)
     assert done.stdout.strip().startswith(str(target))
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_where_there_is_a_compiler_the_compiled_backend_is_there() -> None:
+    # Tests of a missing backend are skipped: this one keeps a broken build from hiding that way.
+    assert lk.available_backends()["cpu"] is None
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_the_wheel_holds_the_packages_and_an_abi3_library(tmp_path: Path) -> None:
     done = pip("wheel", f"--wheel-dir={tmp_path}", ".", cwd=copy_tree(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
