@@ -246,7 +246,9 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
         grads = linear_loss(hidden, weight, labels, bias, cu_seqlens, side, *options)[6:]
     for i, position in enumerate((0, 1, 3)):
         if ctx.needs_input_grad[position]:
-            nothing[position] = grads[i].mul_(g).to(ctx.dtypes[i])
+            # A tracer sees the op's outputs: there the product is a value of its own.
+            scaled = grads[i].mul_(g) if type(g) is Tensor else grads[i] * g
+            nothing[position] = scaled.to(ctx.dtypes[i])
     return tuple(nothing)
 
 
