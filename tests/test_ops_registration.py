@@ -1,0 +1,252 @@
+"""The torch ops: opcheck on every op, torch.compile without graph breaks, dynamic shapes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lolkernels as lk
+from lolkernels import loss_op, objectives, ops
+from lolkernels.objectives import PerSequence
+from lolkernels.testing import Problem, eager, peaky
+
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+# (N, D, V, dtype of hidden, of weight, bias, masked rows, softcap, backend, requires grad)
+f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+SAMPLES: list[tuple[Any, ...]] = [
+    (6, 4, 11, f32, f32, True, True, 0.0, "cpu", True),
+    (6, 4, 11, f32, f32, False, False, 5.0, "cpu", True),
+    (1, 1, 1, f32, f32, True, False, 0.0, "cpu", True),
+    (9, 3, 2100, f32, f32, True, True, 0.0, "cpu", True),
+    (5, 8, 40, bf16, bf16, True, True, 0.0, "cpu", True),
+    (5, 8, 40, bf16, f32, False, True, 30.0, "cpu", True),
+    (5, 8, 40, f16, f16, True, False, 0.0, "cpu", True),
+    (5, 8, 40, f32, bf16, True, True, 0.0, "cpu", True),
+    (6, 4, 11, f32, f32, True, True, 0.0, "cpu", False),
+    (6, 4, 11, f64, f64, True, True, 5.0, "reference", True),
+    (6, 4, 11, f32, f32, True, True, 0.0, "reference", True),
+    (5, 8, 40, bf16, bf16, False, True, 0.0, "reference", True),
+    (3, 2, 2049, f64, f64, False, False, 0.0, "reference", True),
+    (2, 16, 129, f16, f32, True, False, 2.0, "reference", True),
+]
+samples = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: "-".join(map(str, s)))
+
+
+def tensors(sample: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
+    n, d, v, hidden_dtype, weight_dtype, bias, masked, _, _, grad = sample
+    p = peaky(n, d, v, dtype=hidden_dtype, weight_dtype=weight_dtype, bias=bias)
+    for t in (p.hidden, p.weight, p.bias):
+        if t is not None:
+            t.requires_grad_(grad)
+    return p, (torch.arange(n) % 3 != 1) if masked else None
+
+
+@samples
+def test_opcheck_linear_logprob(sample: tuple[Any, ...]) -> None:
+    p, mask = tensors(sample)
+    softcap, backend = sample[7:9]
+    arguments = (p.hidden, p.weight, p.labels, p.bias, mask, 1.5, softcap, 0.8, backend, 4000)
+    torch.library.opcheck(ops.linear_logprob, arguments, test_utils=CHECKS)
+
+
+@samples
+def test_opcheck_linear_logprob_backward(sample: tuple[Any, ...]) -> None:
+    p, mask = tensors(sample)
+    softcap, backend = sample[7:9]
+    with torch.no_grad():
+        out = ops.linear_logprob(
+            p.hidden, p.weight, p.labels, p.bias, mask, 1.0, softcap, 1.0, backend, None
+        )
+    g = torch.randn_like(out[0])
+    operands = [None if t is None else t.detach() for t in (p.hidden, p.weight, p.bias)]
+    arguments = (
+        *(g, None, 2 * g, out[1], out[2], *operands[:2], p.labels, operands[2], mask),
+        *(1.0, softcap, 1.0, backend, 4000, True, sample[0] != 5, p.bias is not None),
+    )
+    torch.library.opcheck(ops.linear_logprob_backward, arguments, test_utils=CHECKS)
+
+
+@samples
+def test_opcheck_logprob(sample: tuple[Any, ...]) -> None:
+    p, _ = tensors(sample)
+    logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
+    arguments = (logits.requires_grad_(sample[-1]), p.labels, 1.5, sample[7], 0.8, sample[8])
+    torch.library.opcheck(ops.logprob, arguments, test_utils=CHECKS)
+
+
+@samples
+def test_opcheck_logprob_backward(sample: tuple[Any, ...]) -> None:
+    p, _ = tensors(sample)
+    logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
+    _, lse, entropy, _ = ops.logprob(logits, p.labels, 1.5, sample[7], 0.8, sample[8])
+    g = torch.randn_like(lse)
+    arguments = (g, g, None, lse, entropy, logits, p.labels, 1.5, sample[7], 0.8, sample[8])
+    torch.library.opcheck(ops.logprob_backward, arguments, test_utils=CHECKS)
+
+
+def length_normalised(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
+    return -rewards * torch.tanh(seq.mean(logps))
+
+
+LOSSES = [objectives.a_lol, objectives.wbc, objectives.a_lol_seq, length_normalised]
+
+
+@samples
+def test_opcheck_linear_loss(sample: tuple[Any, ...]) -> None:
+    p, _ = tensors(sample)
+    n = sample[0]
+    objective = LOSSES[n % 4]
+    cu = torch.tensor([0, n // 2, n // 2, n])
+    wide = f64 if f64 in sample else f32
+    side = {
+        "ref_logps": -torch.ones(n, dtype=wide),
+        "advantages": torch.tensor([1.0, 0.5, 2.0], dtype=wide),
+        "rewards": torch.tensor([1.0, 0.5, 2.0], dtype=wide),
+    }
+    needed = {k: v for k, v in lk.side_inputs(objective).items() if k in side}
+    options = (("clip", 0.5),) if "clip" in lk.side_inputs(objective) else ()
+    arguments = (
+        *(p.hidden, p.weight, p.labels, p.bias, cu, [side[k] for k in needed]),
+        ",".join(f"{k}:{kind}" for k, kind in needed.items()),
+        *(loss_op.bind(objective, options), "seq-mean", 1, torch.tensor([3.0, float(n)])),
+        *(1.5, sample[7], 0.8, sample[8], 4000, sample[-1], sample[-1], p.bias is not None),
+    )
+    torch.library.opcheck(loss_op.linear_loss, arguments, test_utils=CHECKS)
+
+
+def test_fake_tensors_never_reach_a_kernel() -> None:
+    """Shapes and dtypes follow from shapes and dtypes alone: V is far beyond any memory."""
+    with FakeTensorMode():
+        h = torch.empty(10**6, 4096, dtype=bf16, requires_grad=True)
+        w = torch.empty(10**6, 4096, dtype=bf16, requires_grad=True)
+        labels = torch.empty(10**6, dtype=torch.int64)
+        out = lk.linear_logprob(h, w, labels)
+        assert [tuple(t.shape) for t in out] == [(10**6,)] * 4
+        assert {t.dtype for t in out} == {f32}
+        gh, gw = torch.autograd.grad(out.logps.sum(), (h, w))
+        assert gh.shape == h.shape and gw.shape == w.shape and gw.dtype == bf16
+        logits = torch.empty(10**6, 10**6, dtype=bf16, requires_grad=True)
+        out = lk.logprob(logits, labels)
+        (g,) = torch.autograd.grad(out.logps.sum(), logits)
+        assert g.shape == logits.shape and g.dtype == bf16 and out.lse.dtype == f32
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def functions() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Functions of (hidden, weight, labels, lengths, ref_logps, advantages) to a scalar."""
+
+    def by_logprob(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+        out = lk.linear_logprob(h, w, y, softcap=9.0)
+        return (out.logps * ref).sum() + out.entropy.mean() + out.lse.square().mean()
+
+    def by_logits(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+        return (lk.logprob(h @ w.T, y, temperature=0.7).logps * ref).sum()
+
+    def by_a_lol(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+        return lk.linear_loss(
+            objectives.a_lol, h, w, y, seq, ref_logps=ref, advantages=adv, clip=0.5
+        )
+
+    def by_wbc(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+        return 2 * lk.linear_loss(objectives.wbc, h, w, y, seq, rewards=adv, reduction="token-mean")
+
+    def by_users(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+        return lk.linear_loss(length_normalised, h, w, y, seq, rewards=adv, reduction="sum")
+
+    for f in (by_logprob, by_logits, by_a_lol, by_wbc, by_users):
+        yield f.__name__, f
+
+
+FUNCTIONS = dict(functions())
+
+
+def inputs(lengths: list[int]) -> tuple[Any, ...]:
+    p = peaky(sum(lengths), 8, 60)
+    ref = eager(p).logps + 0.1 * torch.randn(sum(lengths))
+    return (
+        p.hidden,
+        p.weight,
+        p.labels,
+        lk.Sequences.from_lengths(lengths),
+        ref,
+        torch.rand(len(lengths)),
+    )
+
+
+def gradients(f: Callable[..., Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    h, w = (t.detach().clone().requires_grad_() for t in arguments[:2])
+    loss = f(h, w, *arguments[2:])
+    return (loss.detach(), *torch.autograd.grad(3 * loss, (h, w)))
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [(name, "aot_eager") for name in FUNCTIONS]
+    + [(name, "inductor") for name in ("by_logprob", "by_logits", "by_a_lol", "by_users")],
+)
+def test_compile_as_one_graph_forward_and_backward(name: str, compiler: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=compiler)
+    for lengths in ([3, 5, 2], [4, 4, 1, 7]):
+        arguments = inputs(lengths)
+        got, want = gradients(compiled, arguments), gradients(FUNCTIONS[name], arguments)
+        for a, b in zip(got, want, strict=True):
+            assert float((a - b).abs().max()) <= 1e-6 * max(1, float(b.abs().max()))
+            assert float(b.abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_fifty_lengths_take_at_most_three_compilations(name: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, dynamic=True, backend=counter)
+    for i in range(50):
+        arguments = inputs([2 + i % 7, 3 + i, 1 + i // 2])
+        with torch.no_grad():
+            got = compiled(*arguments)
+            assert abs(got.item() - FUNCTIONS[name](*arguments).item()) <= 1e-5 * max(
+                1, abs(got.item())
+            )
+    assert 1 <= counter.frame_count <= 3
+
+
+def test_a_compiled_model_with_the_loss_inside() -> None:
+    torch._dynamo.reset()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 60)
+
+        def forward(self, x: Tensor, y: Tensor, seq: lk.Sequences, adv: Tensor) -> Tensor:
+            return lk.linear_loss(
+                objectives.a_lol_ref_free,
+                torch.tanh(self.body(x)),
+                self.head.weight,
+                y,
+                seq,
+                bias=self.head.bias,
+                advantages=adv,
+            )
+
+    model = Model()
+    x, y = torch.randn(9, 8), torch.randint(60, (9,))
+    seq, adv = lk.Sequences.from_lengths([4, 5]), torch.tensor([1.0, 2.0])
+    model(x, y, seq, adv).backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x, y, seq, adv).backward()
+    for p, g in zip(model.parameters(), want, strict=True):
+        assert float((p.grad - g).abs().max()) <= 1e-6 and float(g.abs().max()) > 0
