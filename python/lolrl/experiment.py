@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 import lolkernels as lk
-from lolrl.annotate import annotate
+from lolrl.annotate import annotate, score_logps
 from lolrl.collate import LoLCollator
 from lolrl.config import AnnotateConfig, LoLConfig, ValueConfig
+from lolrl.data import read_records
 from lolrl.evaluate import EvalReport, evaluate, generate
 from lolrl.files import write_jsonl
 from lolrl.losscost import LossCost, compare_losses
@@ -159,9 +160,9 @@ class Experiment:
                 REFERENCE,
                 objective="nll",
                 num_train_epochs=settings.sft_epochs,
-                per_device_train_batch_size=settings.sft_batch,
-                gradient_accumulation_steps=1,
+                gradient_accumulation_steps=settings.sft_batch // settings.micro_batch,
                 learning_rate=settings.sft_learning_rate,
+                lr_scheduler_type="cosine",
             ),
             peft_config=lora(settings.lora_rank),
         )
@@ -172,6 +173,14 @@ class Experiment:
         tokenizer.save_pretrained(self.reference_folder)
         self.reference, self.tokenizer = load_policy(self.reference_folder)
         self.reference.requires_grad_(False)
+        held_out = LoLDataset.from_records(read_records(self.splits.validation), self.tokenizer)
+        logps = score_logps(
+            self.reference, held_out, pad_token_id=0, batch_size=settings.generation_batch
+        )
+        self.facts["reference_nll"] = -float(torch.cat(logps).mean())
+        self._tell(
+            f"{REFERENCE}: {self.facts['reference_nll']:.3f} nats a token on validation rows"
+        )
         return trainer
 
     def annotate(self) -> LoLDataset:

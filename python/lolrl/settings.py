@@ -40,13 +40,15 @@ class DemoSettings:
     layers: int = field(default=4, metadata=_help("Layers of the tiny model."))
     width: int = field(default=128, metadata=_help("Width of the tiny model."))
     lora_rank: int = field(default=0, metadata=_help("LoRA rank; 0: every weight is trained."))
-    sft_epochs: float = field(default=4.0, metadata=_help("Epochs that fit the reference."))
+    sft_epochs: float = field(default=5.0, metadata=_help("Epochs that fit the reference."))
     sft_batch: int = field(default=32, metadata=_help("Rows of an update of the reference."))
-    sft_learning_rate: float = field(default=2e-3, metadata=_help("Its learning rate."))
-    updates: int = field(default=100, metadata=_help("Updates of each method."))
-    batch: int = field(default=64, metadata=_help("Rows of one of these updates."))
-    micro_batch: int = field(default=32, metadata=_help("Rows of them at a time."))
-    learning_rate: float = field(default=5e-4, metadata=_help("Learning rate of the methods."))
+    sft_learning_rate: float = field(
+        default=1.5e-3, metadata=_help("Its learning rate, which decays to zero as a cosine.")
+    )
+    updates: int = field(default=80, metadata=_help("Updates of each method."))
+    batch: int = field(default=48, metadata=_help("Rows of one of these updates."))
+    micro_batch: int = field(default=16, metadata=_help("Rows of an update at a time."))
+    learning_rate: float = field(default=3e-4, metadata=_help("Learning rate of the methods."))
     max_new_tokens: int = field(default=64, metadata=_help("Length limit of a completion."))
     top_p: float = field(default=0.9, metadata=_help("Nucleus of the draws; temperature is 1."))
     generation_batch: int = field(default=100, metadata=_help("Prompts generated at a time."))
@@ -62,8 +64,11 @@ class DemoSettings:
         for name in ("validation", "test", "sft_batch", "updates", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.batch % self.micro_batch:
-            raise ConfigError(f"batch={self.batch} must be a multiple of {self.micro_batch}")
+        for name in ("sft_batch", "batch"):
+            if getattr(self, name) % self.micro_batch:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} must be a multiple of {self.micro_batch}"
+                )
         if not 0 <= self.curve_prompts <= self.validation:
             raise ConfigError(
                 f"curve_prompts={self.curve_prompts} must be between 0 and validation"

@@ -102,6 +102,8 @@ def test_the_table_says_what_was_used(outcome: Any) -> None:
     assert all(rows[m]["divergence"] > 0 for m in SMALL.methods)
     assert all(row["step_seconds"] > 0 for row in rows.values())
     assert facts["judge_r"] > 0.9
+    # Two moods, three words each: a fitted reference is far below the uniform log(330) = 5.8.
+    assert 0 < facts["reference_nll"] < 2.5
 
 
 def test_advantages_are_reward_minus_value_and_values_know_the_mean(outcome: Any) -> None:
