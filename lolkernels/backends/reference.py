@@ -38,6 +38,7 @@ def row_stats(
     target_logit = z.gather(1, index[:, None]).squeeze(1)
     target_logit = torch.where(has_target, target_logit, -torch.inf)
     lse = torch.logsumexp(z, 1)
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
     # Normalised by its own sum: the rounding of lse alone would shift sum p z by 1e-4 at z = 40.
     p = torch.softmax(z, 1)
     expected_logit = torch.where(p == 0, 0.0, p * z).sum(1)
