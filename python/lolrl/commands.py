@@ -219,7 +219,8 @@ def run_evaluate(merged: Mapping) -> list[str]:
             reference, tokenizer, prompts, reward, name="reference", reference=reference, **shared
         )
         reports.append(baseline)
-    name = Path(str(options.model)).name or "model"
+    # The last folder alone is often called "last" or "best".
+    name = "/".join(Path(str(options.model)).parts[-2:])
     reports.append(
         evaluate(
             model,

@@ -127,9 +127,9 @@ def test_the_recipe_through_the_command_line(
     assert main(evaluate) == 0
     printed, _ = lines(capsys)
     results = json.loads((out / "eval" / "results.json").read_text())["rows"]
-    assert [row["name"] for row in results] == ["reference", "last"]
+    assert [row["name"] for row in results] == ["reference", "a_lol/last"]
     samples = jsonl(out / "eval" / "samples.jsonl")
-    mean = sum(s["reward"] for s in samples if s["method"] == "last") / 24
+    mean = sum(s["reward"] for s in samples if s["method"] == "a_lol/last") / 24
     assert results[1]["reward"] == pytest.approx(mean)
     assert results[0]["divergence"] == pytest.approx(0, abs=1e-5)
     assert results[1]["divergence"] > 0
