@@ -65,6 +65,8 @@ def run_sft(merged: Mapping) -> list[str]:
     given = dict(merged)
     options = take(SftOptions, merged, required=("model", "data", "output_dir"))
     output = Path(str(options.output_dir))
+    if merged.get("objective", "nll") != "nll":
+        raise ConfigError(f"sft has objective nll: give {merged['objective']!r} to lolrl train")
     config = _config(merged, str(output), objective="nll")
     from lolrl.policies import lora
     from lolrl.trainer import sft
@@ -78,6 +80,7 @@ def run_sft(merged: Mapping) -> list[str]:
         config,
         eval_data=options.eval_data,
         peft_config=lora(options.lora_rank),
+        resume_from_checkpoint=_checkpoint(options.resume),
     )
     return _trained(trainer, "sft", output)
 
@@ -91,9 +94,10 @@ def run_annotate(merged: Mapping) -> list[str]:
         raise ConfigError("--value-data needs --reward: the reference's answers are rewarded by it")
     if options.value_data is not None and options.value_head is not None:
         raise ConfigError("--value-data and --value-head exclude each other: give one")
-    from lolrl.annotate import annotate
+    from lolrl.annotate import annotate, call_reward_funcs
     from lolrl.rewards import reward_by_name
     from lolrl.sampling import generate
+    from lolrl.tokens import prompt_text
     from lolrl.value import ValueHead, fit_value_head
 
     reward = None if options.reward is None else reward_by_name(options.reward)
@@ -105,17 +109,25 @@ def run_annotate(merged: Mapping) -> list[str]:
         head = ValueHead.load(options.value_head)
     elif options.value_data is not None and reward is not None:
         prompts = [row.prompt for row in _prompt_rows(options.value_data)]
-        answers = generate(model, tokenizer, prompts, progress=_bars(), **options.sampling())
+        answers = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_prompt_length=config.max_prompt_length,
+            progress=_bars(),
+            **options.sampling(),
+        )
         head, fit = fit_value_head(
             model,
             tokenizer,
             prompts,
-            reward(prompts, answers),
+            call_reward_funcs(reward, [prompt_text(p) for p in prompts], answers),
             config=ValueConfig(
                 epochs=options.value_epochs,
                 learning_rate=options.value_learning_rate,
                 seed=options.seed,
             ),
+            max_prompt_length=config.max_prompt_length,
         )
         head.save(output / "value_head")
         lines.append(f"value head: R2 {fit.r2:.3f} on {fit.num_held_out} held-out prompts")
@@ -156,8 +168,6 @@ def run_train(merged: Mapping) -> list[str]:
     given = dict(merged)
     options = take(TrainOptions, merged, required=("model", "data", "output_dir"))
     output = Path(str(options.output_dir))
-    if options.eval_data is not None and options.reward is None:
-        raise ConfigError("--eval-data needs --reward: the generations are rewarded by it")
     config = _config(merged, str(output))
     from lolrl.policies import lora
     from lolrl.rewards import reward_by_name
@@ -167,9 +177,6 @@ def run_train(merged: Mapping) -> list[str]:
     model, tokenizer = options.load()
     reference = options.load(options.ref_model)[0] if options.ref_model is not None else None
     _echo("train", given, output)
-    resume = (
-        {} if options.resume is None else {"resume_from_checkpoint": _checkpoint(options.resume)}
-    )
     trainer = train(
         model,
         tokenizer,
@@ -179,12 +186,14 @@ def run_train(merged: Mapping) -> list[str]:
         ref_model=reference,
         reward_funcs=reward,
         peft_config=lora(options.lora_rank),
-        **resume,
+        resume_from_checkpoint=_checkpoint(options.resume),
     )
     return _trained(trainer, f"train {config.objective}", output)
 
 
-def _checkpoint(resume: str) -> str | bool:
+def _checkpoint(resume: str | None) -> str | bool | None:
+    if resume is None:
+        return None
     if resume == "last":
         return True
     if not Path(resume).is_dir():

@@ -14,6 +14,7 @@ from lolrl.annotate import call_reward_funcs
 from lolrl.data import Text
 from lolrl.rewards import RewardFunc
 from lolrl.sampling import generate, sample, sequence_logps
+from lolrl.tokens import prompt_text
 
 __all__ = ["EvalReport", "bootstrap_interval", "distinct", "evaluate", "generate"]
 
@@ -133,9 +134,10 @@ def evaluate(
         progress=progress,
     )
     texts = [s.text for s in samples]
-    rewards = call_reward_funcs(reward_func, prompts, texts, columns=columns)
+    questions = [prompt_text(prompt) for prompt in prompts]
+    rewards = call_reward_funcs(reward_func, questions, texts, columns=columns)
     ratings = (
-        call_reward_funcs(judge, prompts, texts, columns=columns) if judge is not None else None
+        call_reward_funcs(judge, questions, texts, columns=columns) if judge is not None else None
     )
 
     improved = matched = matched_low = matched_high = None
@@ -149,7 +151,7 @@ def evaluate(
             _first_words(text, len(s["completion"].split()))
             for text, s in zip(texts, baseline.samples, strict=True)
         ]
-        cut_rewards = call_reward_funcs(reward_func, prompts, cut, columns=columns)
+        cut_rewards = call_reward_funcs(reward_func, questions, cut, columns=columns)
         matched = float(np.mean(cut_rewards))
         matched_low, matched_high = bootstrap_interval(cut_rewards, resamples=resamples)
 

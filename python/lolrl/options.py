@@ -50,6 +50,9 @@ class SftOptions(ModelOptions):
         default=None, metadata=_help("The same, held out: its loss is logged.")
     )
     lora_rank: int = field(default=0, metadata=_help("Train a LoRA of this rank; 0: every weight."))
+    resume: str | None = field(
+        default=None, metadata=_help("Checkpoint folder to go on from, or last: the newest one.")
+    )
 
 
 @dataclass
@@ -61,7 +64,8 @@ class TrainOptions(SftOptions):
         metadata=_help("JSON Lines with rewards; best the annotated.jsonl of annotate."),
     )
     eval_data: str | None = field(
-        default=None, metadata=_help("JSON Lines with prompts to generate on while training.")
+        default=None,
+        metadata=_help("JSON Lines to evaluate on: prompts (with --reward), or whole rows."),
     )
     reward: str | None = field(
         default=None,
@@ -69,9 +73,6 @@ class TrainOptions(SftOptions):
     )
     ref_model: str | None = field(
         default=None, metadata=_help("The reference, where the data holds no ref_logps.")
-    )
-    resume: str | None = field(
-        default=None, metadata=_help("Checkpoint folder to go on from, or last: the newest one.")
     )
 
 
