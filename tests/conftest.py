@@ -1,4 +1,4 @@
-"""Shared settings of the test suite: hypothesis profiles, a fixed seed, missing backends."""
+"""Shared settings of the test suite: hypothesis profiles, seed and threads, missing backends."""
 
 import os
 
@@ -20,15 +20,20 @@ settings.register_profile(
 settings.register_profile("exhaustive", settings.get_profile("default"), max_examples=5000)
 settings.load_profile("default")
 
+# Small tensors: a second thread only costs, and far more where the cores are shared. Tests of the
+# number of threads set their own. Child processes read the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No hub look-up can hide behind a library default.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Every test starts from the same global random state, whatever ran before it."""
+def _same_start() -> None:
+    """Every test starts from the same random state and one thread, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
