@@ -91,6 +91,7 @@ class LoLTrainer(Trainer):
 
     # `compute_loss` divides by the counts of the whole update.
     loss_is_scaled_for_ga = True
+    args: LoLConfig
 
     def __init__(
         self,

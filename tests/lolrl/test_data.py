@@ -342,3 +342,13 @@ def test_rows_whose_tokens_cannot_be_trained_on(name: str, tmp_path: Path) -> No
     assert (caught.value.source, caught.value.line, caught.value.field) == (str(path), 2, field)
     kept = LoLDataset.from_records(records, tokenizer, on_bad="skip", **options)
     assert len(kept) == 1 and [e.line for e in kept.skipped] == [2]
+
+
+def test_the_largest_id_must_be_below_the_number_of_rows() -> None:
+    """transformers#33819: a tokenizer larger than the head."""
+    tokenizer = make_tokenizer()
+    records = read_records([GOOD])
+    largest = int(LoLDataset.from_records(records, tokenizer).ids.max())
+    assert len(LoLDataset.from_records(records, tokenizer, vocab_size=largest + 1)) == 1
+    with pytest.raises(DataError, match=f"token {largest} "):
+        LoLDataset.from_records(records, tokenizer, vocab_size=largest)

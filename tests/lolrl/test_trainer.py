@@ -804,3 +804,22 @@ def test_a_crash_inside_save_loses_nothing(
     assert last_complete(folder).name == ("checkpoint-4" if point == "rotate" else "checkpoint-2")
     same_state(run(folder, rows, tokenizer_module, resume=True, seed=5, **kw), whole)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_filter_and_order_of_the_rows(rows, tokenizer_module, tmp_path) -> None:
+    """Only rows with advantage > 0 are drawn, each update's longest first."""
+    with_zero = rows.advantages.clone()
+    with_zero[3] = 0.0
+    trainer = run(tmp_path, rows.with_columns(advantages=with_zero), tokenizer_module, max_steps=1)
+    kept = [i for i in range(27) if float(with_zero[i]) > 0]
+    assert 3 not in kept and 5 < len(kept) < 27
+    assert [r.line - 1 for r in trainer.train_dataset.records] == kept
+    assert trainer.train_report["share_kept"] == len(kept) / 27
+    lengths = trainer.train_dataset.lengths
+    order = list(trainer._sampler)
+    for start in range(0, len(order), 4):
+        sizes = [int(lengths[i]) for i in order[start : start + 4]]
+        assert sizes == sorted(sizes, reverse=True)
+    batches = [b["attention_mask"].sum(1).tolist() for b in trainer.get_train_dataloader()]
+    assert all(b == sorted(b, reverse=True) for b in batches)
+    assert any(len(set(b)) > 2 for b in batches)
