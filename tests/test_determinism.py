@@ -1,0 +1,155 @@
+"""Bit equality: run after run, whatever the number of threads, and with poisoned fresh memory."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import lolkernels as lk
+from lolkernels import objectives
+from lolkernels.testing import eager, peaky
+
+BACKENDS = ["cpu", "reference"]
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def calls(
+    backend: str, dtype: torch.dtype, n: int = 70, d: int = 16, v: int = 500
+) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
+    """name -> a call returning its output, and the leaves to differentiate."""
+    p = peaky(n, d, v, dtype=dtype, bias=True)
+    h, w, b = (t.requires_grad_() for t in (p.hidden, p.weight, p.bias))
+    logits = (p.hidden.detach().float() @ p.weight.detach().float().T).to(dtype).requires_grad_()
+    lengths = [n // 3, 0, n - n // 3 - 5, 5]
+    seq = lk.Sequences.from_lengths(lengths)
+    ref = eager(p.double()).logps.float() + 0.05 * torch.randn(n)
+    advantages = torch.tensor([1.0, 1.0, 0.5, 2.0])
+
+    def fused(objective: Callable[..., Tensor], **side: Tensor) -> Tensor:
+        return lk.linear_loss(
+            objective,
+            h,
+            w,
+            p.labels,
+            seq,
+            bias=b,
+            backend=backend,
+            memory_budget=30 * v * 4,
+            **side,
+        )
+
+    return {
+        "logprob": (lambda: lk.logprob(logits, p.labels, backend=backend).logps.sum(), [logits]),
+        "linear_logprob": (
+            lambda: lk.linear_logprob(h, w, p.labels, bias=b, backend=backend).logps.sum(),
+            [h, w, b],
+        ),
+        "a_lol": (
+            lambda: fused(objectives.a_lol, ref_logps=ref, advantages=advantages),
+            [h, w, b],
+        ),
+        "r_gold": (lambda: fused(objectives.r_gold, rewards=advantages), [h, w, b]),
+    }
+
+
+NAMES = ["logprob", "linear_logprob", "a_lol", "r_gold"]
+
+
+def run(call: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    out = call()
+    return [out.detach(), *torch.autograd.grad(out, leaves)]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_250_forwards_and_50_backwards_are_bit_equal(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    call, leaves = calls(backend, dtype, n=20, d=8, v=130)[name]
+    torch.set_num_threads(1)
+    first = run(call, leaves)
+    with torch.no_grad():
+        silent = call()
+        for _ in range(250):
+            assert torch.equal(call(), silent)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(run(call, leaves), first, strict=True))
+    torch.set_num_threads(2)
+    second = run(call, leaves)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(call, leaves), second, strict=True))
+    assert all(float(t.abs().max()) > 0 for t in first)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_and_two_threads_agree(name: str, backend: str, dtype: torch.dtype) -> None:
+    """Our row functions bit for bit; the library's GEMM may split its sums by threads."""
+    call, leaves = calls(backend, dtype, n=97, d=16, v=2300)[name]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run(call, leaves))
+    for one, two in zip(*results, strict=True):
+        if name == "logprob":  # no GEMM in it
+            assert torch.equal(one, two)
+        else:
+            scale = float(one.abs().max())
+            assert (
+                float((one - two).abs().max())
+                <= (2**-7 if one.dtype != torch.float32 else 2e-6) * scale
+            )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(1, 300_000), (3, 70_001), (513, 1000), (4000, 33)])
+def test_row_functions_do_not_depend_on_the_number_of_threads(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    n, v = shape
+    logits, labels = (torch.randn(n, v) * 4).to(dtype), torch.randint(v, (n,))
+    upstream = torch.randn(n)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        x = logits.clone().requires_grad_()
+        out = lk.logprob(x, labels, backend="cpu")
+        (grad,) = torch.autograd.grad((out.logps + 0.3 * out.entropy + out.lse), x, upstream)
+        results.append([*(t.detach() for t in out), grad])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_fresh_memory_full_of_nan_changes_nothing(name: str, backend: str) -> None:
+    """Every element of a result is written: torch fills new tensors with NaN in this mode."""
+    call, leaves = calls(backend, torch.bfloat16)[name]
+    clean = run(call, leaves)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert bool(torch.empty(8).isnan().all())
+        poisoned = run(call, leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(clean, poisoned, strict=True):
+        assert bool(b.isfinite().all()) and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_op_draws_from_the_random_generator(backend: str) -> None:
+    for call, leaves in calls(backend, torch.float32).values():
+        before = torch.get_rng_state()
+        run(call, leaves)
+        assert torch.equal(before, torch.get_rng_state())
