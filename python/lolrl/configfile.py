@@ -15,7 +15,8 @@ import yaml
 
 from lolrl.files import write_atomic
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 16
+MAX_DEPTH = 20
 
 Config = TypeVar("Config")
 
@@ -44,7 +45,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file. Only plain data: no tags, no duplicate keys, at most 1 MiB.
+    """The mapping in a YAML file: plain data, no tags, aliases or duplicate keys, at most 64 KiB.
 
     Raises:
         ConfigError: naming the file, and the line where the parser knows it.
@@ -55,12 +56,11 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {len(raw)} bytes is more than a configuration may have (1 MiB)")
+        raise ConfigError(f"{path}: {len(raw)} bytes is more than a configuration needs (64 KiB)")
     try:
-        loader = _StrictLoader(raw.decode("utf-8"))
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(raw.decode("utf-8"))):
-            # Nested aliases expand exponentially; no field of ours needs them.
-            raise ConfigError("aliases (*name) are not supported; write the value out")
+        text = raw.decode("utf-8")
+        _check_tokens(text)
+        loader = _StrictLoader(text)
         try:
             value = loader.get_single_data()
         finally:
@@ -70,13 +70,25 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: not plain YAML: {text}") from error
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path}: not plain YAML: {problem}") from error
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: must be a mapping from field names to values")
     return value
+
+
+def _check_tokens(text: str) -> None:
+    """Refuse aliases, which can expand without bound, and nesting no field has."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError("aliases (*name) are not supported; write the value out")
+        name = type(token).__name__
+        depth += name.endswith("StartToken") - name.endswith("EndToken")
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"nested more than {MAX_DEPTH} deep; no field needs that")
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

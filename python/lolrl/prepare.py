@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import lolkernels as lk
@@ -55,10 +56,13 @@ def wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:
         raise ValueError(
             "peft_config is given, but model is a PeftModel already; give one of the two"
         )
-    if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
+    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         # Checkpointed blocks of a frozen trunk would otherwise see no input that needs a gradient.
         model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)
+    # The adapter's first weights follow the seed, not whatever was drawn before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        return get_peft_model(model, peft_config)
 
 
 def resolve_objective(args: LoLConfig, objective: Objective | None) -> tuple[str, Objective]:

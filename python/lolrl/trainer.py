@@ -11,23 +11,20 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import EvalPrediction, TrainerCallback
 
 import lolkernels as lk
 from lolrl.annotate import RewardFuncs
-from lolrl.checkpoints import STATE, CheckpointError, last_complete, read_state, write_manifest
+from lolrl.checkpoints import CheckpointError, last_complete, read_state
 from lolrl.collate import LoLCollator
 from lolrl.config import LoLConfig, dump_config
 from lolrl.data import Record
-from lolrl.files import write_json
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
 from lolrl.prepare import (
@@ -40,6 +37,7 @@ from lolrl.prepare import (
     wrap_peft,
 )
 from lolrl.sampler import UpdateSampler
+from lolrl.saving import SavingTrainer
 from lolrl.tokens import LoLDataset, model_eos_ids
 from lolrl.validation import MODEL_INPUTS, generated_rewards, row_losses
 
@@ -64,7 +62,7 @@ class _StepCallback(TrainerCallback):
         self.trainer._meter.end_update()
 
 
-class LoLTrainer(Trainer):
+class LoLTrainer(SavingTrainer):
     """Train a causal LM on fixed data with an offline-RL objective.
 
     The order of the arguments is TRL's.
@@ -91,7 +89,6 @@ class LoLTrainer(Trainer):
 
     # `compute_loss` divides by the counts of the whole update.
     loss_is_scaled_for_ga = True
-    args: LoLConfig
 
     def __init__(
         self,
@@ -332,76 +329,6 @@ class LoLTrainer(Trainer):
                 config=self.args,
                 eos_ids=model_eos_ids(self.model),
             )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            assert self._sampler is not None
-            write_json(
-                folder / STATE,
-                {
-                    "step": self.state.global_step,
-                    "sampler": self._sampler.fingerprint(),
-                    "meter": self._meter.state(),
-                    "skipped_in_a_row": self._skipped_in_a_row,
-                },
-            )
-            write_manifest(folder)
-            # Older checkpoints go only when this one is known to be whole.
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model (safetensors), tokenizer, configuration (YAML); the base class pickles the last."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
-        dump_config(self.args, folder / "config.yaml")
-
-    def _save_named(self, name: str) -> None:
-        """Save the model in `output_dir/name`; a reader finds the old folder or the new, whole."""
-        folder = Path(self.args.output_dir) / name
-        fresh, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
-        if self.args.should_save:
-            shutil.rmtree(fresh, ignore_errors=True)
-        self.save_model(str(fresh), _internal_call=True)
-        if self.args.should_save:
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        best = super()._determine_best_metric(metrics, trial)
-        if best and self.args.save_best_and_last:
-            self._save_named("best")
-        return best
-
-    @property
-    def last_model_dir(self) -> Path:
-        """Folder of the model at the end of training."""
-        return Path(self.args.output_dir) / "last"
-
-    @property
-    def best_model_dir(self) -> Path:
-        """Folder of the model of the best evaluation; the last one's where there was none."""
-        best = Path(self.args.output_dir) / "best"
-        return best if self.state.best_metric is not None and best.is_dir() else self.last_model_dir
 
     # --- evaluation ---
 

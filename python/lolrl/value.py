@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lolrl.cache import tensors_digest
 from lolrl.config import ValueConfig, from_mapping
 from lolrl.data import Text
 from lolrl.files import canonical_json, write_atomic
@@ -80,6 +81,7 @@ class ValueHead(nn.Module):
             "config": canonical_json(dataclasses.asdict(self.config)),
         }
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        about["sha256"] = tensors_digest(state)
         return write_atomic(
             Path(folder) / "value_head.safetensors", safetensors.torch.save(state, about)
         )
@@ -98,6 +100,8 @@ class ValueHead(nn.Module):
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("format") != FORMAT:
                 raise ValueError("it is not a value head")
+            if tensors_digest(state) != about["sha256"]:
+                raise ValueError("its weights do not match their SHA-256")
             config = from_mapping(ValueConfig, json.loads(about["config"]), source=str(path))
             head = cls(int(about["hidden_size"]), config)
             head.load_state_dict(state)

@@ -171,8 +171,9 @@ BAD_YAML = {
     "word for float": ("beta: small\n", "must be a number"),
     "number for string": ("objective: 3\n", "must be a string"),
     "not utf-8": (b"clip: \xff\xfe\n", "not UTF-8"),
-    "deep": ("a: " + "[" * 5000 + "]" * 5000 + "\n", "not plain YAML"),
-    "long": ("# " + "x" * (1 << 20) + "\n", "1 MiB"),
+    "deep": ("a: " + "[" * 5000 + "]" * 5000 + "\n", "nested"),
+    "deep blocks": ("".join(" " * i + "a:\n" for i in range(60)), "nested"),
+    "long": ("# " + "x" * (1 << 16) + "\n", "64 KiB"),
 }
 
 

@@ -13,10 +13,10 @@ import torch
 from transformers import TrainerCallback
 
 import lolkernels as lk
-import lolrl.trainer
+import lolrl.saving
 from lolrl.annotate import annotate
 from lolrl.checkpoints import CheckpointError, last_complete
-from lolrl.config import AnnotateConfig
+from lolrl.config import AnnotateConfig, LoLConfig
 from lolrl.tokens import LoLDataset
 from lolrl.trainer import LoLTrainer, sft, train
 from tests.lolrl.toys import make_config, make_llama, make_rows, parameters, reload
@@ -783,9 +783,9 @@ def test_a_crash_inside_save_loses_nothing(
         "weights": (LoLTrainer, "_save"),
         "optimizer": (LoLTrainer, "_save_optimizer_and_scheduler"),
         "rng": (LoLTrainer, "_save_rng_state"),
-        "state": (lolrl.trainer, "write_json"),
-        "manifest": (lolrl.trainer, "write_manifest"),
-        "rotate": (lolrl.trainer, "rotate_checkpoints"),
+        "state": (lolrl.saving, "write_json"),
+        "manifest": (lolrl.saving, "write_manifest"),
+        "rotate": (lolrl.saving, "rotate_checkpoints"),
     }[point]
     original = getattr(*target)
     calls = []
@@ -823,3 +823,34 @@ def test_filter_and_order_of_the_rows(rows, tokenizer_module, tmp_path) -> None:
     batches = [b["attention_mask"].sum(1).tolist() for b in trainer.get_train_dataloader()]
     assert all(b == sorted(b, reverse=True) for b in batches)
     assert any(len(set(b)) > 2 for b in batches)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_activation_checkpointing_changes_nothing(
+    adapter, rows, tokenizer_module, tmp_path
+) -> None:
+    from peft import LoraConfig
+
+    ends = []
+    for switch in (False, True):
+        fields = LoLConfig.__dataclass_fields__
+        new = "activation_checkpointing" in fields
+        model = make_llama(len(tokenizer_module), dtype=torch.float64)
+        trainer = train(
+            model,
+            tokenizer_module,
+            rows,
+            make_config(
+                tmp_path / str(switch),
+                max_steps=3,
+                **{"activation_checkpointing" if new else "gradient_checkpointing": switch},
+            ),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None,
+        )
+        assert model.model.gradient_checkpointing == switch
+        ends.append(parameters(trainer.model))
+    start = parameters(make_llama(len(tokenizer_module), dtype=torch.float64))
+    for name, value in ends[0].items():
+        assert (ends[1][name] - value).abs().max() <= 1e-12, name
+    moved = [n for n, p in ends[0].items() if n not in start or not torch.equal(p, start[n])]
+    assert moved

@@ -56,7 +56,7 @@ def test_values_stay_in_their_range() -> None:
     head = make_head()
     with torch.no_grad():
         head.linear.weight.fill_(1e4)
-    values = head(torch.randn(50, 3, 32), torch.ones(50, 3, dtype=torch.bool))
+    values = head(torch.randn(50, 3, 32), torch.ones(50, 3, dtype=torch.bool)).detach()
     assert float(values.min()) >= -1.0 and float(values.max()) <= 2.0
     assert float(values.max() - values.min()) > 2.9
 
@@ -159,7 +159,15 @@ def test_save_and_load(tmp_path: Path) -> None:
     hidden, mask = torch.randn(3, 4, 32), torch.ones(3, 4, dtype=torch.bool)
     assert torch.equal(head(hidden, mask), back(hidden, mask))
     data = path.read_bytes()
-    for damaged in (data[: len(data) // 2], data[:7], b"", b"\x80\x04\x95pickle", data[:-1]):
+    flipped = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+    for damaged in (
+        flipped,
+        data[: len(data) // 2],
+        data[:7],
+        b"",
+        b"\x80\x04\x95pickle",
+        data[:-1],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="cannot be loaded"):
             ValueHead.load(tmp_path)
