@@ -93,6 +93,7 @@ class Experiment:
             "threads": torch.get_num_threads(),
         }
         self.baseline: EvalReport | None = None
+        self.curve_start: list[Row] = []
 
     def run(self) -> Outcome:
         """All stages, in order."""
@@ -188,11 +189,15 @@ class Experiment:
         prompts = [row["prompt"] for row in self.splits.validation]
         answers = generate(self.reference, self.tokenizer, prompts, **self._sampling())
         self._tell(f"value head: {len(prompts)} validation prompts answered by the reference")
+        rewards = vader_reward(prompts, answers)
+        if self.settings.curve_prompts:
+            watched = rewards[: self.settings.curve_prompts]
+            self.curve_start = [{"step": 0, "eval_reward": statistics.fmean(watched)}]
         head, value_report = fit_value_head(
             self.reference,
             self.tokenizer,
             prompts,
-            vader_reward(prompts, answers),
+            rewards,
             config=ValueConfig(seed=self.seed),
         )
         annotated = annotate(
@@ -217,7 +222,7 @@ class Experiment:
         watched = self.splits.validation[: settings.curve_prompts]
         curves = {}
         if settings.curve_prompts:
-            steps = max(1, settings.updates // settings.curve_points)
+            steps = -(-settings.updates // settings.curve_points)
             curves = {"eval_strategy": "steps", "eval_steps": steps}
         trainer = self._train(
             train,
@@ -266,7 +271,9 @@ class Experiment:
                 "step_seconds": statistics.median(times) if times else None,
             }
         )
-        self.logs[name], self.samples[name] = log, report.samples
+        # Every method's curve starts at the reference's own answers.
+        self.logs[name] = log if name == REFERENCE else self.curve_start + log
+        self.samples[name] = report.samples
         self._tell(f"{name}: reward {report.reward:.3f}")
 
     def loss_cost(self, dataset: LoLDataset) -> LossCost:

@@ -115,7 +115,7 @@ def plot_divergence(rows: Sequence[Row], path: str | Path, *, title: str = "") -
     Raises ValueError on no rows or a missing figure.
     """
     _checked(rows, ("name", "reward", "reward_low", "reward_high", "divergence"))
-    figure, axes = _figure(7.0, 4.6)
+    figure, axes = _figure(7.6, 4.4)
     axis = axes[0, 0]
     colors = _colors([row["name"] for row in rows])
     for row in rows:
@@ -127,19 +127,10 @@ def plot_divergence(rows: Sequence[Row], path: str | Path, *, title: str = "") -
             capsize=3,
             markersize=7,
             color=colors[row["name"]],
+            label=row["name"],
         )
-        axis.annotate(
-            row["name"],
-            (row["divergence"], row["reward"]),
-            xytext=(7, 5),
-            textcoords="offset points",
-            fontsize=9,
-            color=colors[row["name"]],
-        )
-    axis.margins(x=0.15)
-    axis.set_xlabel(
-        "divergence from the reference: mean log π − log π_ref of own samples (nats a sequence)"
-    )
+    figure.legend(loc="outside right center", frameon=False)
+    axis.set_xlabel("mean log π − log π_ref of own samples (nats a sequence)")
     axis.set_ylabel("mean reward, 95% interval")
     axis.set_title(title or "Reward against divergence from the reference", loc="left")
     return _save(figure, path)

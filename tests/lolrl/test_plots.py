@@ -83,7 +83,8 @@ def test_divergence_plot_places_methods(tmp_path: Path, drawn: list[Any]) -> Non
     (axis,) = drawn[0].axes
     points = [c.lines[0].get_xydata()[0].tolist() for c in axis.containers]
     assert points == [[0.0, 0.15], [1.5, 0.14], [1.5, 0.45]]
-    assert [t.get_text() for t in axis.texts] == ["sft", "nll", "a_lol"]
+    (legend,) = drawn[0].legends
+    assert [t.get_text() for t in legend.get_texts()] == ["sft", "nll", "a_lol"]
 
 
 def test_curves_have_a_panel_a_quantity_and_a_line_a_method(
