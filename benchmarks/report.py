@@ -108,3 +108,28 @@ def save(record: dict[str, Any], out: Path) -> list[Path]:
     data.write_text(json.dumps(record, indent=1) + "\n")
     page.write_text(markdown(json.loads(data.read_text())))
     return [data, page]
+
+
+def figure(sweep: dict[str, Any], where: dict[str, Any], out: Path) -> Path:
+    """Draws peak extra memory and time against rows, one line a contestant, to `out`.png."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(9, 3.6), layout="constrained")
+    memory, speed = canvas.subplots(1, 2)
+    for name in dict.fromkeys(row["contestant"] for row in sweep["rows"]):
+        rows = [row for row in sweep["rows"] if row["contestant"] == name]
+        tokens = [row["tokens"] for row in rows]
+        memory.plot(tokens, [row["extra_bytes"] / MIB for row in rows], marker="o", label=name)
+        speed.plot(tokens, [row["median_ms"] / 1e3 for row in rows], marker="o", label=name)
+    for axes, label in (
+        (memory, "extra memory, MiB"),
+        (speed, "forward + backward, s"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel="rows (tokens with loss)", ylabel=label)
+        axes.grid(alpha=0.3)
+    memory.legend()
+    shape = sweep["rows"][0]["shape"].split(maxsplit=1)[1]
+    canvas.suptitle(f"linear_loss, {shape}; {where['device']}, {where['threads']} threads")
+    path = out.with_suffix(".png")
+    canvas.savefig(path, dpi=120)
+    return path

@@ -26,6 +26,7 @@ TITLES = {
     "score": "linear_logprob without gradient",
     "logprob": "logprob on given logits, forward + backward",
 }
+SWEEP = f"{TITLES['linear_loss']}, time and memory over T"
 
 
 @dataclass
@@ -139,16 +140,22 @@ def prompt_case(shape: Shape) -> Case:
 
 
 def sweep_case(shape: Shape, longest: int) -> Case:
+    """Time and memory over T; the peers stop where they take too long or too much."""
     op, sizes, tokens = "linear_loss", [], 256
     while tokens <= longest:
         sizes.append(tokens)
         tokens *= 2
+    reach = {"lolkernels": longest, "eager": 4096, "torch": 2048}
     entries = [
-        Entry(f"T={t}", "lolkernels", op, replace(shape, tokens=t), memory=True) for t in sizes
+        Entry(f"{name} T={t}", name, op, replace(shape, tokens=t), memory=True)
+        for name, limit in reach.items()
+        for t in sizes
+        if t <= limit
     ]
-    base, last = f"T={min(1024, sizes[-1])}", f"T={sizes[-1]}"  # from 1024 rows the chunks are full
+    # From 1024 rows on the chunks are full.
+    base, last = (f"lolkernels T={t}" for t in (min(1024, sizes[-1]), sizes[-1]))
     return Case(
-        f"{TITLES[op]}, time and memory over T",
+        SWEEP,
         entries,
         floor=base,
         goals=[
@@ -237,7 +244,11 @@ def main(argv: list[str] | None = None) -> int:
     if record["goals"]:
         print(report.goals_table(record["goals"]))
     if arguments.out:
-        for path in report.save(record, arguments.out):
+        written = report.save(record, arguments.out)
+        sweep = next((case for case in record["cases"] if case["title"] == SWEEP), None)
+        if sweep is not None:
+            written.append(report.figure(sweep, record["environment"], arguments.out))
+        for path in written:
             print(f"wrote {path}")
     return 0
 
