@@ -50,12 +50,15 @@ def problems(folder: str | os.PathLike[str]) -> list[str]:
     found = []
     for name, entry in entries.items():
         path = folder / name
+        if ".." in path.parts or Path(name).is_absolute():
+            found.append(f"{MANIFEST} names {name!r}, which is outside the checkpoint")
+            continue
         try:
             if path.stat().st_size != entry["bytes"]:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
             elif sha256_file(path) != entry["sha256"]:
                 found.append(f"{name} does not match its SHA-256")
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             found.append(f"{name} cannot be read ({error})")
     return found
 

@@ -156,3 +156,16 @@ def test_a_cache_is_never_loaded_with_other_contents(tmp_path: Path) -> None:
         with pytest.raises(cache.StaleCacheError):
             cache.load(tmp_path, key)
     assert json.loads((tmp_path / cache.MANIFEST).read_text())["bytes"] == len(good)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    write_manifest(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("../secret", str(tmp_path / "secret")):
+        manifest["files"] = {name: {"bytes": 1, "sha256": "0"}}
+        write_json(folder / "manifest.json", manifest)
+        (problem,) = problems(folder)
+        assert "outside" in problem
