@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def load_policy(
             model = AutoPeftModelForCausalLM.from_pretrained(source, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
+            model = model if gguf_file is None else _plain(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, KeyError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -58,6 +60,17 @@ def load_policy(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _plain(model: Any) -> Any:
+    """The dequantised weights of a GGUF model in an ordinary one, to be trained and saved."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 def lora(rank: int, *, alpha: int | None = None) -> Any:

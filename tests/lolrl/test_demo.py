@@ -24,6 +24,7 @@ from lolrl.policies import load_policy, lora
 from lolrl.rewards import vader_reward
 from lolrl.settings import SMOLLM2, TINY, DemoSettings
 from lolrl.tiny import build_model, build_tokenizer
+from tests.lolrl.toys import make_llama, reload
 
 SMALL = DemoSettings(
     methods=("nll", "a_lol", "a_lol_seq"),
@@ -276,6 +277,22 @@ def test_a_missing_smollm2_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(policies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="make demo-smollm2"):
         policies.load_smollm2()
+
+
+def test_a_dequantised_model_is_an_ordinary_one(tmp_path: Path) -> None:
+    """transformers marks a GGUF model as quantised, and its Trainer then refuses it."""
+    model = make_llama(300)
+    ids = torch.arange(12)[None]
+    logits = model(ids).logits
+    model.config.quantization_config = {"quant_method": "gguf"}
+    model.is_quantized = True
+    plain = policies._plain(model)
+    assert torch.equal(plain(ids).logits, logits)
+    assert not getattr(plain, "is_quantized", False)
+    assert not hasattr(plain.config, "quantization_config")
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(reload(tmp_path)(ids).logits, logits)
 
 
 def test_lora_settings() -> None:
