@@ -106,6 +106,7 @@ def score_logps(
     pad_token_id: int,
     batch_size: int = 16,
     temperature: float = 1.0,
+    autocast: str | None = None,
     backend: str | None = None,
     memory_budget: int | None = None,
     progress: bool = False,
@@ -113,7 +114,7 @@ def score_logps(
     """log p(y_t | x, y_<t) of every completion token of every row, without gradient or logits.
 
     The model is fused in place (`lolkernels.fuse_lm_head`), scored in eval mode, and left in the
-    mode it was in.
+    mode it was in. `autocast` is None, "bf16" or "fp16".
 
     Returns:
         n tensors (completion length,), float32 nats on the CPU, in the dataset's order.
@@ -125,7 +126,9 @@ def score_logps(
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
     result: list[Tensor] = [torch.empty(0)] * len(dataset)
     bar = tqdm(total=len(order), desc="score", unit="row", disable=not progress, leave=False)
-    with evaluation_mode(model), bar:
+    dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
+    mixed = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    with evaluation_mode(model), mixed, bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = collate([dataset[i] for i in rows])
@@ -186,6 +189,7 @@ def cache_key(
         "max_completion_length": config.max_completion_length,
         "truncation": "keep_end",
         "temperature": float(config.temperature),
+        "autocast": config.autocast,
         "backend": config.backend,
         "reward_columns": list(config.reward_columns),
         "reward_weights": None if config.reward_weights is None else list(config.reward_weights),
@@ -289,6 +293,7 @@ def _compute(
         pad_token_id=pad,
         batch_size=config.batch_size,
         temperature=config.temperature,
+        autocast=config.autocast,
         backend=config.backend,
         memory_budget=config.memory_budget,
         progress=progress,

@@ -48,9 +48,9 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def _positive(name: str, value: Any, *, zero: bool = False) -> None:
@@ -237,6 +237,11 @@ class LoLConfig(TrainingArguments):
             raise ConfigError(
                 "label_smoothing_factor does not apply to these objectives; set it to 0"
             )
+        if self.train_sampling_strategy != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} does not apply; "
+                "choose the order of rows with sampling, and leave this at 'random'"
+            )
         if self.use_liger_kernel:
             raise ConfigError(
                 "use_liger_kernel replaces the fused forward of lolkernels; set it to False"
@@ -273,6 +278,10 @@ class AnnotateConfig:
         metadata=_help("positive: return rows with advantage > 0; all: every row."),
     )
     temperature: float = field(default=1.0, metadata=_help("Divides the reference's logits."))
+    autocast: str | None = field(
+        default=None,
+        metadata=_help("Score in mixed precision, as a bf16 or fp16 training will: bf16, fp16."),
+    )
     batch_size: int = field(default=16, metadata=_help("Rows scored at a time."))
     backend: str | None = field(
         default=None, metadata=_help("Kernel backend by name; null: the best.")
@@ -290,6 +299,7 @@ class AnnotateConfig:
     def __post_init__(self) -> None:
         _choice("on_bad", self.on_bad, ("error", "skip"))
         _choice("keep", self.keep, ("positive", "all"))
+        _choice("autocast", self.autocast, (None, "bf16", "fp16"))
         _choice("stale_cache", self.stale_cache, ("error", "rebuild"))
         _positive("temperature", self.temperature)
         _positive("batch_size", self.batch_size)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lolrl.tokens import encode
 
+# exp(0.5) is far off one, but a long row of bfloat16 log-probs can be that far by rounding alone.
+LOW_PRECISION_NOISE = 0.5
+
 
 class StepZeroError(RuntimeError):
     """Policy and reference disagree before training; the message says on which row and why."""
@@ -106,16 +109,24 @@ def check_step_zero(
                     "mean": float(sums.abs().mean()),
                     "rows": float(len(rows)),
                 }
+            # The same batch in eval mode: batch shape must not be taken for dropout.
+            start = worst // size * size
             model.eval()
-            calm = log_ratios(model, dataset, [rows[worst]], collate, 1, **options)
+            batch = log_ratios(model, dataset, rows[start : start + size], collate, size, **options)
+            calm = float(batch[worst - start])
         finally:
             model.train(was_training)
     record = dataset.records[rows[worst]]
-    reason = _cause(model, dataset, rows[worst], float(calm[0]), tokenizer, config, eos_ids)
+    reason = _cause(model, dataset, rows[worst], calm, tokenizer, config, eos_ids)
     raise StepZeroError(
         f"{record.source}, line {record.line}: before the first update the sum of log-ratios is "
         f"{value:.3g} nats, above step0_tolerance={config.step0_tolerance:g}. {reason}"
     )
+
+
+def _low_precision(model: Any, config: Any) -> bool:
+    narrow = (torch.bfloat16, torch.float16)
+    return config.bf16 or config.fp16 or any(p.dtype in narrow for p in model.parameters())
 
 
 def _cause(
@@ -145,6 +156,12 @@ def _cause(
                 "processing_class and these length limits. Annotate with the tokenizer and limits "
                 "of the training."
             )
+    if abs(calm) < LOW_PRECISION_NOISE and _low_precision(model, config):
+        return (
+            "Scores and policy differ by the noise of 16-bit arithmetic, which moves with the "
+            "batch's shape. Annotate in the precision of the training (AnnotateConfig.autocast) "
+            "and raise step0_tolerance to about 0.05, or train in float32."
+        )
     return (
         f"In eval mode it is {calm:.3g} too, and the tokens agree: ref_logps were made by other "
         "weights, dtype or attention (a stale cache), or the policy does not start from the "

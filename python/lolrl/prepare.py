@@ -136,6 +136,7 @@ def training_rows(
             on_bad=args.on_bad,
             keep="all",
             temperature=args.temperature,
+            autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
             batch_size=2 * args.per_device_train_batch_size,
             backend=args.backend,
             memory_budget=args.memory_budget,
@@ -147,12 +148,19 @@ def training_rows(
             reference, tokenizer, dataset, config=config, progress=not args.disable_tqdm
         )
         dataset = dataset.with_columns(ref_logps=scored.dataset.ref_logps)
+    if dataset.advantages is None and dataset.rewards is not None and dataset.values is not None:
+        dataset = dataset.with_columns(advantages=dataset.rewards - dataset.values)
     for column, how in (
-        ("rewards", "give a reward for every row"),
-        ("advantages", "annotate the rows with a value head"),
+        ("rewards", "give every row a reward"),
+        (
+            "advantages",
+            "annotate the rows with a value head, or give every row a reward and a value",
+        ),
     ):
         if column in needed and getattr(dataset, column) is None:
-            raise ValueError(f"train_dataset has no {column}, which {name} needs; {how}")
+            missing = (r for r in dataset.records if getattr(r, column[:-1]) is None)
+            record = next(missing, dataset.records[0])
+            raise record.error(column[:-1], f"is missing, and {name} needs {column}", how)
     total = len(dataset)
     if args.advantage_filter == "positive":
         if dataset.advantages is None:

@@ -112,6 +112,11 @@ class LoLTrainer(SavingTrainer):
         if processing_class is None:
             raise ValueError("processing_class is missing; give the tokenizer of the model")
         check_reward_funcs(reward_funcs, args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"args sees {args.n_gpu} GPUs from one process, which would split batches "
+                "behind the loss's back; start with torchrun or accelerate launch, or show it one GPU"
+            )
         args = copy.copy(args)
         if isinstance(model, (str, os.PathLike)):
             from transformers import AutoModelForCausalLM
@@ -179,9 +184,7 @@ class LoLTrainer(SavingTrainer):
         if args.sampling == "advantage":
             assert dataset.advantages is not None
             weights = dataset.advantages.clamp(min=0)
-        update = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        )
+        update = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._sampler = UpdateSampler(
             weights,
             len(dataset),

@@ -48,6 +48,14 @@ def test_logps_are_those_of_the_model(llama: Any, tokenizer: Any) -> None:
         assert (mine.double() - theirs).sum().abs() <= 1e-4 and bool((mine <= 0).all())
 
 
+def test_autocast_scores_as_mixed_precision_does(llama: Any, tokenizer: Any) -> None:
+    dataset = make_dataset(tokenizer, 4)
+    exact = torch.cat(score_logps(llama, dataset, pad_token_id=2))
+    mixed = torch.cat(score_logps(llama, dataset, pad_token_id=2, autocast="bf16"))
+    assert mixed.dtype == torch.float32
+    assert 1e-4 < float((mixed - exact).abs().max()) < 0.2
+
+
 def test_temperature_divides_the_logits(llama: Any, tokenizer: Any) -> None:
     dataset = make_dataset(tokenizer, 3)
     hot = score_logps(llama, dataset, pad_token_id=2, temperature=2.0)
@@ -265,6 +273,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
         {"tokens", "max_completion_length"},
     ),
     "temperature": (_config(temperature=1.25), {"temperature"}),
+    "mixed precision": (_config(autocast="bf16"), {"autocast"}),
     "backend": (_config(backend="reference"), {"backend"}),
     "reward weights": (_config(reward_weights=[0.5]), {"rows", "reward_weights"}),
     "weight of the reward function": (

@@ -69,6 +69,7 @@ def test_every_field_has_help() -> None:
         ({"reduction": "mean"}, "reduction"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
     ],
 )
@@ -194,6 +195,19 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         load_yaml(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_yaml(tmp_path / "empty.yaml") == {}
+
+
+def test_annotate_config_refuses() -> None:
+    for changes, name in (
+        ({"autocast": "fp8"}, "autocast"),
+        ({"keep": "best"}, "keep"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"reward_columns": []}, "reward_columns"),
+        ({"max_prompt_length": 0}, "max_prompt_length"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            AnnotateConfig(**changes)
 
 
 def test_annotate_and_value_configs_round_trip(tmp_path: Path) -> None:

@@ -181,3 +181,28 @@ def test_gate_rows_are_spread_and_hold_the_longest(rows: Any) -> None:
     picked = gate_rows(rows, 5)
     assert {0, COUNT - 1, int(rows.lengths.argmax())} <= set(picked) and len(picked) in (5, 6)
     assert gate_rows(rows, 1000) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("kind", ["weights", "autocast"])
+def test_sixteen_bits_are_named_and_can_be_allowed(kind: str, tok: Any, tmp_path: Path) -> None:
+    """Noise of low precision is not taken for dropout or a stale cache."""
+
+    def make() -> Any:
+        model = make_llama(len(tok))
+        return model.bfloat16() if kind == "weights" else model
+
+    rows = scored(make(), tok)
+    kw = {"bf16": kind == "autocast", "step0_rows": COUNT}
+    with pytest.raises(StepZeroError, match="16-bit"):
+        attempt(make(), rows, tok, tmp_path, **kw)
+    trainer = attempt(make(), rows, tok, tmp_path, step0_tolerance=0.3, **kw)
+    assert 1e-3 < trainer.step0["max"] <= 0.3
+
+
+def test_mixed_precision_scores_agree_with_mixed_precision_training(
+    tok: Any, tmp_path: Path
+) -> None:
+    """Scored by the trainer itself, in the batch shape of the gate, they agree to the bit or so."""
+    rows = scored(make_llama(len(tok)), tok).with_columns(ref_logps=None)
+    trainer = attempt(make_llama(len(tok)), rows, tok, tmp_path, bf16=True, step0_tolerance=0.05)
+    assert trainer.step0["max"] <= 0.05

@@ -17,6 +17,7 @@ import lolrl.saving
 from lolrl.annotate import annotate
 from lolrl.checkpoints import CheckpointError, last_complete
 from lolrl.config import AnnotateConfig, LoLConfig
+from lolrl.data import DataError
 from lolrl.tokens import LoLDataset
 from lolrl.trainer import LoLTrainer, sft, train
 from tests.lolrl.toys import make_config, make_llama, make_rows, parameters, reload
@@ -648,9 +649,14 @@ def test_non_finite_gradients_are_left_out_and_counted(rows, tokenizer_module, t
 
 def test_missing_inputs_are_named(rows, tokenizer_module, tmp_path) -> None:
     bare = rows.with_columns(advantages=None, rewards=None)
-    for objective, name in (("a_lol", "advantages"), ("wbc", "rewards")):
-        with pytest.raises(ValueError, match=name):
+    for objective, name in (("a_lol", "advantage"), ("wbc", "reward")):
+        with pytest.raises(DataError, match=f"'{name}': is missing, and {objective} needs"):
             run(tmp_path, bare, tokenizer_module, objective=objective)
+    data = make_rows(5)
+    del data[3]["reward"]
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, data, tokenizer_module, objective="wbc")
+    assert (caught.value.line, caught.value.field) == (4, "reward")
     with pytest.raises(ValueError, match="positive advantage"):
         run(tmp_path, rows.with_columns(advantages=-torch.ones(27).double()), tokenizer_module)
     with pytest.raises(ValueError, match="sampling='advantage'"):
@@ -659,6 +665,10 @@ def test_missing_inputs_are_named(rows, tokenizer_module, tmp_path) -> None:
         run(tmp_path, bare, tokenizer_module, objective="nll", advantage_filter="positive")
     with pytest.raises(ValueError, match="processing_class"):
         LoLTrainer(make_llama(300), args=make_config(tmp_path), train_dataset=rows)
+    several = make_config(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs"):
+        LoLTrainer(make_llama(300), args=several, processing_class=tokenizer_module)
     with pytest.raises(TypeError, match="LoLConfig"):
         LoLTrainer(make_llama(300), args=3, processing_class=tokenizer_module)
     with pytest.raises(ValueError, match="reward_funcs"):
@@ -854,3 +864,92 @@ def test_activation_checkpointing_changes_nothing(
         assert (ends[1][name] - value).abs().max() <= 1e-12, name
     moved = [n for n, p in ends[0].items() if n not in start or not torch.equal(p, start[n])]
     assert moved
+
+
+def test_constructor_has_trl_s_order() -> None:
+    import inspect
+
+    names = list(inspect.signature(LoLTrainer.__init__).parameters)[1:]
+    assert names == [
+        "model",
+        "ref_model",
+        "args",
+        "data_collator",
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "compute_metrics",
+        "callbacks",
+        "optimizers",
+        "peft_config",
+        "reward_funcs",
+        "objective",
+    ]
+
+
+def test_conversations_through_every_stage(chat_tokenizer, tmp_path) -> None:
+    """Messages: value head, annotation, training and evaluation by reward, from a model on disk."""
+    from lolrl.config import ValueConfig
+    from lolrl.value import fit_value_head
+
+    data = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "reward": row["reward"],
+        }
+        for row in make_rows(16)
+    ]
+    model = make_llama(len(chat_tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    prompts, rewards = [r["prompt"] for r in data], [r["reward"] for r in data]
+    config = ValueConfig(num_heads=4, epochs=2)
+    head, _ = fit_value_head(model, chat_tokenizer, prompts, rewards, config=config)
+    annotated = annotate(model, chat_tokenizer, data, value_head=head, progress=False)
+    seen: list[list[str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen.append(prompts)
+        return [float(len(c)) for c in completions]
+
+    figures = []
+
+    def extra(prediction: Any) -> dict[str, float]:
+        figures.append((prediction.predictions, prediction.label_ids.tolist(), prediction.inputs))
+        return {"longest": float(max(map(len, prediction.predictions)))}
+
+    trainer = LoLTrainer(
+        str(tmp_path / "model"),
+        args=make_config(
+            tmp_path / "out",
+            eval_strategy="steps",
+            eval_steps=2,
+            eval_max_new_tokens=4,
+            eval_prompts=3,
+        ),
+        train_dataset=annotated.dataset,
+        eval_dataset=data,
+        processing_class=chat_tokenizer,
+        compute_metrics=extra,
+        reward_funcs=[reward],
+    )
+    trainer.train()
+    assert trainer.step0["max"] <= 1e-3
+    assert seen == [[r["prompt"][0]["content"] for r in data[:3]]]
+    completions, values, inputs = figures[0]
+    assert values == [float(len(c)) for c in completions] and inputs == seen[0]
+    line = next(x for x in trainer.state.log_history if "eval_reward" in x)
+    assert line["eval_reward"] == pytest.approx(sum(values) / 3)
+    assert line["eval_longest"] == max(values) and line["eval_nll"] > 0
+    batch = trainer.data_collator([annotated.dataset[0]])
+    scored = batch["input_ids"][batch["completion_mask"]]
+    said = annotated.dataset.records[0].completion[0]["content"]
+    assert chat_tokenizer.decode(scored) == said + "<eos>"
+
+
+def test_rows_with_reward_and_value_need_no_annotation(tokenizer_module, tmp_path) -> None:
+    """A = R - V is formed from the rows' own columns."""
+    data = make_rows(27)
+    trainer = run(tmp_path, data, tokenizer_module, objective="a_lol_ref_free", max_steps=1)
+    expected = [r["reward"] - r["value"] for r in data if r["reward"] > r["value"]]
+    assert trainer.train_dataset.advantages.tolist() == expected
