@@ -114,8 +114,8 @@ class LoLTrainer(SavingTrainer):
         check_reward_funcs(reward_funcs, args)
         if args.n_gpu > 1:
             raise ValueError(
-                f"args sees {args.n_gpu} GPUs from one process, which would split batches "
-                "behind the loss's back; start with torchrun or accelerate launch, or show it one GPU"
+                f"args sees {args.n_gpu} GPUs from one process, and batches split behind the loss "
+                "have wrong means; start with torchrun or accelerate launch, or show it one GPU"
             )
         args = copy.copy(args)
         if isinstance(model, (str, os.PathLike)):
