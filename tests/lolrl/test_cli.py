@@ -364,6 +364,20 @@ def test_a_failure_is_one_line(
     assert "Traceback" not in "\n".join(out + err)
 
 
+def test_a_failed_fetch_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pip(command: list[str], **kw: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no route to the registry\n")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    arguments = ["demo", f"--data-dir={tmp_path / 'd'}", f"--output-dir={tmp_path / 'o'}"]
+    assert main(arguments) == 1
+    (line,) = lines(capsys)[1]
+    assert "ERROR: no route to the registry" in line
+    assert f"put the file into {tmp_path / 'd'} by hand" in line
+
+
 def test_there_are_at_least_forty_failures() -> None:
     assert len(FAILURES) >= 40
 
