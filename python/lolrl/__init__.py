@@ -26,6 +26,7 @@ _NAMES = {
     "sampler": ("UpdateSampler",),
     "value": ("ValueHead", "ValueReport", "fit_value_head", "predict_values"),
     "cache": ("StaleCacheError",),
+    "checkpoints": ("CheckpointError",),
     "annotate": ("Annotated", "call_reward_funcs", "score_logps"),
     "trainer": ("LoLTrainer", "StepZeroError", "sft", "train"),
     "evaluate": ("EvalReport", "generate"),

@@ -123,7 +123,6 @@ class Meter:
         whole = whole.index_add(0, seq.token_to_sequence, token)
         # A sequence is scored as a whole or not at all.
         counted = torch.zeros_like(whole).index_add(0, seq.token_to_sequence, scored.double()) > 0
-        counted &= present
         self._add(ref_sequences=counted.sum(), log_ratio=torch.where(counted, whole, 0.0).sum())
         log_ratio, use = (token, scored) if self.objective in TOKEN_RATIO else (whole, counted)
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -140,8 +139,7 @@ class Meter:
 
         `gather` turns one rank's (k,) tensor into all ranks' (ranks, k).
         """
-        packed = torch.cat([self.sums, self.low[None], self.high[None]])
-        every = gather(packed[None]).reshape(-1, len(packed)).cpu()
+        every = self._gathered(gather)
         sums = dict(zip(SUMS, every[:, :-2].sum(0).tolist(), strict=True))
         low, high = float(every[:, -2].min()), float(every[:, -1].max())
         ranks, updates = len(every), max(self.updates, 1)
@@ -175,19 +173,24 @@ class Meter:
         self._zero()
         return logs
 
-    def state(self) -> dict[str, Any]:
-        """Counters and unfinished sums as JSON values; floats are text, so that they survive."""
+    def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Counters and unfinished sums of all ranks as JSON values; floats are text, to survive."""
+        every = self._gathered(gather)
         return {
-            "sums": [repr(v) for v in self.sums.tolist()],
-            "low": repr(float(self.low)),
-            "high": repr(float(self.high)),
+            "sums": [repr(v) for v in every[:, :-2].sum(0).tolist()],
+            "low": repr(float(every[:, -2].min())),
+            "high": repr(float(every[:, -1].max())),
             "updates": self.updates,
             "num_tokens": self.num_tokens,
             "skipped_steps": self.skipped_steps,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`.
+    def _gathered(self, gather: Callable[[Tensor], Tensor]) -> Tensor:  # (ranks, len(SUMS) + 2)
+        packed = torch.cat([self.sums, self.low[None], self.high[None]])
+        return gather(packed[None]).reshape(-1, len(packed)).cpu()
+
+    def load(self, state: dict[str, Any], *, main: bool = True) -> None:
+        """Go on from `state()`; the sums of all ranks go to the `main` one.
 
         Raises:
             ValueError: the state is not one of this class.
@@ -197,9 +200,10 @@ class Meter:
             if len(sums) != len(SUMS):
                 raise ValueError(f"{len(sums)} sums instead of {len(SUMS)}")
             self._zero()
-            self.sums += torch.tensor(sums, dtype=torch.float64, device=self.device)
-            self.low.fill_(float(state["low"]))
-            self.high.fill_(float(state["high"]))
+            if main:
+                self.sums += torch.tensor(sums, dtype=torch.float64, device=self.device)
+                self.low.fill_(float(state["low"]))
+                self.high.fill_(float(state["high"]))
             self.updates = int(state["updates"])
             self.num_tokens = float(state["num_tokens"])
             self.skipped_steps = int(state["skipped_steps"])

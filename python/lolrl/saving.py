@@ -1,4 +1,4 @@
-"""How `LoLTrainer` saves: checkpoints with a manifest, and the best and last model whole."""
+"""How `LoLTrainer` saves and loads: checkpoints with a manifest, without pickle; whole models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from lolrl.config import LoLConfig, dump_config
 from lolrl.files import write_json
 from lolrl.metrics import Meter
 from lolrl.sampler import UpdateSampler
+from lolrl.states import load_state, random_state, save_state, set_random_state
+
+OPTIMIZER, SCHEDULER, SCALER = (
+    f"{name}.safetensors" for name in ("optimizer", "scheduler", "scaler")
+)
 
 
 class SavingTrainer(Trainer):
-    """The saving half of `LoLTrainer`. Nothing of its own is pickled."""
+    """The saving half of `LoLTrainer`: safetensors, JSON and YAML only.
+
+    Sharded optimisers (FSDP, DeepSpeed) keep the formats of those libraries.
+    """
 
     args: LoLConfig
     _sampler: UpdateSampler | None
@@ -33,6 +41,9 @@ class SavingTrainer(Trainer):
             self.args.save_total_limit = limit
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        meter = self._meter.state(self.accelerator.gather)
+        # Every rank's files are on the disk before the manifest vouches for them.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             assert self._sampler is not None
             write_json(
@@ -40,7 +51,7 @@ class SavingTrainer(Trainer):
                 {
                     "step": self.state.global_step,
                     "sampler": self._sampler.fingerprint(),
-                    "meter": self._meter.state(),
+                    "meter": meter,
                     "skipped_in_a_row": self._skipped_in_a_row,
                 },
             )
@@ -52,6 +63,44 @@ class SavingTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    @property
+    def _plain(self) -> bool:
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._plain:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+            save_state(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._plain:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif (Path(checkpoint) / OPTIMIZER).exists():
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            save_state(Path(output_dir) / SCALER, scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint and scaler is not None and (Path(checkpoint) / SCALER).exists():
+            scaler.load_state_dict(load_state(Path(checkpoint) / SCALER))
+
+    def _rng_file(self, folder: str) -> Path:
+        return Path(folder) / f"rng_state_{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(self._rng_file(output_dir), random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._rng_file(checkpoint).exists():
+            set_random_state(load_state(self._rng_file(checkpoint)))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Model (safetensors), tokenizer, configuration (YAML); the base class pickles the last."""

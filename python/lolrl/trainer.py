@@ -320,7 +320,7 @@ class LoLTrainer(SavingTrainer):
                     f"the checkpoint drew other rows: {', '.join(wrong)} differ; resume with the "
                     "data, seed and batch size it was made with, or train from the start"
                 )
-            self._meter.load(self._resumed.get("meter", {}))
+            self._meter.load(self._resumed.get("meter", {}), main=self.is_world_process_zero())
             self._skipped_in_a_row = int(self._resumed.get("skipped_in_a_row", 0))
             return
         if self.args.step0_gate and "ref_logps" in self.needed:

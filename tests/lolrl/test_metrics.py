@@ -161,7 +161,7 @@ def test_state_survives_json_exactly() -> None:
     first, second = meter("a_lol"), meter("a_lol")
     first.add(*batch(LOGPS, REF, advantages=[0.1, 0.2, 0.3]))
     first.updates, first.skipped_steps = 3, 1
-    second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
+    second.load(json.loads(json.dumps(first.state(alone), allow_nan=False)))
     for m in (first, second):
         m.add(*batch([[-0.3]], [[-0.7]], advantages=[0.7]))
     a, b = first.pop(alone), second.pop(alone)
@@ -170,8 +170,18 @@ def test_state_survives_json_exactly() -> None:
             assert a[name] == b[name], name
     assert b["skipped_steps"] == 1.0
     fresh = meter("a_lol")
-    fresh.load(json.loads(json.dumps(fresh.state(), allow_nan=False)))
+    fresh.load(json.loads(json.dumps(fresh.state(alone), allow_nan=False)))
     assert math.isinf(float(fresh.low)) and math.isinf(float(fresh.high))
-    for damaged in ({}, {**first.state(), "sums": ["1"]}, {**first.state(), "low": "x"}):
+    # Of several ranks the main one goes on with the sums of all, the others with none.
+    ranks = first.state(lambda mine: torch.cat([mine, mine]))
+    main, other = meter("a_lol"), meter("a_lol")
+    first.add(*batch([[-1.0]], [[-3.0]]))
+    both = first.state(lambda mine: torch.cat([mine, mine]))
+    main.load(both)
+    other.load(both, main=False)
+    assert float(main.sums[0]) == 3.0 and float(other.sums.abs().sum()) == 0.0
+    assert math.isinf(float(other.high)) and float(main.high) == pytest.approx(math.exp(2))
+    assert ranks["updates"] == both["updates"] == 0
+    for damaged in ({}, {**first.state(alone), "sums": ["1"]}, {**first.state(alone), "low": "x"}):
         with pytest.raises(ValueError, match="counters"):
             meter("a_lol").load(damaged)

@@ -275,6 +275,12 @@ def same_state(a: Any, b: Any) -> None:
     assert a.lr_scheduler.state_dict() == b.lr_scheduler.state_dict()
 
 
+def no_pickle(folder: Path) -> None:
+    """Every file of a run is safetensors, JSON, YAML or text."""
+    kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".md"}, kinds
+
+
 FIGURES = ("loss", "grad_norm", "learning_rate", "ratio/min", "ratio/mean", "ratio/max", "kl")
 FIGURES += ("entropy", "logps/mean", "clip_ratio", "advantage/mean", "num_tokens", "epoch")
 
@@ -317,6 +323,7 @@ def test_resume_is_bit_equal(rows, tokenizer_module, tmp_path) -> None:
         ]
         after = [[x["loss"] for x in f if "ratio/mean" in x and x["step"] > step] for f in files]
         assert after[0] == after[1]
+    no_pickle(tmp_path)
     # The test can tell: a run from other weights ends elsewhere.
     other = run(tmp_path / "other", rows, tokenizer_module, seed=5, step0_gate=False, **kw)
     with pytest.raises(AssertionError):
@@ -367,12 +374,12 @@ def test_damaged_checkpoints_are_not_resumed_from(rows, tokenizer_module, tmp_pa
     (tmp_path / "checkpoint-4" / "manifest.json").unlink()
     weights = tmp_path / "checkpoint-3" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    state = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = tmp_path / "checkpoint-2" / "optimizer.safetensors"
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(bytes(data))
     assert last_complete(tmp_path).name == "checkpoint-1"
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt does not match"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors does not match"):
         run(tmp_path, rows, tokenizer_module, resume=str(tmp_path / "checkpoint-2"), **kw)
     shutil.rmtree(tmp_path / "checkpoint-1")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -520,7 +527,7 @@ def test_evaluation_best_and_last(rows, tokenizer_module, tmp_path) -> None:
     lines = [x for x in trainer.state.log_history if "eval_reward" in x]
     assert {"eval_reward", "eval_reward_std", "eval_length", "eval_nll"} <= set(lines[0])
     assert trainer.summary["updates"] == 6 and trainer.summary["rows"] == 27
-    assert not list(tmp_path.rglob("*.bin"))
+    no_pickle(tmp_path)
 
 
 def test_evaluation_does_not_disturb_training(rows, tokenizer_module, tmp_path) -> None:
