@@ -55,6 +55,14 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate does not reach a sampler behind both of its wrappers (sharding and skipping),
+        # which is where it is after a resume on several ranks.
+        batches = len(kwargs["train_dataloader"])
+        updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        assert self.trainer._sampler is not None
+        self.trainer._sampler.set_epoch(state.global_step // updates)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._meter.begin_update()
 

@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
         model,
         args=make_config(
             folder,
-            max_steps=60,
+            max_steps=40,
             gradient_accumulation_steps=2,
             save_strategy="steps",
             save_steps=1,

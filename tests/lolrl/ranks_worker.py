@@ -16,7 +16,7 @@ from lolrl.trainer import LoLTrainer
 from tests.lolrl.toys import make_config, make_llama, make_rows, make_tokenizer
 
 
-def main(folder: Path, size: int, steps: int) -> None:
+def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     reference = make_llama(len(tokenizer), dtype=torch.float64)
@@ -33,13 +33,16 @@ def main(folder: Path, size: int, steps: int) -> None:
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             max_steps=8,
+            logging_steps=3,
+            save_strategy="steps",
+            save_steps=4,
             learning_rate=3e-3,
             ddp_backend="gloo" if "RANK" in os.environ else None,
         ),
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
     state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
     save_file(state, folder / f"rank{rank}.safetensors")
@@ -48,4 +51,4 @@ def main(folder: Path, size: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *(sys.argv[4:] or [None]))
