@@ -119,13 +119,17 @@ def figure(sweep: dict[str, Any], where: dict[str, Any], out: Path) -> Path:
     for name in dict.fromkeys(row["contestant"] for row in sweep["rows"]):
         rows = [row for row in sweep["rows"] if row["contestant"] == name]
         tokens = [row["tokens"] for row in rows]
-        memory.plot(tokens, [row["extra_bytes"] / MIB for row in rows], marker="o", label=name)
-        speed.plot(tokens, [row["median_ms"] / 1e3 for row in rows], marker="o", label=name)
+        shown = {"marker": "o", "label": "torch linear_cross_entropy" if name == "torch" else name}
+        memory.plot(tokens, [row["extra_bytes"] / MIB for row in rows], **shown)
+        speed.plot(tokens, [row["median_ms"] / 1e3 for row in rows], **shown)
     for axes, label in (
         (memory, "extra memory, MiB"),
         (speed, "forward + backward, s"),
     ):
         axes.set(xscale="log", yscale="log", xlabel="rows (tokens with loss)", ylabel=label)
+        ticks = sorted({row["tokens"] for row in sweep["rows"]})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     memory.legend()
     shape = sweep["rows"][0]["shape"].split(maxsplit=1)[1]

@@ -54,12 +54,17 @@ class Case:
 
 
 def single(
-    op: str, shape: Shape, *, frozen_head: bool = False, memory: bool = False, peer: bool = True
+    op: str,
+    shape: Shape,
+    *,
+    frozen_head: bool = False,
+    memory: bool = False,
+    against: list[str] | None = None,
 ) -> Case:
-    """One op at one shape: lolkernels, its floor, eager and torch's own op."""
-    names = ["lolkernels", "gemms", "eager", "torch"] if peer else ["lolkernels", "gemms", "eager"]
-    if op == "logprob":
-        names = ["lolkernels", "copy", "eager"]
+    """One op at one shape: lolkernels beside its floor, eager and torch's own op."""
+    if against is None:
+        against = ["copy", "eager"] if op == "logprob" else ["gemms", "eager", "torch"]
+    names = ["lolkernels", *against]
     measured = ("lolkernels", "eager", "torch") if memory else ()
     entries = [Entry(n, n, op, shape, frozen_head, memory=n in measured) for n in names]
     title = f"{TITLES[op]}{', frozen head' if frozen_head else ''}, {shape}"
@@ -202,6 +207,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the weight")
     parser.add_argument("--prompt-share", type=float, default=0.0, help="rows without loss, 0 to 1")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=["gemms", "eager", "torch", "reference"],
+        help="what to run beside lolkernels (default: gemms eager torch)",
+    )
     parser.add_argument("--suite", choices=["cpu"], help="every CPU row instead of one op")
     parser.add_argument("--longest", type=int, default=16384, help="last T of the suite's sweep")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds a case")
@@ -229,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
                 arguments.shape,
                 frozen_head=arguments.frozen_head,
                 memory=arguments.memory,
+                against=arguments.against,
             )
         ]
     record: dict[str, Any] = {
