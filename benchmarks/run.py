@@ -150,7 +150,7 @@ def sweep_case(shape: Shape, longest: int) -> Case:
     while tokens <= longest:
         sizes.append(tokens)
         tokens *= 2
-    reach = {"lolkernels": longest, "eager": 4096, "torch": 2048}
+    reach = {"lolkernels": longest, "eager": 4096, "torch": 1024}
     entries = [
         Entry(f"{name} T={t}", name, op, replace(shape, tokens=t), memory=True)
         for name, limit in reach.items()

@@ -211,7 +211,13 @@ def tile_grads(
     size = chunk_rows(panel, head.dtype.itemsize, memory_budget)
     buffer = head.empty(min(size, n), panel)
     hidden, labels = head.rows(rows), head.labels[rows]
-    dh = head.empty(n if grads.need_hidden else 0, hidden.shape[1])
+    # Adjacent rows are written where they belong; picked ones are gathered first.
+    in_place = grads.need_hidden and isinstance(rows, slice)
+    dh = (
+        grads.hidden[rows]
+        if in_place
+        else head.empty(n if grads.need_hidden else 0, hidden.shape[1])
+    )
     rounded = grads.need_weight and grads.weight.dtype != head.dtype
     dw = head.empty(panel if rounded else 0, hidden.shape[1])
     for v0, v1 in head.panels():
@@ -228,7 +234,7 @@ def tile_grads(
             grads.add_bias(dx, v0, v1, first)
         if rounded:
             grads.weight[v0:v1] = dw[: v1 - v0]
-    if n and grads.need_hidden:
+    if n and grads.need_hidden and not in_place:
         grads.store_rows(rows, dh)
     grads.written = grads.written or n > 0
 

@@ -111,10 +111,10 @@ def default_budget(vocab: int, itemsize: int = 4) -> int:
 def extra_bytes(
     op: str,  # "linear_loss", "linear_logprob" or "score"
     *,
-    longest_chunk: int,  # rows of the largest chunk (linear_loss); number of rows otherwise
-    num_rows: int,
-    hidden_size: int,
-    vocab: int,
+    longest_chunk: int,  # rows R of the largest chunk (linear_loss)
+    num_rows: int,  # N
+    hidden_size: int,  # D
+    vocab: int,  # V
     hidden_bytes: int = 4,
     weight_bytes: int = 4,
     frozen_weight: bool = False,
@@ -122,29 +122,35 @@ def extra_bytes(
 ) -> int:
     """Peak bytes of a call beyond its inputs and the gradients it returns (fp32 arithmetic).
 
-    linear_loss:     4 R V                          logits rows of a chunk of R rows
-                     + 4 V D   if weight is not fp32 and trainable (fp32 accumulator, rounded once)
-                     + 4 N D   if hidden is not fp32 (fp32 accumulator)
-                     + 4 R D   if hidden is not fp32 (the chunk's rows in fp32)
-    linear_logprob:  4 min(N, budget / 4P) P        one tile of logits, P = 2048 columns
-    and score        + 4 P D   if weight is trainable and not fp32
-                     + 8 N D   if hidden is not fp32 (rows and accumulator; 4 N D when scoring)
-    both:            + 4 P D   if weight is not fp32 (the panel that is multiplied)
+    With P = 2048 columns a panel, C = ceil(V / P) panels, and G the bytes of the gradients:
+
+    linear_loss:     the larger of two moments, less G
+        a chunk      4 R V (logits) + 4 R D (dhidden) + 32 R C (statistics by panel) + A
+                     + 4 R D if hidden is not fp32, + 4 P D if weight is not fp32
+        the backward A + the gradients that are rounded from it
+                     A = 4 N D + 4 V D are the fp32 gradients, without 4 V D for a frozen weight
+    score:           4 T P (a tile of T = min(N, budget / 4P) rows) + 32 T C
+                     + 4 T D if hidden is not fp32, + 4 P D if weight is not fp32
+    linear_logprob:  4 T P + 4 P D if weight is not fp32, twice if it is trainable,
+                     + 8 N D less the gradient if hidden is not fp32
     """
     panel = min(PANEL, vocab)
-    total = 4 * panel * hidden_size if weight_bytes != 4 else 0
+    panels = -(-vocab // panel)
+    converted = 4 * panel * hidden_size if weight_bytes != 4 else 0
+    rows32, table32 = 4 * num_rows * hidden_size, 4 * vocab * hidden_size
+    dhidden = hidden_bytes * num_rows * hidden_size
+    dweight = 0 if frozen_weight else weight_bytes * vocab * hidden_size
     if op == "linear_loss":
-        total += 4 * longest_chunk * vocab
-        if weight_bytes != 4 and not frozen_weight:
-            total += 4 * vocab * hidden_size
-        if hidden_bytes != 4:
-            total += 4 * (num_rows + longest_chunk) * hidden_size
-        return total
-    if op not in ("linear_logprob", "score"):
-        raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
-    total += 4 * panel * min(num_rows, chunk_rows(panel, 4, memory_budget))
-    if hidden_bytes != 4:
-        total += (4 if op == "score" else 8) * num_rows * hidden_size
-    if op == "linear_logprob" and weight_bytes != 4 and not frozen_weight:
-        total += 4 * panel * hidden_size
-    return total
+        held = rows32 + (0 if frozen_weight else table32)
+        copies = 1 if hidden_bytes == 4 else 2
+        chunk = longest_chunk * (4 * vocab + copies * 4 * hidden_size + 32 * panels) + converted
+        rounded = (dhidden if hidden_bytes != 4 else 0) + (dweight if weight_bytes != 4 else 0)
+        return held + max(chunk, rounded) - dhidden - dweight
+    tile = min(num_rows, chunk_rows(panel, 4, memory_budget))
+    if op == "score":
+        in_fp32 = 0 if hidden_bytes == 4 else 4 * tile * hidden_size
+        return tile * (4 * panel + 32 * panels) + in_fp32 + converted
+    if op == "linear_logprob":
+        in_fp32 = 0 if hidden_bytes == 4 else 2 * rows32 - dhidden
+        return 4 * tile * panel + in_fp32 + converted * (1 if frozen_weight else 2)
+    raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")

@@ -106,20 +106,25 @@ SHAPE: dict[str, Any] = {"longest_chunk": 100, "num_rows": 400, "hidden_size": 6
 
 
 def test_the_memory_formula() -> None:
-    panel = 2048
+    panel, panels, d, n, v = 2048, 3, 64, 400, 5000
     fp32 = planner.extra_bytes("linear_loss", **SHAPE)
-    assert fp32 == 4 * 100 * 5000
+    assert fp32 == 100 * (4 * v + 4 * d + 32 * panels)
+    # Rounded gradients stand beside their accumulators when they are handed over.
     half = planner.extra_bytes("linear_loss", **SHAPE, hidden_bytes=2, weight_bytes=2)
-    assert half == fp32 + 4 * 5000 * 64 + 4 * 500 * 64 + 4 * panel * 64
+    accumulated, rounded = 4 * (n + v) * d, 2 * (n + v) * d
+    chunk = 100 * (4 * v + 8 * d + 32 * panels) + 4 * panel * d
+    assert half == accumulated + max(chunk, rounded) - rounded
     frozen = planner.extra_bytes(
         "linear_loss", **SHAPE, hidden_bytes=2, weight_bytes=2, frozen_weight=True
     )
-    assert half - frozen == 4 * 5000 * 64
+    assert frozen == chunk + 2 * n * d
     score = planner.extra_bytes("score", **SHAPE)
-    assert score == 4 * panel * 400
-    assert planner.extra_bytes("linear_logprob", **SHAPE) == score
+    assert score == n * (4 * panel + 32 * panels)
+    assert planner.extra_bytes("linear_logprob", **SHAPE) == 4 * n * panel
+    mixed = planner.extra_bytes("linear_logprob", **SHAPE, hidden_bytes=2, weight_bytes=2)
+    assert mixed == 4 * n * panel + 6 * n * d + 8 * panel * d
     small = planner.extra_bytes("score", **SHAPE, memory_budget=panel * 4 * 10)
-    assert small == 4 * panel * 10
+    assert small == 10 * (4 * panel + 32 * panels)
 
 
 def test_the_memory_formula_knows_its_ops() -> None:
