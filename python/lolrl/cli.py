@@ -7,6 +7,7 @@ interrupted. A failure prints one line on stderr; `--debug` adds the traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 import warnings
@@ -76,6 +77,16 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         add_config_flags(sub, DemoSettings)
 
 
+def _share_cores() -> None:
+    """Let idle OpenMP threads sleep instead of spin, unless the user has chosen.
+
+    Spinning threads starve whatever shares their cores, themselves included: on two busy cores an
+    update of the demo takes 0.9 to 2 s with them and 0.2 to 0.3 s without.
+    """
+    if "torch" not in sys.modules:  # read once, when torch loads its thread pool
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _quiet() -> None:
     """Our own lines and bars are the output: transformers keeps to errors."""
     from transformers.utils import logging
@@ -91,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((a for a in arguments if not a.startswith("-")), None)
     debug = "--debug" in arguments
+    _share_cores()
     try:
         args = build_parser(verb).parse_args(arguments)
         return _run(args)

@@ -411,6 +411,19 @@ def test_an_interrupt_is_130(
     assert lines(capsys)[1] == ["lolrl env: interrupted"]
 
 
+def test_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back after the test
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli._share_cores()
+    assert "OMP_WAIT_POLICY" not in os.environ  # torch is loaded: it would change nothing
+    monkeypatch.delitem(sys.modules, "torch")
+    cli._share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cli._share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 # --- flags ---
 
 
