@@ -15,7 +15,6 @@
 
 namespace lolkernels {
 
-// ---- logits -------------------------------------------------------------------------------------
 // z = softcap(scale * x) / temperature with softcap(v) = cap * tanh(v / cap), or v without a cap.
 
 struct LogitMap {
@@ -23,7 +22,6 @@ struct LogitMap {
   float inner;  // scale / cap: the argument of tanh per unit of x
   float outer;  // cap / temperature: the bound of |z|
   bool capped;
-  bool identity;  // z == x bit for bit
 };
 
 LOL_INLINE LogitMap make_logit_map(double scale, double softcap, double temperature) {
@@ -32,7 +30,6 @@ LOL_INLINE LogitMap make_logit_map(double scale, double softcap, double temperat
   map.capped = softcap > 0.0;
   map.inner = map.capped ? static_cast<float>(scale / softcap) : 0.0f;
   map.outer = map.capped ? static_cast<float>(softcap / temperature) : 0.0f;
-  map.identity = !map.capped && map.gain == 1.0f;
   return map;
 }
 
@@ -53,7 +50,6 @@ LOL_INLINE float dlogit_at_label(float z, float lse, float a, float b, float c) 
   return a * one_minus_p + dlogit(p, z, a + b, c);
 }
 
-// ---- sequences ----------------------------------------------------------------------------------
 // loss = -weight * sum_t w_t l_t + beta * sum_t (l_t - lr_t),  coef_t = -(weight * w_t - beta)
 
 enum class Ratio : int64_t { none = 0, sequence = 1, token = 2 };

@@ -28,8 +28,7 @@ int64_t draw(int64_t low, int64_t high) {
 double normal() { return std::normal_distribution<double>()(rng); }
 bool chance(double p) { return std::uniform_real_distribution<double>()(rng) < p; }
 
-// ---- scalar conversions, written independently of the kernels
-// ---------------------------------------
+// Scalar conversions, written independently of the kernels.
 
 double decode(uint16_t h, int exponent_bits) {
   const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
@@ -64,8 +63,7 @@ uint16_t encode(double x, int exponent_bits) {
 
 int exponent_bits(DType dtype) { return dtype == DType::bf16 ? 8 : 5; }
 
-// ---- matrices
-// -------------------------------------------------------------------------------------
+// Matrices.
 
 struct Owned {
   Matrix m;
@@ -116,8 +114,7 @@ struct Column {
   operator Vector<T>() const { return {data, stride}; }
 };
 
-// ---- checks
-// ---------------------------------------------------------------------------------------
+// Checks.
 
 double worst_stat, worst_gradient, worst_sequence;
 

@@ -23,9 +23,6 @@ def gradient(x: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
     return cpu.dlogits_(x, labels, lse, k, -k, torch.zeros_like(k), out=out)
 
 
-# ---- layouts -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_layout_gives_the_same_bits(dtype: torch.dtype) -> None:
     n, v = 5, 2100
@@ -100,9 +97,6 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
     assert gradient(x, labels).shape == shape
 
 
-# ---- threads -------------------------------------------------------------------------------------
-
-
 def test_results_are_bit_identical_for_any_number_of_threads() -> None:
     x, labels = torch.randn(61, 5003) * 3, torch.randint(5003, (61,))
     threads = torch.get_num_threads()
@@ -121,8 +115,6 @@ def test_results_are_bit_identical_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
 
-
-# ---- 64-bit offsets ------------------------------------------------------------------------------
 
 SPARSE = """
 import resource, torch
@@ -154,8 +146,6 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     )
     assert done.returncode == 0, done.stderr
 
-
-# ---- bad input -----------------------------------------------------------------------------------
 
 N, V = 3, 8
 
@@ -232,9 +222,6 @@ def test_disjoint_views_of_one_buffer_are_fine() -> None:
     labels = torch.arange(N)
     want = gradient(x.clone(), labels)
     assert torch.equal(gradient(x, labels, out=out), want)
-
-
-# ---- absence -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -54,9 +54,6 @@ def zoned(values: Tensor, layout: str = "rows") -> Zoned:
     return Zoned(view, whole)
 
 
-# ---- the truth -----------------------------------------------------------------------------------
-
-
 def logit_map(x: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
     v = x.double() * scale
     return (softcap * torch.tanh(v / softcap) if softcap else v) / temperature
@@ -96,8 +93,6 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
     integers = {4: torch.int32, 2: torch.int16}[x.element_size()]
     return torch.equal(x.contiguous().view(integers), y.contiguous().view(integers))
 
-
-# ---- accuracy, in red zones ----------------------------------------------------------------------
 
 WIDTHS = (1, 2, 3, 15, 16, 17, 127, 129, 1023, 1025, 2047, 2048, 2049, 4097, 32003)
 OPTIONS: tuple[dict[str, float], ...] = (
@@ -208,9 +203,6 @@ def test_the_error_does_not_grow_with_the_vocabulary(v: int) -> None:
         assert (stats[2] - truth[2]).abs().max() <= 2 * ulp
 
 
-# ---- the pieces, one by one ----------------------------------------------------------------------
-
-
 def exponential(z: Tensor) -> Tensor:
     """exp as the cpu kernel computes it: the gradient for a = c = 0, b = 1, lse = 0."""
     zero, one = torch.zeros(1), torch.ones(1)
@@ -290,8 +282,6 @@ def test_labels_at_every_boundary_and_outside(backend: ModuleType) -> None:
         assert p.max() < 1 and close(grad, want, 1e-6)
         assert view.intact() and (out is None or out.intact())
 
-
-# ---- special values ------------------------------------------------------------------------------
 
 NAN = math.nan
 MASKED = [-INF] * 5000

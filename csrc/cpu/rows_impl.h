@@ -13,9 +13,7 @@
 namespace lolkernels::cpu {
 namespace {
 
-// ---- memory <-> vectors of floats
-// -----------------------------------------------------------------
-
+// How a dtype is stored; kLowest is its -inf.
 struct Float32 {
   using Word = float;
   static constexpr float kLowest = -kInf;
@@ -73,9 +71,6 @@ template <typename D>
   }
 }
 
-// ---- logits
-// ---------------------------------------------------------------------------------------
-
 struct Logit {
   F32 z;
   F32 slope;  // dz/dx
@@ -88,11 +83,9 @@ inline Logit logit(F32 x, const LogitMap& map) {
   return {t.value * map.outer, t.slope * map.gain};
 }
 
-// ---- row_stats
-// ------------------------------------------------------------------------------------ A row is cut
-// into blocks that stay in the first-level cache, so memory is read once. Inside a block sums run
-// in float lanes, kBlock / (kUnroll * kLanes) additions each; across blocks they are in double.
-
+// row_stats cuts a row into blocks that stay in the first-level cache, so memory is read once.
+// Inside a block sums run in float lanes, kBlock / (kUnroll * kLanes) additions each; across blocks
+// they are in double.
 constexpr int64_t kBlock = 2048;
 constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
@@ -109,13 +102,12 @@ int64_t count_equal(const float* z, int64_t count, float value) {
   return equal;
 }
 
-// Writes z of columns [col, col + kBlock) to z, padded with -inf to a multiple of kStep, and
-// returns their number after padding and their maximum; NaN does not count.
 struct BlockHead {
-  int64_t count;
-  float max;
+  int64_t count;  // columns, padding included
+  float max;      // NaN does not count
 };
 
+// Writes z of columns [col, col + kBlock) to z, padded with -inf to a multiple of kStep.
 template <typename D, bool kCapped>
 BlockHead read_block(const Row<D>& row, int64_t col, const LogitMap& map, float* z) {
   const int64_t left = row.cols - col;
@@ -126,14 +118,14 @@ BlockHead read_block(const Row<D>& row, int64_t col, const LogitMap& map, float*
     for (; i + kLanes <= count; i += kLanes) {
       const F32 v = logit<kCapped>(D::read(row.data + col + i), map).z;
       store(z + i, v);
-      max = at_least(v, max);
+      max = at_least(max, v);
     }
   }
   for (; i < count; i += kLanes) {
     F32 v = logit<kCapped>(gather(row, col + i), map).z;
     for (int64_t j = count - i; j < kLanes; ++j) v[j] = -kInf;
     store(z + i, v);
-    max = at_least(v, max);
+    max = at_least(max, v);
   }
   for (; i % kStep != 0; i += kLanes) store(z + i, splat(-kInf));
   return {i, largest(max)};
@@ -199,9 +191,6 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// ---- dlogits
-// --------------------------------------------------------------------------------------
-
 template <typename In, typename Out, bool kCapped>
 void dlogits(const DlogitsArgs& args, int64_t begin, int64_t end) {
   const LogitMap map = args.map;
@@ -233,9 +222,6 @@ void dlogits(const DlogitsArgs& args, int64_t begin, int64_t end) {
     }
   }
 }
-
-// ---- the table
-// ------------------------------------------------------------------------------------
 
 template <typename D>
 void row_stats_of(const RowStatsArgs& args, int64_t begin, int64_t end) {

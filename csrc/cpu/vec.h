@@ -113,8 +113,8 @@ inline Tanh tanh_and_slope(F32 u) {
   return {small ? near : far, small ? 1.0f - near * near : q * (2.0f - q)};
 }
 
-// ---- bf16 and fp16 ------------------------------------------------------------------------------
-// Stored as uint16_t. Widening is exact, narrowing rounds to nearest even, NaN stays NaN.
+// bf16 and fp16 are stored as uint16_t. Widening is exact, narrowing rounds to nearest even, NaN
+// stays NaN.
 
 inline F32 widen_bf16(U16 h) { return bits<F32>(__builtin_convertvector(h, U32) << 16); }
 
