@@ -154,6 +154,7 @@ def test_the_coefficient_is_the_scripts_gradient(key: str) -> None:
     assert close(coef, case.dlogp)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("key", AGREEING)
 def test_float32_kernels(key: str) -> None:
     """The C++ rows within the float32 tolerance of the authors' float64 numbers."""

@@ -206,6 +206,7 @@ print(1024 * int(status["VmHWM"].split()[0]))
 """
 
 
+@pytest.mark.compiled
 def test_rows_and_columns_more_than_2_to_the_31_elements_apart() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FAR_APART], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -245,6 +245,7 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], cause: str) ->
         replace(TINY, **changes)
 
 
+@pytest.mark.compiled
 def test_the_loss_comparison_is_of_equal_losses() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(240, 32), torch.randn(700, 32)
