@@ -23,6 +23,21 @@ VERBS = {
     "env": "print versions, backends and device, for a bug report",
 }
 
+# The train extra, by the names that are imported: a plain install of lolkernels has none of them.
+EXTRA = {
+    "accelerate",
+    "matplotlib",
+    "numpy",
+    "peft",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "tqdm",
+    "transformers",
+    "vaderSentiment",
+    "yaml",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Errors as one line on stderr, exit code 2."""
@@ -110,10 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lolrl {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from lolrl.config import ConfigError
-
         if debug:
             traceback.print_exc()
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and absent.partition(".")[0] in EXTRA:
+            print(
+                f"lolrl {verb}: {absent} is not installed: pip install 'lolkernels[train]'",
+                file=sys.stderr,
+            )
+            return 2
+        from lolrl.config import ConfigError
+
         cause = " ".join(str(error).split()) or "no message"
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
             cause = f"{type(error).__name__}: {cause}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +411,44 @@ def test_an_interrupt_is_130(
     monkeypatch.setattr("lolrl.commands.run_env", stop)
     assert main(["env"]) == 130
     assert lines(capsys)[1] == ["lolrl env: interrupted"]
+
+
+PLAIN_INSTALL = """
+import sys
+from lolrl import cli
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in cli.EXTRA:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+print([cli.main([verb]) for verb in cli.VERBS])
+"""
+
+
+def test_without_the_train_extra_every_verb_names_it(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_INSTALL],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    assert done.stdout == f"{[2] * len(cli.VERBS)}\n", done.stderr
+    for verb, line in zip(cli.VERBS, done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"lolrl {verb}: ")
+        assert line.endswith(" is not installed: pip install 'lolkernels[train]'")
+
+
+def test_the_train_extra_is_known_by_its_import_names() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extra = text.partition("\ntrain = [")[2].partition("]")[0]
+    provided = packages_distributions()
+    known = {name.lower() for module in cli.EXTRA for name in provided[module]}
+    assert known == {line.lower() for line in re.findall(r'"([\w-]+)', extra)}
 
 
 def test_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
