@@ -247,6 +247,20 @@ void check_rows(const RowKernels& kernels) {
   }
 }
 
+// p within 1e-7 ... 1e-1 of 1: the gradient 1 - p keeps its digits.
+void check_confident_label(const RowKernels& kernels) {
+  const float lse = static_cast<float>(std::pow(10.0, -static_cast<double>(draw(1, 7))));
+  const int64_t label = 0;
+  const float a = 1.0f, b = -1.0f, c = 0.0f;
+  float x = 0.0f;
+  const Matrix m{&x, DType::f32, 1, 1, 1, 1};
+  kernels.dlogits(
+      {m, m, {&label, 1}, {&lse, 1}, {&a, 1}, {&b, 1}, {&c, 1}, make_logit_map(1.0, 0.0, 1.0)}, 0,
+      1);
+  const double want = -std::expm1(-static_cast<double>(lse));
+  expect(kernels.isa, "confident label", x, want, 1e-6 * want, worst_gradient);
+}
+
 void check_sequences() {
   const int64_t s = draw(0, 6);
   Column<int64_t> cu(s + 1);
@@ -304,7 +318,9 @@ int main(int argc, char** argv) {
   rng.seed(static_cast<uint64_t>(std::atoll(argv[2])));
   const auto kernels = usable_kernels();
   for (int64_t i = 0; i < cases; ++i) {
-    check_rows(*kernels[static_cast<size_t>(i) % kernels.size()]);
+    const RowKernels& tested = *kernels[static_cast<size_t>(i) % kernels.size()];
+    check_rows(tested);
+    check_confident_label(tested);
     check_sequences();
   }
   for (const auto* k : kernels) std::printf("%s ", k->isa);
