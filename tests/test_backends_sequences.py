@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lolkernels.backends import cpu, reference
+from lolkernels.backends import cpu, reference, triton
 
 needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-BACKENDS = [pytest.param(cpu, marks=needs_cpu, id="cpu"), pytest.param(reference, id="reference")]
+needs_triton = pytest.mark.skipif(
+    triton.why_unavailable() is not None, reason=str(triton.why_unavailable())
+)
+BACKENDS = [
+    pytest.param(cpu, marks=needs_cpu, id="cpu"),
+    pytest.param(triton, marks=needs_triton, id="triton"),
+    pytest.param(reference, id="reference"),
+]
 INF, NAN = math.inf, math.nan
 
 

@@ -36,7 +36,9 @@ INTERNAL: dict[str, set[str]] = {
     "info": {"", "backends.*"},
     "testing": {"", "backends", "objectives", "sequences"},
 }
-TOOLCHAINS: dict[str, set[str]] = {"backends.triton": {"triton"}}
+TOOLCHAINS: dict[str, set[str]] = {"backends.triton_kernels": {"triton"}}
+# Modules of one toolchain that make one backend.
+SIBLINGS = {"backends.triton": {"backends.triton_kernels"}}
 THIRD_PARTY = {"torch"}
 
 
@@ -86,7 +88,7 @@ TRAINER_MODULES = modules(TRAINER, "lolrl")
 @pytest.mark.parametrize(("name", "path"), KERNEL_MODULES, ids=[n for n, _ in KERNEL_MODULES])
 def test_kernel_library_imports_torch_and_its_own_layer_only(name: str, path: Path) -> None:
     if name.startswith("backends."):
-        allowed: set[str] = set()
+        allowed = SIBLINGS.get(name, set())
     elif name == "":
         allowed = {inner.partition(".")[0] for inner, _ in KERNEL_MODULES} | {"backends"}
     else:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
 # Fastest first. Adding a backend is one module and one entry here.
-TABLE: dict[str, Any] = {"cpu": cpu, "reference": reference}
+TABLE: dict[str, Any] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _forced: list[str] = []
 _warned: set[str] = set()

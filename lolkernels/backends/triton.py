@@ -1,0 +1,209 @@
+"""The row functions in Triton: float32, bfloat16 and float16 on NVIDIA and AMD GPUs, any strides.
+
+With TRITON_INTERPRET=1 in the environment before the first use, the same kernels run on the CPU,
+slowly: for tests. Results are bit-reproducible. The formulas, shapes and special values are those
+of the reference backend. Nothing here waits for the device.
+"""
+
+import contextlib
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
+STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
+
+
+@cache
+def why_unavailable() -> str | None:
+    """None where the kernels can run, else the reason and what to do about it."""
+    if importlib.util.find_spec("triton") is None:
+        return (
+            "Triton is not installed: pip install 'lolkernels[gpu]' (it needs Triton 3.4 or later)"
+        )
+    if not (INTERPRETED or torch.cuda.is_available()):
+        return (
+            "torch sees no GPU (torch.cuda.is_available() is False): install a CUDA or ROCm build "
+            "of torch, or set TRITON_INTERPRET=1 to run the kernels on the CPU for tests"
+        )
+    return None
+
+
+def stats_block(vocab: int, itemsize: int) -> tuple[int, int, int]:
+    """(GROUPS, VEC, num_warps) of ``row_stats``: 16 columns a thread, 16 bytes a load."""
+    vec = 16 // itemsize
+    block = max(vec, min(_power_of_2(vocab), 4096))
+    return block // vec, vec, max(1, min(8, block // 512))
+
+
+def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
+    """(BLOCK, num_warps) of ``dlogits_``: 16 columns a thread, 8 where tanh takes registers."""
+    columns = 8 if cap else 16
+    block = min(_power_of_2(vocab), 256 * columns)
+    return block, max(1, min(8, block // (32 * columns)))
+
+
+def row_stats(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`target_logit, lse, expected_logit, max_logit`, each (n,) float32, in one sweep.
+
+    Memory traffic: each logit is read once.
+    """
+    n, vocab = logits.shape
+    out = logits.new_empty((4, n), dtype=torch.float32).unbind()
+    if n:
+        groups, vec, warps = stats_block(vocab, logits.element_size())
+        with _device(logits):
+            _kernels().row_stats[(n,)](
+                logits,
+                labels,
+                *out,
+                vocab,
+                *logits.stride(),
+                labels.stride(0),
+                *_scaling(scale, softcap, temperature),
+                CAP=softcap != 0,
+                GROUPS=groups,
+                VEC=vec,
+                num_warps=warps,
+                num_stages=STAGES,
+            )
+    target, lse, expected, largest = out
+    return target, lse, expected, largest
+
+
+def dlogits_(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    lse: Tensor,  # (n,) float32, and so are a, b, c
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # (n, V)
+) -> Tensor:
+    """`(a * [v == y] + exp(z - lse) * (b + c * z)) * dz/dx`, written over `logits` or into `out`.
+
+    `out` may have another dtype and other strides. It shares no memory with `logits` unless it is
+    the same view, or its rows begin where those of `logits` do, with narrower elements: bfloat16
+    gradients over float32 logits. Memory traffic: each logit is read once, each gradient written
+    once.
+    """
+    target = logits if out is None else out
+    n, vocab = logits.shape
+    if n == 0:
+        return target
+    block, warps = dlogits_block(vocab, softcap != 0)
+    aliased = target.dtype != logits.dtype and (
+        target.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    )
+    # Few rows do not fill a device: their columns are shared out among programs.
+    parts = 1 if aliased else max(1, min(-(-vocab // block), 1024 // n))
+    span = -(-vocab // (parts * block)) * block
+    with _device(logits):
+        _kernels().dlogits[(n * parts,)](
+            logits,
+            labels,
+            lse,
+            a,
+            b,
+            c,
+            target,
+            vocab,
+            parts,
+            span,
+            *logits.stride(),
+            *target.stride(),
+            *(t.stride(0) for t in (labels, lse, a, b, c)),
+            *_scaling(scale, softcap, temperature),
+            CAP=softcap != 0,
+            ALIASED=aliased,
+            BLOCK=block,
+            num_warps=warps,
+            num_stages=STAGES,
+        )
+    return target
+
+
+def sequence_coef(
+    logps: Tensor,  # (n,) float32
+    ref_logps: Tensor | None,  # (n,) float32
+    cu_seqlens: Tensor,  # (s + 1,) int64, on the device of logps
+    weight: Tensor,  # (s,) float32
+    *,
+    ratio: int,
+    log_low: float,
+    log_high: float,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family.
+
+    One launch. Memory traffic: 8 bytes a token read, 4 written.
+    """
+    num_sequences = weight.shape[0]
+    loss, log_ratio, clipped = logps.new_empty((3, num_sequences), dtype=torch.float32).unbind()
+    coef = logps.new_empty(logps.shape, dtype=torch.float32)
+    if num_sequences:
+        with _device(logps):
+            _kernels().sequence_coef[(num_sequences,)](
+                logps.contiguous(),
+                None if ref_logps is None else ref_logps.contiguous(),
+                cu_seqlens.to(logps.device).contiguous(),
+                weight.contiguous(),
+                loss,
+                coef,
+                log_ratio,
+                clipped,
+                float(log_low),
+                float(log_high),
+                float(beta),
+                HAS_REF=ref_logps is not None,
+                RATIO=ratio,
+                HAS_BETA=beta != 0,
+                BLOCK=SEQUENCE_BLOCK,
+                num_warps=4,
+                num_stages=STAGES,
+            )
+    return loss, coef, log_ratio, clipped
+
+
+def _scaling(scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
+    """What the kernels take: without a cap the whole factor is in ``scale``."""
+    if softcap:
+        return float(scale), float(softcap), 1.0 / temperature
+    return scale / temperature, 0.0, 1.0
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def _kernels() -> Any:
+    reason = why_unavailable()
+    if reason is not None:
+        raise ValueError(f"backend 'triton' is not available: {reason}")
+    from . import triton_kernels
+
+    return triton_kernels

@@ -1,0 +1,301 @@
+"""The Triton kernels behind :mod:`lolkernels.backends.triton`. Importing this imports Triton.
+
+One program walks one row (a part of it in ``dlogits``), so that no statistic crosses programs and
+there are no atomics: results are bit-reproducible. Rows go on grid-x, whose limit is 2^31 - 1.
+Offsets are int64.
+"""
+
+import triton
+import triton.language as tl
+
+NEG_INF = tl.constexpr(float("-inf"))
+POS_INF = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - e^x for x <= 0 without cancellation near 0."""
+    series = 1.0 + x * (1.0 / 9.0)
+    series = 1.0 + x * (1.0 / 8.0) * series
+    series = 1.0 + x * (1.0 / 7.0) * series
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = 1.0 + x * (1.0 / 2.0) * series
+    return tl.where(tl.abs(x) < 0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def log_of_1_plus(x):
+    """log(1 + x): for small x by 2 artanh(x / (2 + x)), never below 0 for x >= 0."""
+    s = x / (2.0 + x)
+    square = s * s
+    series = 2.0 * s * (1.0 + square * (1.0 / 3.0 + square * (1.0 / 5.0 + square * (1.0 / 7.0))))
+    return tl.where((x >= 0.0) & (x < 0.3), series, tl.log(1.0 + x))
+
+
+@triton.jit
+def transform(x, scale, softcap, inv_temperature, CAP: tl.constexpr):
+    """z = softcap(scale x) / temperature, and dz / dx.
+
+    Without a cap ``scale`` carries the temperature too. With one, u = scale x / cap and
+    e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e), or its series where 1 - e has lost its digits,
+    and 1 - tanh^2 = 4 e / (1 + e)^2 keeps its digits where tanh is near 1.
+    """
+    if CAP:
+        u = x * (scale / softcap)
+        e = tl.exp(-2.0 * tl.abs(u))
+        square = u * u
+        series = -1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))
+        inverse = 1.0 / (1.0 + e)
+        large = (1.0 - e) * inverse
+        t = tl.where(u < 0, -large, large)
+        t = tl.where(tl.abs(u) < 0.15, u + u * square * series, t)
+        slope = 4.0 * e * inverse * inverse
+        return t * (softcap * inv_temperature), slope * (scale * inv_temperature)
+    return x * scale, scale
+
+
+@triton.jit
+def finite_or_zero(m):
+    """What may be subtracted from a logit where the maximum so far is ``m``."""
+    return tl.where(m == NEG_INF, 0.0, m)
+
+
+@triton.jit
+def absorb(z, m, total, dev):
+    """The running statistics of each group after VEC more logits: z is (GROUPS, VEC)."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    base = finite_or_zero(m_new)
+    # m = -inf: nothing has been summed, and -inf - base times 0 would be nan.
+    fall = tl.where(m == NEG_INF, 0.0, m - base)
+    shrink = tl.exp(fall)
+    d = z - base[:, None]
+    e = tl.exp(d)
+    dev = shrink * (dev + total * fall) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
+    total = shrink * total + tl.sum(e, 1)
+    return m_new, total, dev
+
+
+@triton.jit
+def row_stats(
+    x_ptr,  # (n, V)
+    labels_ptr,  # (n,) int64
+    target_ptr,  # (n,) fp32, and so are the next three
+    lse_ptr,
+    expected_ptr,
+    max_ptr,
+    V,
+    x_row,
+    x_col,
+    labels_row,
+    scale,
+    softcap,
+    inv_temperature,
+    CAP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """One online-softmax sweep of a row. Bytes per logit: its own size, read once.
+
+    Each group of VEC neighbouring columns (16 bytes, all in one thread) keeps its own running
+    maximum, so that the loop has no reduction across threads and 1 + 1/VEC exponentials a logit.
+    ``dev`` is sum e^(z - m) (z - m): expectations around the maximum lose no digits to its size.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_row
+    inside = tl.arange(0, GROUPS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    m = tl.full([GROUPS], NEG_INF, tl.float32)
+    total = tl.zeros([GROUPS], tl.float32)
+    dev = tl.zeros([GROUPS], tl.float32)
+    # The last columns apart: a mask whose end is not a multiple of 16 would keep every load from
+    # being 16 bytes wide.
+    full = V // (GROUPS * VEC) * (GROUPS * VEC)
+    for start in range(0, full, GROUPS * VEC):
+        x = tl.load(x_ptr + (start + inside).to(tl.int64) * x_col).to(tl.float32)
+        z, _ = transform(x, scale, softcap, inv_temperature, CAP)
+        m, total, dev = absorb(z, m, total, dev)
+    if full < V:
+        v = full + inside
+        x = tl.load(x_ptr + v.to(tl.int64) * x_col, mask=v < V, other=0.0).to(tl.float32)
+        z, _ = transform(x, scale, softcap, inv_temperature, CAP)
+        m, total, dev = absorb(tl.where(v < V, z, NEG_INF), m, total, dev)
+    top = tl.max(m, 0)
+    base = finite_or_zero(top)
+    fall = tl.where(m == NEG_INF, 0.0, m - base)
+    shrink = tl.exp(fall)
+    dev_all = tl.sum(shrink * (dev + total * fall), 0)
+    # The sum is 1 + excess: where the maximum is nearly everything, the excess has its own digits
+    # (lse - z_y is what the gradient of a confident label is made of).
+    rest = tl.sum(tl.where(m == top, 0.0, shrink * total), 0)
+    excess = rest + (tl.sum(tl.where(m == top, total, 0.0), 0) - 1.0)
+    sum_all = 1.0 + excess
+    label = tl.load(labels_ptr + row * labels_row)
+    has_target = (label >= 0) & (label < V)
+    x_y = tl.load(x_ptr + label * x_col, mask=has_target, other=0.0).to(tl.float32)
+    z_y, _ = transform(x_y, scale, softcap, inv_temperature, CAP)
+    # The maximum skips nan, the sum does not.
+    top = tl.where((sum_all != sum_all) & (top != POS_INF), NAN, top)
+    tl.store(target_ptr + row, tl.where(has_target, z_y, NEG_INF))
+    tl.store(lse_ptr + row, base + log_of_1_plus(excess))
+    tl.store(expected_ptr + row, base + dev_all / sum_all)
+    tl.store(max_ptr + row, top)
+
+
+@triton.jit
+def dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP: tl.constexpr):
+    """p (b + c z) dz/dx: a column that is not the label."""
+    z, slope = transform(x, scale, softcap, inv_temperature, CAP)
+    p = tl.exp(z - lse)
+    # p = 0 at z = -inf: 0 * -inf counts as 0.
+    return tl.where(p == 0.0, 0.0, p * (b + c * z)) * slope
+
+
+@triton.jit
+def dlogits(
+    x_ptr,  # (n, V)
+    labels_ptr,  # (n,) int64
+    lse_ptr,  # (n,) fp32, and so are a, b, c
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,  # (n, V)
+    V,
+    parts,  # programs a row
+    span,  # columns a program: a multiple of BLOCK
+    x_row,
+    x_col,
+    out_row,
+    out_col,
+    labels_row,
+    lse_row,
+    a_row,
+    b_row,
+    c_row,
+    scale,
+    softcap,
+    inv_temperature,
+    CAP: tl.constexpr,
+    ALIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = (a [v == y] + p (b + c z)) dz/dx. Bytes per logit: one read, one write.
+
+    ALIASED: out's rows start where x's rows do, with narrower elements. A write then lands only on
+    columns that have been read, provided that one program walks the row from its start and that its
+    threads have all read a block before any writes.
+    """
+    program = tl.program_id(0)
+    row = (program // parts).to(tl.int64)
+    first = (program % parts) * span
+    x_ptr += row * x_row
+    out_ptr += row * out_row
+    label = tl.load(labels_ptr + row * labels_row)
+    lse = tl.load(lse_ptr + row * lse_row)
+    a = tl.load(a_ptr + row * a_row)
+    b = tl.load(b_ptr + row * b_row)
+    c = tl.load(c_ptr + row * c_row)
+    end = min(first + span, V)
+    # The label's own column, read before anything is written. a + b p as a (1 - p) + (a + b) p: for
+    # p near 1 no digit of 1 - p is lost.
+    mine = (label >= first) & (label < end)
+    x_y = tl.load(x_ptr + label * x_col, mask=mine, other=0.0).to(tl.float32)
+    z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
+    p_y = tl.exp(z_y - lse)
+    dx_y = tl.where(p_y == 0.0, 0.0, p_y * (a + b + c * z_y)) + a * one_minus_exp(z_y - lse)
+    dx_y = dx_y * slope_y
+    column = tl.where(mine, label, -1).to(tl.int32)
+    full = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, full, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + v.to(tl.int64) * x_col).to(tl.float32)
+        if ALIASED:
+            tl.debug_barrier()
+        dx = dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP)
+        dx = tl.where(v == column, dx_y, dx).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + v.to(tl.int64) * out_col, dx)
+    if full < end:
+        v = full + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + v.to(tl.int64) * x_col, mask=v < V, other=0.0).to(tl.float32)
+        if ALIASED:
+            tl.debug_barrier()
+        dx = dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP)
+        dx = tl.where(v == column, dx_y, dx).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + v.to(tl.int64) * out_col, dx, mask=v < V)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """tl.minimum and tl.maximum drop nan: here it stays."""
+    return tl.where(x != x, x, tl.minimum(tl.maximum(x, low), high))
+
+
+@triton.jit
+def sequence_coef(
+    logps_ptr,  # (n,) fp32
+    ref_ptr,  # (n,) fp32
+    cu_ptr,  # (s + 1,) int64
+    weight_ptr,  # (s,) fp32
+    loss_ptr,  # (s,) fp32
+    coef_ptr,  # (n,) fp32
+    log_ratio_ptr,  # (s,) fp32
+    clipped_ptr,  # (s,) fp32
+    log_low,
+    log_high,
+    beta,
+    HAS_REF: tl.constexpr,
+    RATIO: tl.constexpr,  # 0 none, 1 of the sequence, 2 of each token
+    HAS_BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The A-LoL family on one sequence a program, in fp64: tokens are few, their sum is large.
+
+    Bytes a token: 8 read, 4 written.
+    """
+    s = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_ptr + s)
+    end = tl.load(cu_ptr + s + 1)
+    weight = tl.load(weight_ptr + s).to(tl.float64)
+    log_low = tl.full((), log_low, tl.float64)
+    log_high = tl.full((), log_high, tl.float64)
+    beta = tl.full((), beta, tl.float64)
+    sum_d = tl.zeros([BLOCK], tl.float64)
+    sum_wl = tl.zeros([BLOCK], tl.float64)
+    outside = tl.zeros([BLOCK], tl.float64)
+    for t0 in range(start, end, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        logp = tl.load(logps_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+        d = logp
+        if HAS_REF:
+            d -= tl.load(ref_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+        sum_d += d
+        w = tl.zeros([BLOCK], tl.float64) + 1.0
+        if RATIO == 2:
+            w = tl.exp(clamp(d, log_low, log_high))
+            tl.store(coef_ptr + t, (beta - weight * w).to(tl.float32), mask=t < end)
+            outside += tl.where((t < end) & ((d < log_low) | (d > log_high)), 1.0, 0.0)
+        sum_wl += tl.where(t < end, w * logp, 0.0)
+    log_ratio = tl.sum(sum_d, 0)
+    total = tl.sum(sum_wl, 0)
+    clipped = tl.sum(outside, 0) / tl.maximum((end - start).to(tl.float64), 1.0)
+    if RATIO != 2:
+        coef = beta - weight
+        if RATIO == 1:
+            w_s = tl.exp(clamp(log_ratio, log_low, log_high))
+            clipped += tl.where((log_ratio < log_low) | (log_ratio > log_high), 1.0, 0.0)
+            total = w_s * total
+            coef = beta - weight * w_s
+        for t0 in range(start, end, BLOCK):
+            t = t0 + tl.arange(0, BLOCK)
+            tl.store(
+                coef_ptr + t, tl.full([BLOCK], 0.0, tl.float32) + coef.to(tl.float32), mask=t < end
+            )
+    loss = -weight * total
+    if HAS_BETA:
+        loss += beta * log_ratio
+    empty = end == start
+    tl.store(loss_ptr + s, tl.where(empty, 0.0, loss).to(tl.float32))
+    tl.store(log_ratio_ptr + s, log_ratio.to(tl.float32))
+    tl.store(clipped_ptr + s, tl.where(empty, 0.0, clipped).to(tl.float32))

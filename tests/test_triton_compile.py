@@ -1,0 +1,41 @@
+"""What Triton's compiler makes of the kernels: no spills, within shared memory, the wanted units.
+
+Nothing runs here and no GPU is needed; the cases stand in triton_cases.py.
+"""
+
+import importlib.util
+
+import pytest
+import triton_aot
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton_cases
+
+CASES = triton_cases.compile_cases()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, triton_aot.Compiled | str]:
+    return triton_aot.run("triton_cases:compile_cases")
+
+
+def test_the_names_differ() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_to_what_it_should(
+    case: triton_aot.Case, compiled: dict[str, triton_aot.Compiled | str]
+) -> None:
+    result = compiled[case.name]
+    assert isinstance(result, triton_aot.Compiled), result
+    assert result.spill_bytes == 0
+    assert result.stack_bytes == 0
+    assert result.shared_bytes <= triton_aot.SHARED_LIMIT[case.arch]
+    if case.wgmma and case.arch == 90:
+        assert "wgmma.mma_async" in result.ptx
+        assert result.has_opcode("HGMMA")
+    if case.vector_loads:
+        assert result.has_opcode("LDG", "128")

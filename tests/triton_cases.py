@@ -1,0 +1,91 @@
+"""The kernels that test_triton_compile.py compiles, one list for each backend module.
+
+Block sizes, warps and stages come from the functions that the launchers use, so that what is
+compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton_aot import Case
+
+from lolkernels.backends import triton as rows
+from lolkernels.backends import triton_kernels
+
+ARCHS = (80, 90, 100)
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+SCALARS = {"scale": "fp32", "softcap": "fp32", "inv_temperature": "fp32"}
+
+
+def compile_cases() -> list[Case]:
+    return [*row_cases()]
+
+
+def row_cases() -> list[Case]:
+    """The kernels of the triton backend, on contiguous rows as the driver hands them over."""
+    cases = []
+    for arch in ARCHS:
+        for x in BYTES:
+            for vocab in (33, 128256):
+                for cap in (False, True):
+                    cases.append(stats_case(arch, x, vocab, cap))
+        for x, out in (("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
+            for cap in (False, True):
+                cases.append(dlogits_case(arch, x, out, 128256, cap))
+        cases += [sequence_case(arch, ratio, ref) for ratio in (0, 1, 2) for ref in (True, False)]
+    return cases
+
+
+def stats_case(arch: int, x: str, vocab: int, cap: bool) -> Case:
+    groups, vec, warps = rows.stats_block(vocab, BYTES[x])
+    outs = dict.fromkeys(("target_ptr", "lse_ptr", "expected_ptr", "max_ptr"), "*fp32")
+    return Case(
+        name=f"row_stats-sm{arch}-{x}-{vocab}{'-cap' * cap}",
+        fn=triton_kernels.row_stats,
+        signature={"x_ptr": f"*{x}", "labels_ptr": "*i64", **outs, "V": "i32", "x_row": "i32"}
+        | SCALARS,
+        constexprs={"x_col": 1, "labels_row": 1, "CAP": cap, "GROUPS": groups, "VEC": vec},
+        arch=arch,
+        num_warps=warps,
+        num_stages=rows.STAGES,
+        aligned=("x_ptr", "labels_ptr", *outs, "x_row"),
+        vector_loads=vocab > 1000,
+    )
+
+
+def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
+    block, warps = rows.dlogits_block(vocab, cap)
+    vectors = ("lse_ptr", "a_ptr", "b_ptr", "c_ptr")
+    signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64", "out_ptr": f"*{out}"}
+    signature |= dict.fromkeys(vectors, "*fp32")
+    signature |= dict.fromkeys(("V", "parts", "span", "x_row", "out_row"), "i32") | SCALARS
+    ones = ("x_col", "out_col", "labels_row", "lse_row", "a_row", "b_row", "c_row")
+    return Case(
+        name=f"dlogits-sm{arch}-{x}-{out}{'-cap' * cap}",
+        fn=triton_kernels.dlogits,
+        signature=signature,
+        constexprs=dict.fromkeys(ones, 1) | {"CAP": cap, "ALIASED": x != out, "BLOCK": block},
+        arch=arch,
+        num_warps=warps,
+        num_stages=rows.STAGES,
+        aligned=("x_ptr", "labels_ptr", "out_ptr", *vectors, "span", "x_row", "out_row"),
+        vector_loads=True,
+    )
+
+
+def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
+    outs = ("loss_ptr", "coef_ptr", "log_ratio_ptr", "clipped_ptr")
+    signature = dict.fromkeys(("logps_ptr", "weight_ptr", *outs), "*fp32") | {"cu_ptr": "*i64"}
+    signature |= dict.fromkeys(("log_low", "log_high", "beta"), "fp32")
+    constexprs: dict[str, Any] = {"HAS_REF": ref, "RATIO": ratio, "HAS_BETA": True}
+    constexprs |= {"BLOCK": rows.SEQUENCE_BLOCK} | ({} if ref else {"ref_ptr": None})
+    return Case(
+        name=f"sequence_coef-sm{arch}-{ratio}{'-ref' * ref}",
+        fn=triton_kernels.sequence_coef,
+        signature=signature | ({"ref_ptr": "*fp32"} if ref else {}),
+        constexprs=constexprs,
+        arch=arch,
+        num_warps=4,
+        num_stages=rows.STAGES,
+    )
