@@ -131,7 +131,10 @@ def extra_bytes(
                      A = 4 N D + 4 V D are the fp32 gradients, without 4 V D for a frozen weight
     score:           4 T P (a tile of T = min(N, budget / 4P) rows) + 32 T C
                      + 4 T D if hidden is not fp32, + 4 P D if weight is not fp32
-    linear_logprob:  4 T P + 4 P D if weight is not fp32, twice if it is trainable,
+    linear_logprob:  4 T P + 28 N (seven row vectors: four results, E[z], b and c)
+                     + 16 T C (the forward's statistics by panel: freed, but in blocks so small that
+                     the C library keeps them)
+                     + 4 P D if weight is not fp32, twice if it is trainable,
                      + 8 N D less the gradient if hidden is not fp32
     """
     panel = min(PANEL, vocab)
@@ -152,5 +155,6 @@ def extra_bytes(
         return tile * (4 * panel + 32 * panels) + in_fp32 + converted
     if op == "linear_logprob":
         in_fp32 = 0 if hidden_bytes == 4 else 2 * rows32 - dhidden
-        return 4 * tile * panel + in_fp32 + converted * (1 if frozen_weight else 2)
+        vectors = 16 * tile * panels + 28 * num_rows
+        return 4 * tile * panel + vectors + in_fp32 + converted * (1 if frozen_weight else 2)
     raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
