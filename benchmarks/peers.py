@@ -72,12 +72,12 @@ def build_lolkernels(op: str, inputs: Inputs, *, backend: str | None = None) -> 
     return {"linear_loss": linear_loss, "linear_logprob": linear_logprob, "score": score}[op]
 
 
-def _token_logps_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_logps_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """What a careful hand-written loop does: logits, fp32, cross entropy without reduction."""
     return -F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
 
 
-def _token_logps_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_logps_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions()
     loss = F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
     return -loss.float()
@@ -116,11 +116,11 @@ def _build_from_logps(
 
 
 def build_eager(op: str, inputs: Inputs) -> Call:
-    return _build_from_logps(op, inputs, _token_logps_eager)
+    return _build_from_logps(op, inputs, token_logps_eager)
 
 
 def build_torch(op: str, inputs: Inputs) -> Call:
-    return _build_from_logps(op, inputs, _token_logps_torch)
+    return _build_from_logps(op, inputs, token_logps_torch)
 
 
 def gemm_count(op: str, inputs: Inputs) -> int:

@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True)
+def git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -30,7 +34,7 @@ def environment() -> dict[str, Any]:
         key, _, value = line.partition(":")
         cpu.setdefault(key.strip(), value.strip())
     flags = set(cpu.get("flags", "").split())
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": cpu.get("model name", platform.processor()),
         "cores": os.cpu_count(),
@@ -43,7 +47,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "lolkernels": lk.__version__,
         "backends": [name for name, why in lk.available_backends().items() if why is None],
-        "commit": _git("rev-parse", "--short", "HEAD") + (" with local changes" if changed else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + (" with local changes" if changed else ""),
         "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
     }
 

@@ -1,0 +1,264 @@
+"""The scripts for GPU machines, tried on the CPU: records, gates, deadline, resumption."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lolkernels.backends import TABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+Flags = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[ModuleType]:
+    """benchmarks/gpu.py; its modules find one another, and torch.compile stays out of the way."""
+    folder = str(ROOT / "benchmarks")
+    before = list(sys.path)
+    sys.path.insert(0, folder)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield importlib.import_module("gpu")
+    finally:
+        sys.path[:] = before
+
+
+@pytest.fixture
+def bench(gpu: ModuleType, tmp_path: Path) -> Flags:
+    """Runs it: (exit status, record, page)."""
+
+    def call(*flags: str) -> tuple[int, dict[str, Any], str]:
+        out = tmp_path / "dry"
+        fixed = ["--device", "cpu", "--out", str(out), "--backends", "reference"]
+        code = gpu.main([*fixed, "--rounds", "2", *flags])
+        record = json.loads((tmp_path / "dry.json").read_text())
+        return code, record, (tmp_path / "dry.md").read_text()
+
+    return call
+
+
+def test_every_task_runs_and_the_markdown_is_made_from_the_json(bench: Flags) -> None:
+    code, record, page = bench()
+    assert code == 0
+    expected = {"device", "torch", "triton", "python", "commit", "dirty", "command", "date"}
+    assert expected <= set(record["header"])
+    assert record["left"] == []
+    kinds = {name.split("-")[0] for name in record["tasks"]}
+    expected = {"linear_loss", "score", "linear_logprob", "kernels", "chunks", "overhead", "peers"}
+    assert kinds == expected
+    for task in record["tasks"].values():
+        assert "error" not in task and f"### {task['title']}" in page
+        for row in task["rows"]:
+            assert "wrong" not in row, row
+            if "error" in row:
+                assert task["title"].startswith("Peers"), row
+                continue
+            assert [len(pair) for pair in row["times_ms"]] == [2, 2]
+            assert f"| {row['label']} | {row['ms']['median']:.3f} |" in page
+    goals = page.split("## Goals")[1]
+    for text in ("three GEMMs", "two GEMMs", "one GEMM", "row_stats", "dlogits_", "logprob bf16"):
+        assert text in goals
+    assert "--rounds 2" in page
+
+
+SEEDS = {
+    "row_stats": lambda f: lambda *a, **k: [t + 3e-4 * (i == 1) for i, t in enumerate(f(*a, **k))],
+    "dlogits_": lambda f: lambda *a, **k: f(*a, **k).mul_(1.02),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_wrong_kernel_has_no_time(
+    name: str, bench: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = getattr(TABLE["reference"], name)
+    monkeypatch.setattr(TABLE["reference"], name, SEEDS[name](honest))
+    code, record, page = bench("--only", "linear_loss-llama-4096|kernels-129")
+    assert code == 1
+    for task, label in (("linear_loss-llama-4096", "reference"), ("kernels-129", name)):
+        rows = [r for r in record["tasks"][task]["rows"] if r["label"].startswith(label)]
+        assert rows and all("wrong" in row and "times_ms" not in row for row in rows)
+    assert "WRONG" in page and "MISSED (" in page.split("## Goals")[1]
+
+
+def test_a_second_run_goes_on_where_the_first_ended(
+    bench: Flags, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.gpu_report, "_source", lambda: "unchanged")
+    _, first, _ = bench("--only", "overhead|kernels-129")
+    _, second, _ = bench("--only", "overhead|kernels")
+    assert set(second["tasks"]) == {"overhead", "kernels-129", "kernels-500"}
+    assert all(second["tasks"][name] == task for name, task in first["tasks"].items())
+    monkeypatch.setattr(gpu.gpu_report, "_source", lambda: "changed")
+    _, third, _ = bench("--only", "overhead")
+    assert set(third["tasks"]) == {"overhead"}
+
+
+def test_no_task_begins_after_the_deadline(bench: Flags) -> None:
+    code, record, page = bench("--minutes", "0")
+    assert code == 0 and record["tasks"] == {} and len(record["left"]) > 10
+    assert "no time was left" in page
+
+
+HANGS = """
+import gpu, sys, time
+gpu.LONGEST = 2
+gpu.cases.overhead = lambda *_: time.sleep(60)
+gpu.main(sys.argv[1:])
+raise SystemExit("the process went on")
+"""
+DIES = """
+import gpu, sys
+def dead(*_):
+    raise RuntimeError("an illegal memory access was encountered")
+def kernel(*_):
+    gpu.gm.Cpu.sync = dead
+    dead()
+gpu.cases.overhead = kernel
+gpu.main(sys.argv[1:])
+raise SystemExit("the process went on")
+"""
+
+
+@pytest.mark.parametrize(("text", "reason"), [(HANGS, "still running"), (DIES, "illegal memory")])
+def test_a_lost_device_costs_one_task(text: str, reason: str, tmp_path: Path) -> None:
+    out = tmp_path / "lost"
+    flags = ["--device", "cpu", "--out", out, "--backends", "reference", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", text, *map(str, flags), "--only", "overhead|chunks"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr  # of the process that took over
+    found = json.loads((tmp_path / "lost.json").read_text())["tasks"]
+    assert reason in found["overhead"]["error"]
+    assert found["chunks"]["rows"] and "error" not in found["chunks"]
+
+
+def test_rounds_are_interleaved_and_ratios_are_the_rounds_own(gpu: ModuleType) -> None:
+    gm, seen = gpu.gm, []
+
+    class Device(gm.Cpu):  # type: ignore[misc]
+        def time_ms(self, call: Callable[[], Any]) -> float:
+            call()
+            return {"a": 2.0, "b": 1.0}[seen[-1]]
+
+    def made(**counts: int) -> list[Any]:
+        def build(name: str, n: int) -> Callable[[], Any]:
+            options = {key: n * value for key, value in counts.items()}
+            return lambda: gm.Contestant(name, lambda: seen.append(name), gm.Check, **options)
+
+        return [("a", build("a", 3)), ("b", build("b", 1))]
+
+    settings = {"floors": ["b"], "rounds": 9, "until": 0.0}  # the time is up: the fewest rounds
+    a, _ = gm.measure(made(bytes=10), Device(), **settings)
+    # Warmed and measured for memory, then the rounds.
+    assert "".join(seen) == "aabb" + gm.MIN_ROUNDS * "abba"
+    assert a["ms"]["median"] == 2.0
+    assert a["against"]["b"]["median"] == pytest.approx(1.5)  # 15 bytes a ms against 10
+    a, _ = gm.measure(made(flops=10), Device(), **settings)
+    assert a["against"]["b"]["median"] == 2.0
+
+
+def test_a_peer_has_its_time_box(gpu: ModuleType) -> None:
+    with pytest.raises(gpu.gm.TimeBoxError), gpu.gm.time_box(0.1):
+        while True:
+            pass
+
+
+# --- the test runner ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_gpu", ROOT / "tests" / "run_gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SUITE = """
+import pytest
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes(n): pass
+def test_sanitizer(): pytest.skip("not here")
+"""
+
+
+def test_the_runner_reports_passes_failures_and_crashes(runner: ModuleType, tmp_path: Path) -> None:
+    suite, out = tmp_path / "suite", tmp_path / "tests"
+    suite.mkdir()
+
+    def call() -> tuple[int, dict[str, Any], str]:
+        flags = ["--device", "cpu", "--no-matrix", "--no-sanitizer", "--tests", str(suite)]
+        code = runner.main([*flags, "--out", str(out)])
+        record = json.loads((tmp_path / "tests.json").read_text())
+        return code, record, (tmp_path / "tests.md").read_text()
+
+    code, _, page = call()
+    assert code == 1 and "no test file" in page
+    (suite / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    (suite / "test_good.py").write_text(SUITE)
+    code, record, page = call()
+    assert code == 0, page
+    assert "2 passed, 0 failed, 1 skipped" in page and "skipped: not here" in page
+    assert all(tool["result"] == "not run" for tool in record["sanitizer"])
+    mark = "import os, pytest\npytestmark = pytest.mark.gpu\n"
+    (suite / "test_bad.py").write_text(mark + "def test_bad():\n    assert 1 == 2, 'not equal'")
+    (suite / "test_crash.py").write_text(mark + "def test_x():\n    os._exit(134)")
+    code, record, page = call()
+    counts = {f["file"]: (f["passed"], f["failed"]) for f in record["files"]}
+    assert counts == {"test_good.py": (2, 0), "test_bad.py": (0, 1), "test_crash.py": (0, 1)}
+    assert code == 1 and "not equal" in page and "exit status 134" in page
+
+
+@pytest.mark.parametrize("name", [None, *SEEDS])
+def test_the_matrix_finds_a_wrong_backend(
+    name: str | None, runner: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = TABLE["reference"]
+    if name:
+        monkeypatch.setattr(module, name, SEEDS[name](getattr(module, name)))
+    for op in runner.OPS:
+        faults = runner._faults(op, "reference", torch.bfloat16, 129, "cpu")
+        wrong = name == "row_stats" or (name == "dlogits_" and op != "score")
+        assert bool(faults) is wrong, (op, faults)
+
+
+TOOL = """#!/bin/sh
+while [ "$1" != -m ]; do [ "$1" = --tool ] && tool=$2; shift; done
+case $tool in
+  racecheck) echo "========= RACECHECK SUMMARY: 2 hazards displayed"; exit 99;;
+  initcheck) exec sleep 60;;
+  synccheck) echo "========= Error: Device not supported"; exit 1;;
+esac
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_the_runner_reads_the_sanitizer(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(TOOL)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(runner, "ENOUGH", 0)
+    assert runner.find_sanitizer() == str(program)
+    found = {t: runner.sanitize(str(program), t, 1.0, tmp_path) for t in runner.TOOLS}
+    assert [row["result"] for row in found.values()] == ["passed", "failed", "failed", "not run"]
+    assert "2 hazards" in found["racecheck"]["text"] and "0 errors" in found["memcheck"]["text"]
+    assert "stopped after" in found["initcheck"]["text"]
