@@ -2,6 +2,7 @@
 
 from . import objectives
 from .backends import available_backends, use_backend
+from .deferred import check_errors
 from .functional import LinearLossOutput, LogprobOutput, linear_logprob, linear_loss, logprob
 from .head import LogprobHead, fuse_lm_head
 from .objectives import aggregate, loss_and_coef, side_inputs
@@ -16,6 +17,7 @@ __all__ = [
     "Sequences",
     "aggregate",
     "available_backends",
+    "check_errors",
     "fuse_lm_head",
     "linear_logprob",
     "linear_loss",

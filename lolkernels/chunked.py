@@ -8,9 +8,11 @@ Three walks over the tiles of ``logits = hidden W^T + bias``:
 * :func:`loss_and_grads`: a whole objective in 3 GEMMs (2): chunks of whole groups, whose logits
   rows are held until the coefficient is known.
 
-Tiles are column panels, so that the row sweeps find the logits in cache and weights stored in bf16
-or fp16 are multiplied in fp32 panel by panel (CPUs without matrix units run bf16 GEMMs at half the
-fp32 rate, and rounded logits would shift the summed log-prob by 0.1 nat and more).
+On a CPU tiles are column panels, so that the row sweeps find the logits in cache and weights stored
+in bf16 or fp16 are multiplied in fp32 panel by panel (CPUs without matrix units run bf16 GEMMs at
+half the fp32 rate). On a GPU a tile is as wide as the vocabulary: bf16 and fp16 operands are
+multiplied as they are, with fp32 logits, and the gradients of the logits are rounded to their dtype
+over the first half of the fp32 rows. Nothing here waits for the device.
 
 The extra memory of each is stated by :func:`lolkernels.planner.extra_bytes`.
 """
@@ -23,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .planner import PANEL, Piece, chunk_index, chunk_rows
+from . import planner
+from .gemm import HALF, has_fp32_output, matmul
+from .planner import PANEL, Piece, chunk_index
 
 # log-probs of a chunk's rows, its pieces, where the rows stand -> d loss / d logp of each row
 Step = Callable[[Tensor, list[Piece], "slice | Tensor"], Tensor]
@@ -55,47 +59,75 @@ class Head:
         labels: Tensor,  # (N,)
         scaling: Scaling,
         backend: Any,
+        *,
+        poison: Tensor | None = None,  # (N,) zero, nan where a row is spoilt
     ) -> None:
         self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels
         self.options = scaling._asdict()
         self.backend = backend
+        self.poison = poison
         self.dtype = accumulation_dtype(hidden, weight)
         self.vocab = weight.shape[0]
+        # Whole rows need operands that can be multiplied as they are stored.
+        alike = hidden.dtype == weight.dtype and (
+            hidden.dtype not in HALF or has_fp32_output(hidden.device)
+        )
+        self.whole_rows = (hidden.device.type != "cpu" or backend.WHOLE_ROWS) and (
+            alike or weight.dtype == self.dtype
+        )
+        self.operand = hidden.dtype if self.whole_rows and alike else self.dtype
+        self.width = self.vocab if self.whole_rows else min(PANEL, self.vocab)
         self._panel: Tensor | None = None
 
     def panels(self) -> Iterator[tuple[int, int]]:
-        for v0 in range(0, self.vocab, PANEL):
-            yield v0, min(v0 + PANEL, self.vocab)
+        for v0 in range(0, self.vocab, self.width):
+            yield v0, min(v0 + self.width, self.vocab)
 
     def weight_panel(self, v0: int, v1: int) -> Tensor:
         panel = self.weight[v0:v1]
-        if panel.dtype == self.dtype:
+        if panel.dtype == self.operand:
             return panel
         if self._panel is None:
-            self._panel = self.empty(min(PANEL, self.vocab), panel.shape[1])
+            self._panel = self.empty(self.width, panel.shape[1])
         return self._panel[: v1 - v0].copy_(panel)
 
     def rows(self, index: slice | Tensor) -> Tensor:
         picked = (
             self.hidden[index] if isinstance(index, slice) else self.hidden.index_select(0, index)
         )
-        return picked.to(self.dtype)
+        return picked.to(self.operand)
+
+    def chunk_rows(self, width: int, memory_budget: int | None) -> int:
+        return planner.chunk_rows(width, self.dtype.itemsize, memory_budget, self.hidden.device)
 
     def empty(self, *shape: int) -> Tensor:
         return self.hidden.new_empty(shape, dtype=self.dtype)
+
+    def empty_logits(self, rows: int, width: int) -> Tensor:
+        """(rows, width). On a GPU rows start at multiples of 64 bytes, whatever the vocabulary."""
+        stride = planner.padded(width) if self.whole_rows else width
+        return self.empty(rows, stride)[:, :width]
 
     def empty_stats(self, n: int) -> RowStats:
         return RowStats(*(self.empty(n) for _ in RowStats._fields))
 
     def logits(self, h: Tensor, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
-        torch.mm(h, w.T, out=out)
+        matmul(h, w.T, out)
         return out if self.bias is None else out.add_(self.bias[v0:v1])
 
     def row_stats(self, x: Tensor, labels: Tensor) -> RowStats:
         return RowStats(*self.backend.row_stats(x, labels, **self.options))
 
+    def poisoned(self, stats: RowStats, index: slice | Tensor) -> RowStats:
+        """A spoilt row has nan for lse, hence for its log-prob and all its gradients."""
+        if self.poison is None:
+            return stats
+        return stats._replace(lse=stats.lse + self.poison[index])
+
     def dlogits_(self, x: Tensor, labels: Tensor, lse: Tensor, abc: tuple[Tensor, ...]) -> Tensor:
-        dx: Tensor = self.backend.dlogits_(x, labels, lse, *abc, **self.options)
+        """In the dtype that the next GEMMs take, in the memory of ``x``."""
+        rounded = None if self.operand == x.dtype else x.view(self.operand)[:, : x.shape[1]]
+        dx: Tensor = self.backend.dlogits_(x, labels, lse, *abc, **self.options, out=rounded)
         return dx
 
 
@@ -103,8 +135,11 @@ class Grads:
     """Accumulators, one for each operand that needs a gradient; the others are empty.
 
     They are fp32 (fp64), so that many chunks lose nothing. ``round_weight`` stores dweight in the
-    weight's
-    own dtype: for :func:`tile_grads` alone, which finishes a panel before it rounds it.
+    weight's own dtype: for :func:`tile_grads` alone, which finishes a panel before it rounds it.
+
+    ``scale_to``: the size of the coefficients. Gradients of fp16 logits are made for coefficients
+    divided by it (a power of two below it) and multiplied by it in fp32: a mean over 8192 tokens
+    would otherwise put most of them under fp16's smallest number.
     """
 
     def __init__(
@@ -115,6 +150,7 @@ class Grads:
         need_bias: bool,
         *,
         round_weight: bool = False,
+        scale_to: Tensor | None = None,  # ()
     ) -> None:
         self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
         n, d = head.hidden.shape
@@ -123,6 +159,16 @@ class Grads:
         self.weight = head.weight.new_empty((head.vocab if need_weight else 0, d), dtype=dtype)
         self.bias = head.empty(head.vocab if need_bias else 0)
         self.written = False
+        self.unit: Tensor | None = None
+        if scale_to is not None and head.operand == torch.float16:
+            exact = torch.exp2(torch.floor(torch.log2(scale_to.to(head.dtype))))
+            self.unit = torch.where(exact.isfinite() & (exact > 0), exact, torch.ones_like(exact))
+
+    def in_units(self, value: Tensor) -> Tensor:
+        return value if self.unit is None else value / self.unit
+
+    def from_units_(self, value: Tensor) -> Tensor:
+        return value if self.unit is None else value.mul_(self.unit)
 
     @property
     def any(self) -> bool:
@@ -130,7 +176,8 @@ class Grads:
 
     def add_bias(self, dx: Tensor, v0: int, v1: int, first: bool) -> None:
         if self.need_bias:
-            self.bias[v0:v1] = dx.sum(0) if first else self.bias[v0:v1] + dx.sum(0)
+            total = dx.sum(0, dtype=self.bias.dtype)
+            self.bias[v0:v1] = total if first else self.bias[v0:v1] + total
 
     def store_rows(self, index: slice | Tensor, dh: Tensor) -> None:
         if isinstance(index, slice):
@@ -143,18 +190,14 @@ class Grads:
         if not self.written:
             self.weight.zero_()
             self.bias.zero_()
+            return
+        self.from_units_(self.bias)
+        if self.weight.dtype == self.bias.dtype:  # tile_grads has rounded it otherwise
+            self.from_units_(self.weight)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-    """out = a b, or out += a b."""
-    if first:
-        torch.mm(a, b, out=out)
-    else:
-        out.addmm_(a, b)
 
 
 def merge_stats(parts: list[RowStats]) -> RowStats:
@@ -182,9 +225,13 @@ def _blocks(rows: slice | Tensor, n: int, size: int) -> Iterator[tuple[int, int,
 
 def tile_stats(head: Head, rows: slice | Tensor, n: int, memory_budget: int | None) -> RowStats:
     """Row statistics, each (n,): one GEMM."""
-    panel = min(PANEL, head.vocab)
-    size = chunk_rows(panel, head.dtype.itemsize, memory_budget)
-    buffer = head.empty(min(size, n), panel)
+    if head.whole_rows and hasattr(head.backend, "linear_row_stats"):
+        stats = head.backend.linear_row_stats(
+            head.rows(rows), head.weight, head.bias, head.labels[rows], **head.options
+        )
+        return head.poisoned(RowStats(*stats), rows)
+    size = head.chunk_rows(head.width, memory_budget)
+    buffer = head.empty_logits(min(size, n), head.width)
     out = head.empty_stats(n)
     for i, j, index in _blocks(rows, n, size):
         h, labels = head.rows(index), head.labels[index]
@@ -192,7 +239,7 @@ def tile_stats(head: Head, rows: slice | Tensor, n: int, memory_budget: int | No
         for v0, v1 in head.panels():
             x = head.logits(h, head.weight_panel(v0, v1), v0, v1, buffer[: j - i, : v1 - v0])
             parts.append(head.row_stats(x, labels - v0))
-        for into, value in zip(out, merge_stats(parts), strict=True):
+        for into, value in zip(out, head.poisoned(merge_stats(parts), index), strict=True):
             into[i:j] = value
     return out
 
@@ -207,10 +254,10 @@ def tile_grads(
     memory_budget: int | None,
 ) -> None:
     """Add the gradients of rows whose statistics and coefficients are known: 3 GEMMs (2)."""
-    panel = min(PANEL, head.vocab)
-    size = chunk_rows(panel, head.dtype.itemsize, memory_budget)
-    buffer = head.empty(min(size, n), panel)
+    size = head.chunk_rows(head.width, memory_budget)
+    buffer = head.empty_logits(min(size, n), head.width)
     hidden, labels = head.rows(rows), head.labels[rows]
+    abc = (grads.in_units(abc[0]), grads.in_units(abc[1]), grads.in_units(abc[2]))
     # Adjacent rows are written where they belong; picked ones are gathered first.
     in_place = grads.need_hidden and isinstance(rows, slice)
     dh = (
@@ -219,7 +266,7 @@ def tile_grads(
         else head.empty(n if grads.need_hidden else 0, hidden.shape[1])
     )
     rounded = grads.need_weight and grads.weight.dtype != head.dtype
-    dw = head.empty(panel if rounded else 0, hidden.shape[1])
+    dw = head.empty(head.width if rounded else 0, hidden.shape[1])
     for v0, v1 in head.panels():
         w = head.weight_panel(v0, v1)
         for i, j, _ in _blocks(rows, n, size):
@@ -227,28 +274,33 @@ def tile_grads(
             x = head.logits(h, w, v0, v1, buffer[: j - i, : v1 - v0])
             dx = head.dlogits_(x, labels[i:j] - v0, lse[i:j], tuple(t[i:j] for t in abc))
             if grads.need_hidden:
-                _matmul(dx, w, dh[i:j], v0 == 0)
+                matmul(dx, w, dh[i:j], accumulate=v0 > 0)
             first = i == 0 and not grads.written
             if grads.need_weight:
-                _matmul(dx.T, h, dw[: v1 - v0] if rounded else grads.weight[v0:v1], first)
+                into = dw[: v1 - v0] if rounded else grads.weight[v0:v1]
+                matmul(dx.T, h, into, accumulate=not first)
             grads.add_bias(dx, v0, v1, first)
         if rounded:
-            grads.weight[v0:v1] = dw[: v1 - v0]
-    if n and grads.need_hidden and not in_place:
-        grads.store_rows(rows, dh)
+            grads.weight[v0:v1] = grads.from_units_(dw[: v1 - v0])
+    if n and grads.need_hidden:
+        grads.from_units_(dh)
+        if not in_place:
+            grads.store_rows(rows, dh)
     grads.written = grads.written or n > 0
 
 
 # --- by chunks: whole rows are held until their coefficient is known ------------------------------
 
 
-def _chunk_stats(head: Head, h: Tensor, labels: Tensor, x: Tensor) -> RowStats:
+def _chunk_stats(
+    head: Head, h: Tensor, labels: Tensor, x: Tensor, index: slice | Tensor
+) -> RowStats:
     """Fill ``x`` (n, V) with logits and take their statistics while each panel is in cache."""
     parts = []
     for v0, v1 in head.panels():
         tile = head.logits(h, head.weight_panel(v0, v1), v0, v1, x[:, v0:v1])
         parts.append(head.row_stats(tile, labels - v0))
-    return merge_stats(parts)
+    return head.poisoned(merge_stats(parts), index)
 
 
 def _chunk_grads(
@@ -260,9 +312,9 @@ def _chunk_grads(
     for v0, v1 in head.panels():
         dx = head.dlogits_(x[:, v0:v1], labels - v0, lse, abc)
         if grads.need_hidden:
-            _matmul(dx, head.weight_panel(v0, v1), dh, v0 == 0)
+            matmul(dx, head.weight_panel(v0, v1), dh, accumulate=v0 > 0)
         if grads.need_weight:
-            _matmul(dx.T, h, grads.weight[v0:v1], not grads.written)
+            matmul(dx.T, h, grads.weight[v0:v1], accumulate=grads.written)
         grads.add_bias(dx, v0, v1, not grads.written)
     grads.written = True
     return dh
@@ -283,22 +335,18 @@ def loss_and_grads(
     its statistics come first and its logits twice (4 GEMMs for that group). Without a gradient to
     compute: statistics only.
     """
-    max_rows = chunk_rows(head.vocab, head.dtype.itemsize, memory_budget)
+    max_rows = head.chunk_rows(head.vocab, memory_budget)
     placed = [(pieces, *chunk_index(pieces, head.hidden.device)) for pieces in chunks]
-    buffer = head.empty(
-        min(max_rows, max((n for *_, n in placed), default=0))
-        if _holds_rows(grads, placed, max_rows)
-        else 0,
-        head.vocab,
-    )
+    longest = min(max_rows, max((n for *_, n in placed), default=0))
+    buffer = head.empty_logits(longest if _holds_rows(grads, placed, max_rows) else 0, head.vocab)
     for pieces, index, n in placed:
         if grads.any and n <= max_rows:
             h, labels, x = head.rows(index), head.labels[index], buffer[:n]
-            part = _chunk_stats(head, h, labels, x)
-            coef = step(part.target_logit - part.lse, pieces, index)
+            part = _chunk_stats(head, h, labels, x, index)
+            coef = grads.in_units(step(part.target_logit - part.lse, pieces, index))
             dh = _chunk_grads(head, h, labels, x, part.lse, coef, grads)
             if grads.need_hidden:
-                grads.store_rows(index, dh)
+                grads.store_rows(index, grads.from_units_(dh))
         elif grads.any and not (grads.need_weight or grads.need_bias):
             part, dh = _unit_grads(head, index, n, buffer, grads)
             coef = step(part.target_logit - part.lse, pieces, index)
@@ -330,7 +378,7 @@ def _unit_grads(
     out, dh = head.empty_stats(n), head.empty(n, head.hidden.shape[1])
     for i, j, index in _blocks(rows, n, buffer.shape[0]):
         h, labels, x = head.rows(index), head.labels[index], buffer[: j - i]
-        part = _chunk_stats(head, h, labels, x)
+        part = _chunk_stats(head, h, labels, x, index)
         dh[i:j] = _chunk_grads(head, h, labels, x, part.lse, torch.ones_like(part.lse), grads)
         for into, value in zip(out, part, strict=True):
             into[i:j] = value

@@ -207,6 +207,8 @@ def linear_loss(
         labels.long(),
         bias,
         seq.cu_seqlens,
+        seq.lengths,
+        seq.token_to_sequence,
         tensors,
         spec,
         handle,
@@ -258,7 +260,8 @@ def _side_tensors(
             options.append((name, value))
             continue
         kind, value = _side_tensor(name, kind, value, seq)
-        if value.device != device:
+        on_host = kind == "sequence" and value.device.type == "cpu"
+        if value.device != device and not on_host:
             raise ValueError(f"{name} is on {value.device} but hidden is on {device}; move it")
         spec.append(f"{name}:{kind}")
         tensors.append(value.to(dtype))
@@ -277,7 +280,7 @@ def _side_tensor(name: str, kind: str, value: Any, seq: Sequences) -> tuple[str,
     if kind in ("tensor", "option"):
         if value.dim() == 0:
             return "whole", value
-        if n == s and value.shape == (n,) and bool((seq.lengths != 1).any()):
+        if n == s and value.shape == (n,) and bool((seq.cu_seqlens.diff() != 1).any()):
             raise ValueError(
                 f"{name} of shape ({n},) may be per token or per sequence: annotate the "
                 "objective's parameter with lolkernels.objectives.PerToken or PerSequence"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, chunked, planner
+from . import backends, chunked, deferred, planner
 from .chunked import Grads, Head, Scaling, accumulation_dtype
 from .objectives import (
     NO_RATIO,
@@ -24,7 +24,7 @@ from .objectives import (
     weighted_loss_and_coef,
 )
 from .planner import Piece
-from .sequences import Sequences
+from .sequences import Sequences, from_host
 
 # An op's schema has no callable: an objective with its options travels as a number in this table.
 _handles: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
@@ -80,8 +80,7 @@ def _make_step(
     mark = traits(objective)
 
     def step(logps: Tensor, pieces: list[Piece], index: slice | Tensor) -> Tensor:
-        owner = torch.tensor([p.sequence for p in pieces], device=logps.device, dtype=torch.int64)
-        group = owner if seq.group_size == 1 else owner[:: seq.group_size] // seq.group_size
+        owner, group = _places(pieces, seq)
         here = planner.chunk_sequences(pieces, seq)
         pick = {"token": lambda t: t[index], "sequence": lambda t: t[owner], "whole": lambda t: t}
         side = {name: pick[kind](t) for name, (kind, t) in inputs.items()} | options
@@ -94,7 +93,7 @@ def _make_step(
             loss, coef, _, _ = backend.sequence_coef(
                 logps,
                 ref,
-                here.cu_seqlens.to(logps.device),
+                here.offsets,
                 fam.weight.to(logps.dtype),
                 ratio=fam.ratio,
                 log_low=fam.log_low,
@@ -107,22 +106,38 @@ def _make_step(
                 _, coef, loss = weighted_loss_and_coef(
                     objective, logps.clone(), here, weight, **side
                 )
-        seq_loss.index_add_(0, group, loss.to(seq_loss.dtype))
+        if isinstance(group, slice):
+            seq_loss[group] += loss
+        else:
+            seq_loss.index_add_(0, group, loss.to(seq_loss.dtype))
         return torch.as_tensor(coef, dtype=logps.dtype)
 
     return step
 
 
+def _places(pieces: list[Piece], seq: Sequences) -> tuple[slice | Tensor, slice | Tensor]:
+    """The sequences and the groups of a chunk's pieces."""
+    owner, size = planner.consecutive(pieces), seq.group_size
+    if isinstance(owner, slice):
+        return owner, slice(owner.start // size, owner.stop // size)
+    groups = [s // size for s in owner[::size]]
+    return from_host(owner, seq.device), from_host(groups, seq.device)
+
+
 def _active(
     objective: Objective, side: dict[str, Tensor], options: dict[str, Any], seq: Sequences
 ) -> list[bool]:
-    """False for the sequences whose loss and coefficient are zero whatever the log-probs are."""
+    """False for the sequences whose loss and coefficient are zero whatever the log-probs are.
+
+    To look at what stands on a GPU would be to wait for it: all sequences take part then.
+    """
     family = traits(objective).family
+    everything = [True] * seq.num_sequences
     if family is None:
-        return [True] * seq.num_sequences
+        return everything
     fam = family(seq=seq, **side, **options)
-    if fam.beta != 0:
-        return [True] * seq.num_sequences
+    if fam.beta != 0 or not deferred.immediate(fam.weight.device):
+        return everything
     found: list[bool] = (fam.weight != 0).tolist()
     return found
 
@@ -134,7 +149,9 @@ def linear_loss(
     labels: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
     cu_seqlens: Tensor,  # (S + 1,) on the CPU
-    side: Sequence[Tensor],  # the objective's inputs
+    lengths: Tensor,  # (S,)
+    token_to_sequence: Tensor,  # (N,)
+    side: Sequence[Tensor],  # the objective's inputs; a value a sequence may stand on the CPU
     side_spec: str,  # "name:kind,..." in the order of side; kind is token, sequence or whole
     objective: int,  # see bind
     reduction: str,
@@ -153,38 +170,36 @@ def linear_loss(
 
     Gradients are of the loss, in the accumulation dtype; empty where not needed.
     """
-    checks.label_values(labels, weight.shape[0])
+    deferred.raise_noted(hidden.device)
+    poison = deferred.check_labels(labels, weight.shape[0])
     fn, options = _lookup(objective)
-    seq = Sequences(
-        cu_seqlens,
-        device=hidden.device,
-        group_size=group_size,
-        total_sequences=float(totals[0]),
-        total_tokens=float(totals[1]),
-    )
+    seq = Sequences._of(cu_seqlens, lengths, token_to_sequence, group_size, totals)
+    given: dict[str, Tensor] = {}
     inputs: dict[str, tuple[str, Tensor]] = {}
     for text, value in zip(side_spec.split(",") if side_spec else [], side, strict=True):
         name, kind = text.split(":")
-        if bool(value.isnan().any()):
-            where = value.isnan().nonzero()[0].tolist()
-            raise ValueError(f"{name} is nan at {where}: drop that row or mend its data")
-        inputs[name] = (kind, value)
+        deferred.check_not_nan(name, value)
+        given[name] = value
+        inputs[name] = (kind, value.to(hidden.device, non_blocking=True))
     module = backends.TABLE[backend]
-    head = Head(hidden, weight, bias, labels, Scaling(scale, softcap, temperature), module)
-    grads = Grads(head, need_hidden, need_weight, need_bias)
+    scaling = Scaling(scale, softcap, temperature)
+    head = Head(hidden, weight, bias, labels, scaling, module, poison=poison)
+    weights = reduction_weights(seq, reduction)
+    largest = weights.amax() if seq.num_groups else None
+    grads = Grads(head, need_hidden, need_weight, need_bias, scale_to=largest)
     stats = chunked.RowStats(*(t.fill_(torch.nan) for t in head.empty_stats(seq.num_tokens)))
     seq_loss = torch.zeros(seq.num_groups, dtype=torch.float64, device=hidden.device)
-    rows = planner.chunk_rows(head.vocab, head.dtype.itemsize, memory_budget)
+    rows = head.chunk_rows(head.vocab, memory_budget)
     chunks = planner.plan_chunks(
         cu_seqlens.tolist(),
-        _active(fn, {name: t for name, (_, t) in inputs.items()}, options, seq),
+        _active(fn, given, options, seq),
         rows if grads.any else max(1, seq.num_tokens),
         group_size=group_size,
         token_local=traits(fn).token_local,
     )
     step = _make_step(fn, options, inputs, seq, reduction, module, seq_loss)
     chunked.loss_and_grads(head, chunks, step, grads, stats, memory_budget)
-    loss = (seq_loss * reduction_weights(seq, reduction)).sum().to(head.dtype)
+    loss = (seq_loss * weights).sum().to(head.dtype)
     s = stats
     rows_out = [s.target_logit - s.lse, s.lse, s.lse - s.expected_logit, s.max_logit]
     return [loss, seq_loss.to(head.dtype), *rows_out, grads.hidden, grads.weight, grads.bias]
@@ -197,6 +212,8 @@ def _(
     labels: Tensor,
     bias: Tensor | None,
     cu_seqlens: Tensor,
+    lengths: Tensor,
+    token_to_sequence: Tensor,
     side: Sequence[Tensor],
     side_spec: str,
     objective: int,
@@ -214,13 +231,13 @@ def _(
 
 
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, cu_seqlens, side, *options = inputs
+    hidden, weight, labels, bias, cu_seqlens, lengths, owner, side, *options = inputs
     totals = options[4]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.num_side = len(side)
     # Saved for a second backward only.
-    ctx.save_for_backward(hidden, weight, labels, bias, cu_seqlens, totals, *side)
+    ctx.save_for_backward(hidden, weight, labels, bias, cu_seqlens, lengths, owner, totals, *side)
     ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
     ctx.options = [*options[:4], None, *options[5:]]
     ctx.objective = _lookup(options[1])  # kept alive as long as the graph
@@ -232,8 +249,8 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
 
     They are handed over, not copied: a copy of dweight would be V x D more memory at the peak.
     """
-    nothing: list[Any] = [None] * 19
-    nothing[5] = [None] * ctx.num_side
+    nothing: list[Any] = [None] * 21
+    nothing[7] = [None] * ctx.num_side
     g = upstream[0]
     if g is None:
         return tuple(nothing)
@@ -241,9 +258,10 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
         raise NotImplementedError("lolkernels ops have no second derivative (create_graph=True)")
     grads, ctx.grads = ctx.grads, None
     if grads is None:
-        hidden, weight, labels, bias, cu_seqlens, totals, *side = ctx.saved_tensors
+        *tensors, totals = ctx.saved_tensors[:8]
+        side = ctx.saved_tensors[8:]
         options = [*ctx.options[:4], totals, *ctx.options[5:]]
-        grads = linear_loss(hidden, weight, labels, bias, cu_seqlens, side, *options)[6:]
+        grads = linear_loss(*tensors, side, *options)[6:]
     for i, position in enumerate((0, 1, 3)):
         if ctx.needs_input_grad[position]:
             # A tracer sees the op's outputs: there the product is a value of its own.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, chunked
+from . import backends, chunked, deferred
 from .chunked import Grads, Head, Scaling, accumulation_dtype
 
 FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -23,18 +23,28 @@ def _no_double_backward(*_: Any) -> NoReturn:
     raise NotImplementedError("lolkernels ops have no second derivative (create_graph=True)")
 
 
-def _kept_rows(mask: Tensor | None, labels: Tensor) -> tuple[slice | Tensor, int]:
-    """The rows that take part, and their number: masked rows never enter a GEMM."""
+def _kept_rows(
+    hidden: Tensor, labels: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, slice | Tensor, int]:
+    """hidden, labels, the rows that take part, and their number.
+
+    On a CPU masked rows never enter a GEMM. On a GPU their number could not be known without
+    waiting: all rows take part, the masked ones as zeros, whatever they held.
+    """
     n = labels.shape[0]
     if mask is None:
-        return slice(0, n), n
+        return hidden, labels, slice(0, n), n
+    if not deferred.immediate(hidden.device):
+        labels = labels.masked_fill(~mask, 0)
+        return hidden.masked_fill(~mask[:, None], 0), labels, slice(0, n), n
     kept = mask.nonzero().squeeze(1)
-    return (slice(0, n), n) if kept.numel() == n else (kept, kept.numel())
+    return hidden, labels, (slice(0, n) if kept.numel() == n else kept), kept.numel()
 
 
-def _spread(value: Tensor, rows: slice | Tensor, n: int) -> Tensor:
+def _spread(value: Tensor, rows: slice | Tensor, n: int, mask: Tensor | None) -> Tensor:
+    """The rows' values in their places, zero elsewhere."""
     if isinstance(rows, slice):
-        return value
+        return value if mask is None else value.masked_fill(~mask, 0)
     return value.new_zeros(n).index_copy_(0, rows, value)
 
 
@@ -69,14 +79,15 @@ def linear_logprob(
     backend: str,
     memory_budget: int | None,
 ) -> FourTensors:  # logps, lse, entropy, max_logit: each (N,), 0 where masked
-    rows, n = _kept_rows(mask, labels)
-    checks.label_values(labels[rows], weight.shape[0])
-    head = Head(
-        hidden, weight, bias, labels, Scaling(scale, softcap, temperature), backends.TABLE[backend]
-    )
+    deferred.raise_noted(hidden.device)
+    total = labels.shape[0]
+    hidden, labels, rows, n = _kept_rows(hidden, labels, mask)
+    poison = deferred.check_labels(labels[rows], weight.shape[0])
+    scaling, module = Scaling(scale, softcap, temperature), backends.TABLE[backend]
+    head = Head(hidden, weight, bias, labels, scaling, module, poison=poison)
     s = chunked.tile_stats(head, rows, n, memory_budget)
     out = (s.target_logit - s.lse, s.lse, s.lse - s.expected_logit, s.max_logit)
-    a, b, c, d = (_spread(t, rows, labels.shape[0]) for t in out)
+    a, b, c, d = (_spread(t, rows, total, mask) for t in out)
     return a, b, c, d
 
 
@@ -111,14 +122,18 @@ def linear_logprob_backward(
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # dhidden, dweight, dbias: (0, D), (0, D), (0,) where not needed
-    rows, n = _kept_rows(mask, labels)
-    head = Head(
-        hidden, weight, bias, labels, Scaling(scale, softcap, temperature), backends.TABLE[backend]
-    )
-    grads = Grads(head, need_hidden, need_weight, need_bias, round_weight=True)
+    hidden, labels, rows, n = _kept_rows(hidden, labels, mask)
+    scaling, module = Scaling(scale, softcap, temperature), backends.TABLE[backend]
+    head = Head(hidden, weight, bias, labels, scaling, module)
+    if mask is not None and isinstance(rows, slice):
+        g_logps, g_lse, g_entropy = (
+            None if g is None else g.masked_fill(~mask, 0) for g in (g_logps, g_lse, g_entropy)
+        )
     lse, expected = lse[rows], (lse - entropy)[rows]
     given = (None if g is None else g[rows].to(lse.dtype) for g in (g_logps, g_lse, g_entropy))
     abc = _row_coefficients(expected, *given)
+    largest = torch.stack(abc).abs().amax() if n else None
+    grads = Grads(head, need_hidden, need_weight, need_bias, round_weight=True, scale_to=largest)
     chunked.tile_grads(head, rows, n, lse, abc, grads, memory_budget)
     grads.finish()
     dbias = grads.bias if bias is None else grads.bias.to(bias.dtype)
@@ -185,10 +200,13 @@ def logprob(
     temperature: float,
     backend: str,
 ) -> FourTensors:  # logps, lse, entropy, max_logit: each (N,)
-    checks.label_values(labels, logits.shape[1])
+    deferred.raise_noted(logits.device)
+    poison = deferred.check_labels(labels, logits.shape[1])
     target, lse, expected, largest = backends.TABLE[backend].row_stats(
         logits, labels, scale=scale, softcap=softcap, temperature=temperature
     )
+    if poison is not None:
+        lse = lse + poison
     return target - lse, lse, lse - expected, largest
 
 

@@ -12,6 +12,7 @@ from .sequences import Sequences
 PANEL = 2048  # columns of a tile: 256 rows of fp32 fill 2 MiB, the L2 of a core or two
 MIN_ROWS = 256  # fewer rows a chunk and the dweight accumulator's traffic shows
 DEFAULT_BUDGET = 48 * 2**20
+CPU = torch.device("cpu")
 
 
 class Piece(NamedTuple):
@@ -85,27 +86,41 @@ def chunk_index(pieces: list[Piece], device: torch.device) -> tuple[slice | Tens
 
 def chunk_sequences(pieces: list[Piece], seq: Sequences) -> Sequences:
     """The pieces as sequences of their own, with the denominators of the whole."""
-    cu = [0]
-    for p in pieces:
-        cu.append(cu[-1] + p.end - p.start)
-    return Sequences(
-        torch.tensor(cu),
-        device=seq.device,
-        group_size=seq.group_size,
-        total_sequences=seq.total_sequences,
-        total_tokens=seq.total_tokens,
-    )
+    lengths = [p.end - p.start for p in pieces]
+    return seq.part(consecutive(pieces), chunk_index(pieces, seq.device)[0], lengths)
 
 
-def chunk_rows(vocab: int, itemsize: int, memory_budget: int | None) -> int:
+def consecutive(pieces: list[Piece]) -> slice | list[int]:
+    """The sequences that the pieces belong to, as a slice when they follow one another."""
+    owners = [p.sequence for p in pieces]
+    span = range(owners[0], owners[0] + len(owners)) if owners else range(0)
+    return slice(span.start, span.stop) if owners == list(span) else owners
+
+
+def chunk_rows(
+    vocab: int, itemsize: int, memory_budget: int | None, device: torch.device = CPU
+) -> int:
     """Rows of full-width logits that the budget holds (at least one)."""
-    budget = default_budget(vocab, itemsize) if memory_budget is None else memory_budget
-    return max(1, budget // (vocab * itemsize))
+    if memory_budget is None:
+        memory_budget = default_budget(vocab, itemsize, device)
+    return max(1, memory_budget // (vocab * itemsize))
 
 
-def default_budget(vocab: int, itemsize: int = 4) -> int:
-    """48 MiB, or what 256 rows of logits take where that is more."""
-    return max(DEFAULT_BUDGET, MIN_ROWS * vocab * itemsize)
+def default_budget(vocab: int, itemsize: int = 4, device: torch.device = CPU) -> int:
+    """On a CPU 48 MiB; on a GPU a 64th of its memory, 256 MiB to 2 GiB; at least 256 rows.
+
+    It is a 64th of what the card has, not of what is free: a run does not depend on its neighbours.
+    """
+    budget = DEFAULT_BUDGET
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = min(max(total // 64, 2**28), 2**31)
+    return max(budget, MIN_ROWS * vocab * itemsize)
+
+
+def padded(width: int) -> int:
+    """Elements from one row of a GPU's logits to the next: loads of 16 bytes need aligned rows."""
+    return -(-width // 16) * 16
 
 
 def extra_bytes(

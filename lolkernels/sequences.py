@@ -152,6 +152,47 @@ class Sequences:
             total_tokens=self.total_tokens,
         )
 
+    @classmethod
+    def _of(
+        cls,
+        cu_seqlens: Tensor,  # (S + 1,) CPU
+        lengths: Tensor,  # (S,)
+        token_to_sequence: Tensor,  # (N,)
+        group_size: int,
+        totals: Tensor,  # (2,) CPU
+    ) -> Sequences:
+        """From parts that agree, without a copy to the device (which would wait for it)."""
+        seq = cls.__new__(cls)
+        seq.cu_seqlens, seq.lengths, seq.token_to_sequence = cu_seqlens, lengths, token_to_sequence
+        seq.num_sequences, seq.num_tokens = lengths.shape[0], token_to_sequence.shape[0]
+        seq.group_size, seq.totals = group_size, totals
+        seq.total_sequences, seq.total_tokens = totals.tolist()
+        seq.rows = seq.mask_shape = None
+        return seq
+
+    def part(self, which: slice | list[int], rows: slice | Tensor, lengths: list[int]) -> Sequences:
+        """Sequences made of ``rows``: pieces, ``lengths`` long, of the sequences ``which``.
+
+        The denominators stay those of the whole.
+        """
+        cu = torch.tensor([0, *itertools.accumulate(lengths)])
+        if isinstance(which, slice) and isinstance(rows, slice):
+            owner = self.token_to_sequence[rows] - which.start
+            whole = self.lengths[which]
+            if lengths != self.cu_seqlens.diff()[which].tolist():  # the ends are cut
+                whole = torch.zeros_like(whole).index_add_(0, owner, torch.ones_like(owner))
+        else:
+            whole = from_host(lengths, self.device)
+            owner = torch.repeat_interleave(
+                torch.arange(len(lengths), device=self.device), whole, output_size=sum(lengths)
+            )
+        return Sequences._of(cu, whole, owner, self.group_size, self.totals)
+
+    @property
+    def offsets(self) -> Tensor:
+        """``cu_seqlens`` on ``device``."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+
     @property
     def device(self) -> torch.device:
         return self.lengths.device
@@ -201,6 +242,12 @@ class Sequences:
             f"group_size={self.group_size}, total_sequences={self.total_sequences:g}, "
             f"total_tokens={self.total_tokens:g})"
         )
+
+
+def from_host(values: list[int], device: torch.device) -> Tensor:
+    """An int64 tensor on ``device``. The copy to a GPU is from pinned memory: nothing waits."""
+    t = torch.tensor(values, dtype=torch.int64)
+    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
 
 def _positive(name: str, value: float) -> float:

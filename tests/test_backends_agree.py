@@ -77,6 +77,8 @@ def test_row_functions(first: str, second: str, start: int) -> None:
         z = exact[3].abs()[:, None] + exact[1].abs()[:, None]
         terms = (abc[0].abs() + abc[1].abs())[:, None] + abc[2].abs()[:, None] * z
         rounding = torch.finfo(logits.dtype).eps / 2
+        if logits.dtype == torch.bfloat16 and TABLE["triton"].INTERPRETED:
+            rounding *= 2  # Triton's interpreter cuts bfloat16 off, compiled kernels round it
         chain = options["scale"] / options["temperature"]
         allowed = 1e-5 * chain * terms + rounding * true.abs() + 1e-7
         for name in (first, second):
@@ -165,7 +167,9 @@ def test_whole_calls(first: str, second: str, start: int) -> None:
         for a, b, size in zip(*grads, bounds, strict=True):
             # Each may be rounded once, and each knows what cancels to its statistics' accuracy.
             top = float(b.abs().max())
-            atol = 2 * testing.GRADIENT_TOL[b.dtype] * top + 4e-5 * size + 1.2e-7
+            # Where tiles are whole rows the gradients of the logits are rounded as well.
+            roundings = 4 if "triton" in (first, second) else 2
+            atol = roundings * testing.GRADIENT_TOL[b.dtype] * top + 4e-5 * size + 1.2e-7
 
             def judge(x: Tensor, b: Tensor = b, atol: float = atol) -> list[str]:
                 off = float((x.double() - b.double()).abs().max())

@@ -70,6 +70,7 @@ PUBLIC_NAMES = [
     "Sequences",
     "aggregate",
     "available_backends",
+    "check_errors",
     "fuse_lm_head",
     "linear_logprob",
     "linear_loss",

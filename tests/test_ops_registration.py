@@ -107,6 +107,7 @@ def test_opcheck_linear_loss(sample: tuple[Any, ...]) -> None:
     n = sample[0]
     objective = LOSSES[n % 4]
     cu = torch.tensor([0, n // 2, n // 2, n])
+    seq = lk.Sequences.from_cu_seqlens(cu)
     wide = f64 if f64 in sample else f32
     side = {
         "ref_logps": -torch.ones(n, dtype=wide),
@@ -116,7 +117,8 @@ def test_opcheck_linear_loss(sample: tuple[Any, ...]) -> None:
     needed = {k: v for k, v in lk.side_inputs(objective).items() if k in side}
     options = (("clip", 0.5),) if "clip" in lk.side_inputs(objective) else ()
     arguments = (
-        *(p.hidden, p.weight, p.labels, p.bias, cu, [side[k] for k in needed]),
+        *(p.hidden, p.weight, p.labels, p.bias, cu, seq.lengths, seq.token_to_sequence),
+        [side[k] for k in needed],
         ",".join(f"{k}:{kind}" for k, kind in needed.items()),
         *(loss_op.bind(objective, options), "seq-mean", 1, torch.tensor([3.0, float(n)])),
         *(1.5, sample[7], 0.8, sample[8], 4000, sample[-1], sample[-1], p.bias is not None),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE_ROWS = False  # on a CPU the driver hands over panels of columns
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 DEVICES = None  # any
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WHOLE_ROWS = False  # on a CPU the driver hands over panels of columns
 
 
 def why_unavailable() -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE_ROWS = True  # a tile is as wide as the vocabulary
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
 STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
 

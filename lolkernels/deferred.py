@@ -1,0 +1,95 @@
+"""Checks of values that stand on a GPU, without waiting for it.
+
+On a CPU a bad value raises at once. On a GPU the check is a kernel among the others: it spoils the
+row (nan) and sets a flag, which travels to the host behind the work and raises at the next call of
+this library on that device, or in :func:`check_errors`. ``LOLKERNELS_STRICT=1`` in the environment
+makes every check wait and raise at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+LABEL, NAN = 1, 2
+MEANING = {
+    LABEL: "labels held an id outside [0, vocab): mask that token (mask=, or Sequences.from_mask), "
+    "or resize the head to the tokenizer",
+    NAN: "an input of the objective was nan: drop that row or mend its data",
+}
+
+# Of each device: the flags there, and their copy on the host.
+_flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def immediate(device: torch.device) -> bool:
+    return device.type == "cpu" or os.environ.get("LOLKERNELS_STRICT") == "1"
+
+
+def check_labels(labels: Tensor, vocab: int) -> Tensor | None:
+    """Every label in [0, vocab): raises, or returns (N,) with nan where a label is outside."""
+    if immediate(labels.device):
+        checks.label_values(labels, vocab)
+        return None
+    bad = (labels < 0) | (labels >= vocab)
+    note(LABEL, bad)
+    return torch.zeros(labels.shape, device=labels.device).masked_fill_(bad, torch.nan)
+
+
+def check_not_nan(name: str, value: Tensor) -> None:
+    bad = value.isnan()
+    if not immediate(value.device):
+        note(NAN, bad)
+    elif bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name} is nan at {where}: drop that row or mend its data")
+
+
+def note(flag: int, bad: Tensor) -> None:
+    """Sets a flag where anything is bad. Flags stay until they have been raised."""
+    there, here = _flags_of(bad.device)
+    there.bitwise_or_(bad.any().to(torch.int32) * flag)
+    here.copy_(there, non_blocking=True)
+
+
+def raise_noted(device: torch.device) -> None:
+    """Raises what earlier work has flagged, as far as the host has heard of it. Does not wait."""
+    if device not in _flags:
+        return
+    there, here = _flags[device]
+    found = int(here)
+    if not found:
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # an error is about to be raised: no copy may come after it
+    there.zero_()
+    here.zero_()
+    texts = [text for flag, text in MEANING.items() if found & flag]
+    raise ValueError(
+        f"in an earlier call on {device}: {'; '.join(texts)} (LOLKERNELS_STRICT=1 "
+        "raises in the call itself)"
+    )
+
+
+def check_errors() -> None:
+    """Wait for all GPUs in use and raise what their checks have found.
+
+    Raises:
+        ValueError: a label outside the vocabulary or a nan input in an earlier call. Its outputs
+        were nan.
+    """
+    for device in list(_flags):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        raise_noted(device)
+
+
+def _flags_of(device: torch.device) -> tuple[Tensor, Tensor]:
+    if device not in _flags:
+        here = torch.zeros((), dtype=torch.int32, pin_memory=device.type == "cuda")
+        _flags[device] = torch.zeros((), dtype=torch.int32, device=device), here
+    return _flags[device]

@@ -1,0 +1,65 @@
+"""Matrix products that accumulate in fp32 and come out in fp32, whatever the operands' dtype.
+
+Rounding logits to bf16 first would shift the summed log-prob of a sequence by 0.1 nat and more.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """out = a b, or out += a b. ``out`` is fp32 (fp64 for fp64 operands), a and b of one dtype.
+
+    On a GPU half-precision operands go to the vendor's library with fp32 output. Where torch cannot
+    add to it there (see :func:`adds_in_fp32`), blocks of the product are made and added. On a CPU
+    they are converted: a path for tests only, the driver there converts weights panel by panel.
+    """
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif not a.is_cuda:
+        matmul(a.to(out.dtype), b.to(out.dtype), out, accumulate=accumulate)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif adds_in_fp32(a.device):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        for i in range(0, out.shape[0], 8192):
+            out[i : i + 8192] += torch.mm(a[i : i + 8192], b, out_dtype=out.dtype)
+
+
+@cache
+def has_fp32_output(device: torch.device) -> bool:
+    """Whether products of half-precision matrices come out in fp32 on this device.
+
+    Since torch 2.8 on NVIDIA. Elsewhere the driver converts the operands to fp32, panel by panel.
+    """
+    return device.type == "cpu" or _works(device, accumulate=False)
+
+
+@cache
+def adds_in_fp32(device: torch.device) -> bool:
+    """Whether ``torch.addmm`` adds such a product to an fp32 matrix (not in torch 2.8)."""
+    return _works(device, accumulate=True)
+
+
+def _works(device: torch.device, *, accumulate: bool) -> bool:
+    """By trying it: builds differ and none of them says so."""
+    a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    out = torch.zeros(16, 16, device=device)
+    try:
+        if accumulate:
+            torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
