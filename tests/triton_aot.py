@@ -129,7 +129,10 @@ def _compile(index: int) -> dict[str, Any]:
     try:
         return dataclasses.asdict(compile_kernel(**given, **given.pop("options")))
     except Exception as error:  # one case that does not compile must not hide the others
-        return {"error": f"{type(error).__name__}: {error}"}
+        inner: BaseException = error
+        while inner.__cause__:  # the outer ones say where, the innermost what
+            inner = inner.__cause__
+        return {"error": f"{type(inner).__name__}: {inner}\n{error}"}
 
 
 def compile_all(cases: list[Case]) -> dict[str, dict[str, Any]]:
