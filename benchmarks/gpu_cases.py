@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -198,42 +196,24 @@ def _flops(op: str, inputs: Inputs) -> tuple[int, str]:
     return count * 2 * p.rows * p.vocab * p.hidden, f"{count} x 2 N V D flop"
 
 
-def _accepted(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
-    """Calls with those optional arguments that the function knows."""
-    known = inspect.signature(function).parameters
-    device = known.get("device")
-    if device is not None and "torch.device" not in str(device.annotation):
-        optional["device"] = optional["device"].type
-    return function(*args, **{k: v for k, v in optional.items() if k in known})
-
-
-def documented_bytes(op: str, inputs: Inputs, backend: str, budget: int | None) -> int | None:
-    """The library's own statement of the extra memory; None where it has none for this device."""
-    device = inputs.hidden.device
-    if device.type != "cpu" and "device" not in inspect.signature(planner.extra_bytes).parameters:
-        return None
-    p, about = inputs.problem, {"device": device, "backend": backend}
+def documented_bytes(op: str, inputs: Inputs, budget: int | None) -> int:
+    """The library's own statement of the extra memory."""
+    device, p = inputs.hidden.device, inputs.problem
     cu = inputs.seq.cu_seqlens.tolist()
-    try:
-        held = _accepted(planner.chunk_rows, p.vocab, 4, budget, **about)
-        chunks = planner.plan_chunks(cu, [True] * (len(cu) - 1), held)
-        found: int = _accepted(
-            planner.extra_bytes,
-            op,
-            longest_chunk=max(sum(piece.end - piece.start for piece in c) for c in chunks),
-            num_rows=p.rows,
-            hidden_size=p.hidden,
-            vocab=p.vocab,
-            hidden_bytes=2,
-            weight_bytes=2,
-            frozen_weight=not inputs.weight.requires_grad,
-            memory_budget=budget,
-            **about,
-        )
-    except (AttributeError, TypeError, ValueError) as error:  # the times do not depend on it
-        print(f"no formula for {op}, {backend}: {error}", file=sys.stderr)
-        return None
-    return found
+    held = planner.chunk_rows(p.vocab, 4, budget, device)
+    chunks = planner.plan_chunks(cu, [True] * (len(cu) - 1), held)
+    return planner.extra_bytes(
+        op,
+        longest_chunk=max(sum(piece.end - piece.start for piece in c) for c in chunks),
+        num_rows=p.rows,
+        hidden_size=p.hidden,
+        vocab=p.vocab,
+        hidden_bytes=2,
+        weight_bytes=2,
+        frozen_weight=not inputs.weight.requires_grad,
+        memory_budget=budget,
+        device=device,
+    )
 
 
 def run_lolkernels(op: str, inputs: Inputs, backend: str, budget: int | None = None) -> Result:
@@ -277,7 +257,7 @@ def ours(
         flops=flops,
         work=work,
         returned=_gradient_bytes,
-        formula=documented_bytes(op, inputs, backend, budget),
+        formula=documented_bytes(op, inputs, budget),
     )
 
 

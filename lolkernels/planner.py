@@ -134,10 +134,11 @@ def extra_bytes(
     weight_bytes: int = 4,
     frozen_weight: bool = False,
     memory_budget: int | None = None,
+    device: torch.device | str = CPU,
 ) -> int:
     """Peak bytes of a call beyond its inputs and the gradients it returns (fp32 arithmetic).
 
-    With P = 2048 columns a panel, C = ceil(V / P) panels, and G the bytes of the gradients:
+    On a CPU, with P = 2048 columns a panel, C = ceil(V / P) panels, and G the bytes of the gradients:
 
     linear_loss:     the larger of two moments, less G
         a chunk      4 R V (logits) + 4 R D (dhidden) + 32 R C (statistics by panel) + A
@@ -151,7 +152,28 @@ def extra_bytes(
                      the C library keeps them)
                      + 4 P D if weight is not fp32, twice if it is trainable,
                      + 8 N D less the gradient if hidden is not fp32
+
+    On a GPU, hidden and weight of one dtype, b bytes an element, V rounded up to a multiple of 16:
+
+    linear_loss:     as above with a chunk of 4 R V + 4 R D + A
+    score:           4 T V (a tile of T = min(N, budget / 4V) rows) + b N D (hidden without its
+                     masked rows)
+    linear_logprob:  4 T V + b N D + if they are not fp32: 4 N D + 4 V D (without 4 V D for a frozen
+                     weight)
+    each             + 48 N (row vectors)
     """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _extra_bytes_on_gpu(
+            op,
+            longest_chunk=longest_chunk,
+            num_rows=num_rows,
+            hidden_size=hidden_size,
+            vocab=vocab,
+            itemsize=hidden_bytes,
+            frozen_weight=frozen_weight,
+            tile=min(num_rows, chunk_rows(vocab, 4, memory_budget, device)),
+        )
     panel = min(PANEL, vocab)
     panels = -(-vocab // panel)
     converted = 4 * panel * hidden_size if weight_bytes != 4 else 0
@@ -172,4 +194,29 @@ def extra_bytes(
         in_fp32 = 0 if hidden_bytes == 4 else 2 * rows32 - dhidden
         vectors = 16 * tile * panels + 28 * num_rows
         return 4 * tile * panel + vectors + in_fp32 + converted * (1 if frozen_weight else 2)
+    raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
+
+
+def _extra_bytes_on_gpu(
+    op: str,
+    *,
+    longest_chunk: int,
+    num_rows: int,
+    hidden_size: int,
+    vocab: int,
+    itemsize: int,
+    frozen_weight: bool,
+    tile: int,
+) -> int:
+    rows, table = num_rows * hidden_size, 0 if frozen_weight else vocab * hidden_size
+    rounded = itemsize * (rows + table) if itemsize != 4 else 0
+    vectors = 48 * num_rows
+    if op == "linear_loss":
+        chunk = 4 * longest_chunk * (padded(vocab) + hidden_size)
+        return 4 * (rows + table) + max(chunk, rounded) - itemsize * (rows + table) + vectors
+    held = 4 * tile * padded(vocab) + itemsize * rows + vectors
+    if op == "score":
+        return held
+    if op == "linear_logprob":
+        return held + (4 * (rows + table) if itemsize != 4 else 0)
     raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")

@@ -64,14 +64,17 @@ def row_stats(
     Memory traffic: each logit is read once.
     """
     n, vocab = logits.shape
-    out = logits.new_empty((4, n), dtype=torch.float32).unbind()
+    target, lse, expected, largest = (logits.new_empty(n, dtype=torch.float32) for _ in range(4))
     if n:
         groups, vec, warps = stats_block(vocab, logits.element_size())
         with _device(logits):
             _kernels().row_stats[(n,)](
                 logits,
                 labels,
-                *out,
+                target,
+                lse,
+                expected,
+                largest,
                 vocab,
                 *logits.stride(),
                 labels.stride(0),
@@ -82,7 +85,6 @@ def row_stats(
                 num_warps=warps,
                 num_stages=STAGES,
             )
-    target, lse, expected, largest = out
     return target, lse, expected, largest
 
 
@@ -158,7 +160,9 @@ def sequence_coef(
     One launch. Memory traffic: 8 bytes a token read, 4 written.
     """
     num_sequences = weight.shape[0]
-    loss, log_ratio, clipped = logps.new_empty((3, num_sequences), dtype=torch.float32).unbind()
+    loss, log_ratio, clipped = (
+        logps.new_empty(num_sequences, dtype=torch.float32) for _ in range(3)
+    )
     coef = logps.new_empty(logps.shape, dtype=torch.float32)
     if num_sequences:
         with _device(logps):

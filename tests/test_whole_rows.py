@@ -1,0 +1,342 @@
+"""The driver's GPU walk, on the CPU: tiles as wide as the vocabulary, and checks that do not wait.
+
+The reference backend stands in for a GPU's: it is told to take whole rows. (What Triton's kernels
+compute is in test_backends_*.py and test_backends_agree.py.)
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lolkernels as lk
+from lolkernels import chunked, deferred, gemm, objectives
+from lolkernels.backends import reference
+
+N, D, V = 40, 24, 2100  # more than one panel, not a multiple of 16
+LENGTHS = [7, 0, 12, 1, 20]
+INF = math.inf
+
+
+@pytest.fixture
+def whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Values are checked as on a GPU."""
+    monkeypatch.setattr(deferred, "immediate", lambda device: False)
+    yield
+    deferred._flags.clear()
+
+
+def problem(dtype: torch.dtype = torch.float32, *, frozen: bool = False, bias: bool = False) -> Any:
+    hidden = torch.randn(N, D).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D) * 0.3).to(dtype).requires_grad_(not frozen)
+    b = torch.randn(V).to(dtype).requires_grad_() if bias else None
+    labels = torch.randint(V, (N,))
+    leaves = [t for t in (hidden, weight, b) if t is not None and t.requires_grad]
+    return SimpleNamespace(hidden=hidden, weight=weight, bias=b, labels=labels, leaves=leaves)
+
+
+def a_lol(p: Any, lengths: list[int] = LENGTHS, **options: Any) -> tuple[Any, ...]:
+    seq = lk.Sequences.from_lengths(lengths)
+    advantages = torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7])[: len(lengths)]
+    out = lk.linear_loss(
+        objectives.a_lol,
+        p.hidden,
+        p.weight,
+        p.labels,
+        seq,
+        bias=p.bias,
+        ref_logps=torch.linspace(-9, -5, sum(lengths)),
+        advantages=advantages,
+        backend="reference",
+        return_outputs=True,
+        **options,
+    )
+    return out, torch.autograd.grad(out.loss, p.leaves)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    scale = float(want.double().nan_to_num().abs().max()) or 1.0
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=0, atol=tolerance * scale, equal_nan=True
+    )
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# bytes of logits: a row or two, a few groups, everything
+BUDGETS = {"rows": 2 * V * 4, "groups": 14 * V * 4, "default": None}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_linear_loss_is_that_of_the_panels(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frozen: bool, bias: bool, budget: str
+) -> None:
+    p = problem(dtype, frozen=frozen, bias=bias)
+    options = {"memory_budget": BUDGETS[budget], "softcap": 20.0, "temperature": 0.8}
+    want, want_grads = a_lol(p, **options)
+    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+    got, got_grads = a_lol(p, **options)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, min(TOLERANCE[dtype], 1e-5))  # the forward rounds nothing
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_linear_logprob_is_that_of_the_panels(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, budget: str
+) -> None:
+    p = problem(dtype, bias=True)
+    mask = torch.rand(N) < 0.7
+
+    def run() -> list[Tensor]:
+        out = lk.linear_logprob(
+            p.hidden,
+            p.weight,
+            p.labels,
+            bias=p.bias,
+            mask=mask,
+            backend="reference",
+            memory_budget=BUDGETS[budget],
+        )
+        total = out.logps.sum() + 0.3 * out.entropy.sum() - 0.2 * out.lse.sum()
+        return [*out, *torch.autograd.grad(total, p.leaves)]
+
+    want = run()
+    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+    got = run()
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        close(a, b, min(TOLERANCE[dtype], 1e-5) if i < 4 else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_operands_of_two_dtypes_are_multiplied_in_fp32(
+    whole_rows: None, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    p = problem()
+    hidden, weight = p.hidden.detach().to(hidden_dtype), p.weight.detach().to(weight_dtype)
+    out = lk.linear_logprob(hidden, weight, p.labels, backend="reference")
+    truth = torch.log_softmax(hidden.double() @ weight.double().T, 1)[range(N), p.labels]
+    close(out.logps, truth, 1e-5)
+
+
+def test_without_fp32_products_of_half_precision_the_panels_serve(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(torch.bfloat16)
+    monkeypatch.setattr(chunked, "has_fp32_output", lambda device: False)
+    calls = []
+    monkeypatch.setattr(
+        chunked,
+        "matmul",
+        lambda a, b, out, **k: (calls.append(a.dtype), gemm.matmul(a, b, out, **k)),
+    )
+    a_lol(p)
+    assert calls and set(calls) == {torch.float32}
+
+
+def test_logits_rows_are_aligned_and_their_gradients_lie_over_them(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(x: Tensor, *args: Any, out: Tensor | None = None, **options: Any) -> Tensor:
+        assert out is not None and out.dtype == torch.bfloat16 and out.shape == x.shape
+        assert out.data_ptr() == x.data_ptr() and out.stride() == (2 * x.stride(0), 1)
+        assert x.dtype == torch.float32 and x.stride(0) % 16 == 0 and x.shape[1] == V
+        seen.append(x.shape[0])
+        return real(x, *args, out=out, **options)
+
+    real = reference.dlogits_
+    monkeypatch.setattr(reference, "dlogits_", spy)
+    a_lol(problem(torch.bfloat16))
+    assert sum(seen) == 28  # the tokens of sequences with an advantage
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8])
+def test_small_coefficients_survive_fp16(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    p = problem(torch.float16)
+
+    def errors() -> list[float]:
+        logps = lk.linear_logprob(p.hidden, p.weight, p.labels, backend="reference").logps
+        by_logprob = torch.autograd.grad(logps.double() @ torch.full((N,), size).double(), p.leaves)
+        seq = lk.Sequences.from_lengths([N]).with_totals(num_tokens=round(1 / size))
+        loss = lk.linear_loss(
+            objectives.nll, p.hidden, p.weight, p.labels, seq, reduction="token-mean",
+            backend="reference",
+        )  # fmt: skip
+        # The upstream gradient of a loss scaler: fp16 could not hold these gradients otherwise.
+        by_loss = torch.autograd.grad(loss * (1 / size), p.leaves)
+        h, w = (t.detach().double().requires_grad_() for t in p.leaves)
+        truth = torch.log_softmax(h @ w.T, 1)[range(N), p.labels].sum()
+        want = torch.autograd.grad(truth, (h, w))
+        found = []
+        for a, b, c in zip(by_logprob, by_loss, want, strict=True):
+            top = float(c.abs().max())
+            if size > 1e-5:  # what fp16 gradients can hold
+                found.append(float((a.double() / size - c).abs().max()) / top)
+            found.append(float((-b.double() - c).abs().max()) / top)
+        return found
+
+    assert max(errors()) <= (0.02 if size > 1e-5 else 2e-3)
+    monkeypatch.setattr(chunked.Grads, "in_units", lambda self, value: value)
+    monkeypatch.setattr(chunked.Grads, "from_units_", lambda self, value: value)
+    assert size > 1e-5 or max(errors()) > 0.02
+
+
+def test_an_all_zero_upstream_gradient_gives_zeros_in_fp16(whole_rows: None) -> None:
+    p = problem(torch.float16)
+    logps = lk.linear_logprob(p.hidden, p.weight, p.labels, backend="reference").logps
+    for grad in torch.autograd.grad((logps * 0).sum(), p.leaves):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+# --- checks that do not wait ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [V, -1, 2**40])
+def test_a_bad_label_spoils_its_row_and_raises_at_the_next_call(
+    whole_rows: None, unhurried: None, bad: int
+) -> None:
+    p = problem()
+    labels = p.labels.clone()
+    labels[3] = bad
+    out = lk.linear_logprob(p.hidden, p.weight, labels, backend="reference")
+    good = torch.arange(N) != 3
+    truth = torch.log_softmax(p.hidden.double() @ p.weight.double().T, 1)[range(N), p.labels]
+    close(out.logps[good], truth[good], 1e-5)
+    assert out.logps[3].isnan() and out.lse[3].isnan() and out.entropy[3].isnan()
+    (grad,) = torch.autograd.grad(out.logps[3], p.hidden)
+    assert grad[3].isnan().all() and not grad[good].isnan().any()
+    with pytest.raises(ValueError, match=r"labels held an id outside \[0, vocab\).*mask"):
+        lk.linear_logprob(p.hidden, p.weight, p.labels, backend="reference")
+    lk.linear_logprob(p.hidden, p.weight, p.labels, backend="reference")  # raised once
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("objective", [objectives.nll, objectives.a_lol])
+def test_a_bad_label_spoils_the_loss_and_the_gradients(
+    whole_rows: None, unhurried: None, objective: Any, budget: str, frozen: bool
+) -> None:
+    p = problem(frozen=frozen)
+    labels = p.labels.clone()
+    labels[3] = V
+    side = (
+        {}
+        if objective is objectives.nll
+        else {"ref_logps": torch.zeros(N), "advantages": torch.ones(1)}
+    )
+    loss = lk.linear_loss(
+        objective,
+        p.hidden,
+        p.weight,
+        labels,
+        lk.Sequences.from_lengths([N]),
+        backend="reference",
+        memory_budget=BUDGETS[budget],
+        **side,
+    )
+    assert loss.isnan()
+    for grad in torch.autograd.grad(loss, p.leaves):
+        assert grad.isnan().any()
+    with pytest.raises(ValueError, match="labels held"):
+        lk.check_errors()
+    lk.check_errors()
+
+
+def test_existing_logits_with_a_bad_label(unhurried: None) -> None:
+    logits = torch.randn(5, 9, requires_grad=True)
+    labels = torch.tensor([1, 9, 2, 3, 4])
+    out = lk.logprob(logits, labels, backend="reference")
+    (grad,) = torch.autograd.grad(out.logps.sum(), logits)
+    spoilt = torch.tensor([False, True, False, False, False])
+    assert torch.equal(out.logps.isnan(), spoilt) and torch.equal(grad.isnan().any(1), spoilt)
+    with pytest.raises(ValueError, match="labels held"):
+        lk.logprob(logits, labels, backend="reference")
+
+
+def test_a_nan_advantage_raises_later(whole_rows: None, unhurried: None) -> None:
+    p = problem()
+    seq = lk.Sequences.from_lengths([N])
+    side = {"ref_logps": torch.zeros(N), "advantages": torch.tensor([math.nan])}
+    call = (objectives.a_lol, p.hidden, p.weight, p.labels, seq)
+    assert lk.linear_loss(*call, backend="reference", **side).isnan()
+    with pytest.raises(ValueError, match="objective was nan"):
+        lk.linear_loss(*call, backend="reference", **side)
+
+
+def test_two_faults_are_both_named(unhurried: None) -> None:
+    there = torch.device("cpu")
+    deferred.note(deferred.LABEL, torch.tensor([True]))
+    deferred.note(deferred.LABEL, torch.tensor([False]))  # a good call does not clear the flag
+    deferred.note(deferred.NAN, torch.tensor([False, True]))
+    with pytest.raises(ValueError, match=r"labels held.*objective was nan"):
+        deferred.raise_noted(there)
+    deferred.raise_noted(there)
+
+
+def test_strict_mode_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not deferred.immediate(torch.device("cuda"))
+    monkeypatch.setenv("LOLKERNELS_STRICT", "1")
+    assert deferred.immediate(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("poison", [1.0, math.nan, INF])
+def test_masked_rows_take_part_as_zeros(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, poison: float
+) -> None:
+    p = problem(bias=True)
+    labels = p.labels.clone()
+    mask = torch.rand(N) < 0.6
+    labels[~mask] = -100
+    with torch.no_grad():
+        p.hidden[~mask] = poison
+
+    def run() -> list[Tensor]:
+        out = lk.linear_logprob(p.hidden, p.weight, labels, bias=p.bias, backend="reference")
+        upstream = torch.where(mask, 1.0, math.nan)
+        return [*out, *torch.autograd.grad(out.logps, p.leaves, upstream)]
+
+    want = run()
+    monkeypatch.setattr(deferred, "immediate", lambda device: False)
+    got = run()
+    for a, b in zip(got, want, strict=True):
+        assert not b.isnan().any()
+        close(a, b, 1e-6)
+    for a in got[:5]:
+        assert not a[~mask].any()
+    deferred.check_errors()
+
+
+def test_a_chunk_of_sequences_needs_nothing_from_the_host() -> None:
+    """Pieces that follow one another are views and arithmetic of what stands on the device."""
+    seq = lk.Sequences.from_lengths([3, 0, 4, 2]).with_totals(num_sequences=9, num_tokens=50)
+    for which, rows, lengths in (
+        (slice(0, 4), slice(0, 9), [3, 0, 4, 2]),
+        (slice(1, 3), slice(3, 7), [0, 4]),
+        (slice(0, 3), slice(1, 5), [2, 0, 2]),  # both ends cut
+        ([0, 3], torch.tensor([0, 1, 2, 7, 8]), [3, 2]),
+    ):
+        part = seq.part(which, rows, lengths)
+        want = lk.Sequences.from_lengths(lengths)
+        for name in ("cu_seqlens", "lengths", "token_to_sequence", "offsets"):
+            assert torch.equal(getattr(part, name), getattr(want, name)), name
+        assert (part.num_sequences, part.num_tokens) == (want.num_sequences, want.num_tokens)
+        assert (part.total_sequences, part.total_tokens) == (9, 50)
+        assert torch.equal(part.offsets, part.cu_seqlens)
