@@ -101,6 +101,7 @@ def logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
+    inplace_backward: bool = False,
 ) -> LogprobOutput:
     """The statistics of :func:`linear_logprob` from logits that are already there.
 
@@ -110,6 +111,8 @@ def logprob(
     Args:
         logits: float32, bfloat16, float16 or float64; any strides.
         labels: int64 token ids in [0, V); there is no ignored label: select the rows first.
+        inplace_backward: the backward writes the gradient over ``logits`` and allocates nothing.
+        Whoever needs the logits after that meets autograd's error, as does a second backward.
 
     Raises:
         ValueError, TypeError: name the argument and what to change.
@@ -124,7 +127,16 @@ def logprob(
     scale, cap, temperature = checks.scaling(temperature, softcap, logit_scale)
     name = backends.pick(backend, logits.device, logits.dtype)
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    out = ops.logprob(rows, labels.reshape(-1).long(), scale, cap, temperature, name)
+    if inplace_backward and any(
+        step == 0 and size > 1 for step, size in zip(rows.stride(), rows.shape, strict=True)
+    ):
+        raise ValueError(
+            "inplace_backward needs logits of their own memory, but these are expanded; pass "
+            "logits.contiguous() or inplace_backward=False"
+        )
+    out = ops.logprob(
+        rows, labels.reshape(-1).long(), scale, cap, temperature, name, inplace_backward
+    )
     return LogprobOutput(*(t.view(labels.shape) for t in out))
 
 

@@ -264,10 +264,17 @@ def _linear_loss_grad(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...
         grads = linear_loss(*tensors, side, *options)[6:]
     for i, position in enumerate((0, 1, 3)):
         if ctx.needs_input_grad[position]:
-            # A tracer sees the op's outputs: there the product is a value of its own.
-            scaled = grads[i].mul_(g) if type(g) is Tensor else grads[i] * g
-            nothing[position] = scaled.to(ctx.dtypes[i])
+            nothing[position] = _scaled(grads[i], g, ctx.dtypes[i])
     return tuple(nothing)
+
+
+def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g times a gradient that nobody else needs, in ``dtype``."""
+    if type(g) is not Tensor:  # a tracer sees the op's outputs: the product is a value of its own
+        return (grad * g).to(dtype)
+    if grad.is_cuda and grad.dtype != dtype:  # one pass over it instead of two
+        return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
+    return grad.mul_(g).to(dtype)
 
 
 linear_loss.register_autograd(_linear_loss_grad, setup_context=_linear_loss_setup)

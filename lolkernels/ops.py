@@ -199,6 +199,7 @@ def logprob(
     softcap: float,
     temperature: float,
     backend: str,
+    inplace_backward: bool,
 ) -> FourTensors:  # logps, lse, entropy, max_logit: each (N,)
     deferred.raise_noted(logits.device)
     poison = deferred.check_labels(labels, logits.shape[1])
@@ -232,13 +233,11 @@ def logprob_backward(
     temperature: float,
     backend: str,
 ) -> Tensor:  # (N, V) in the logits' dtype
-    given = (None if g is None else g.to(lse.dtype) for g in (g_logps, g_lse, g_entropy))
-    a, b, c = _row_coefficients(lse - entropy, *given)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    dlogits: Tensor = backends.TABLE[backend].dlogits_(
-        logits, labels, lse, a, b, c, scale=scale, softcap=softcap, temperature=temperature, out=out
-    )
-    return dlogits
+    given = (g_logps, g_lse, g_entropy)
+    scaling = Scaling(scale, softcap, temperature)
+    _logprob_dlogits(given, lse, entropy, logits, labels, scaling, backend, out)
+    return out
 
 
 @logprob_backward.register_fake
@@ -247,20 +246,67 @@ def _(*args: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+@custom_op("lolkernels::logprob_backward_", mutates_args=("logits",))
+def logprob_backward_(
+    g_logps: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    logits: Tensor,  # overwritten by its gradient
+    labels: Tensor,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    backend: str,
+) -> None:
+    given = (g_logps, g_lse, g_entropy)
+    scaling = Scaling(scale, softcap, temperature)
+    _logprob_dlogits(given, lse, entropy, logits, labels, scaling, backend, logits)
+
+
+@logprob_backward_.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+def _logprob_dlogits(
+    given: tuple[Tensor | None, ...],
+    lse: Tensor,
+    entropy: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    scaling: Scaling,
+    backend: str,
+    out: Tensor,
+) -> None:
+    upstream = (None if g is None else g.to(lse.dtype) for g in given)
+    abc = _row_coefficients(lse - entropy, *upstream)
+    backends.TABLE[backend].dlogits_(logits, labels, lse, *abc, **scaling._asdict(), out=out)
+
+
 def _logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: FourTensors) -> None:
-    logits, labels, *options = inputs
+    logits, labels, *options, inplace_backward = inputs
     _, lse, entropy, max_logit = output
     ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(lse, entropy, logits, labels)
     ctx.options = options
+    ctx.inplace = inplace_backward
 
 
 def _logprob_grad(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if all(g is None for g in upstream[:3]):
         return None, *nothing
-    return logprob_backward(*upstream[:3], *ctx.saved_tensors, *ctx.options), *nothing
+    if not ctx.inplace:
+        return logprob_backward(*upstream[:3], *ctx.saved_tensors, *ctx.options), *nothing
+    if torch.is_grad_enabled():
+        _no_double_backward()
+    logits = ctx.saved_tensors[2].detach()
+    lse, entropy, _, labels = ctx.saved_tensors
+    logprob_backward_(*upstream[:3], lse, entropy, logits, labels, *ctx.options)
+    return logits, *nothing
 
 
 logprob.register_autograd(_logprob_grad, setup_context=_logprob_setup)

@@ -138,7 +138,7 @@ def extra_bytes(
 ) -> int:
     """Peak bytes of a call beyond its inputs and the gradients it returns (fp32 arithmetic).
 
-    On a CPU, with P = 2048 columns a panel, C = ceil(V / P) panels, and G the bytes of the gradients:
+    On a CPU, with P = 2048 columns a panel, C = ceil(V / P) panels, G the bytes of the gradients:
 
     linear_loss:     the larger of two moments, less G
         a chunk      4 R V (logits) + 4 R D (dhidden) + 32 R C (statistics by panel) + A
@@ -158,8 +158,8 @@ def extra_bytes(
     linear_loss:     as above with a chunk of 4 R V + 4 R D + A
     score:           4 T V (a tile of T = min(N, budget / 4V) rows) + b N D (hidden without its
                      masked rows)
-    linear_logprob:  4 T V + b N D + if they are not fp32: 4 N D + 4 V D (without 4 V D for a frozen
-                     weight)
+    linear_logprob:  4 T V + b N D + if they are not fp32: 4 N D + 4 V D (without 4 V D for a
+                     frozen weight)
     each             + 48 N (row vectors)
     """
     device = torch.device(device)

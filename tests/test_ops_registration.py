@@ -80,7 +80,7 @@ def test_opcheck_linear_logprob_backward(sample: tuple[Any, ...]) -> None:
 def test_opcheck_logprob(sample: tuple[Any, ...]) -> None:
     p, _ = tensors(sample)
     logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    arguments = (logits.requires_grad_(sample[-1]), p.labels, 1.5, sample[7], 0.8, sample[8])
+    arguments = (logits.requires_grad_(sample[-1]), p.labels, 1.5, sample[7], 0.8, sample[8], False)
     torch.library.opcheck(ops.logprob, arguments, test_utils=CHECKS)
 
 
@@ -88,10 +88,11 @@ def test_opcheck_logprob(sample: tuple[Any, ...]) -> None:
 def test_opcheck_logprob_backward(sample: tuple[Any, ...]) -> None:
     p, _ = tensors(sample)
     logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    _, lse, entropy, _ = ops.logprob(logits, p.labels, 1.5, sample[7], 0.8, sample[8])
+    _, lse, entropy, _ = ops.logprob(logits, p.labels, 1.5, sample[7], 0.8, sample[8], False)
     g = torch.randn_like(lse)
     arguments = (g, g, None, lse, entropy, logits, p.labels, 1.5, sample[7], 0.8, sample[8])
     torch.library.opcheck(ops.logprob_backward, arguments, test_utils=CHECKS)
+    torch.library.opcheck(ops.logprob_backward_, arguments, test_utils=CHECKS)
 
 
 def length_normalised(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
