@@ -125,6 +125,8 @@ def logprob(
     checks.label_ids("labels", labels, logits.shape[:-1], "logits' leading dimensions")
     checks.same_device(logits=logits, labels=labels)
     scale, cap, temperature = checks.scaling(temperature, softcap, logit_scale)
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward must be a bool, got {inplace_backward!r}")
     name = backends.pick(backend, logits.device, logits.dtype)
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     if inplace_backward and any(

@@ -203,6 +203,12 @@ LOGITS_ROWS: dict[str, Row] = {
         VALUE,
         "backend='cpu'.*float64",
     ),
+    "a number for inplace_backward": ({"inplace_backward": 1}, TYPE, "inplace_backward.*bool"),
+    "expanded logits in place": (
+        {"logits": torch.randn(1, V).expand(N, V), "inplace_backward": True},
+        VALUE,
+        "inplace_backward.*expanded",
+    ),
     "ignored labels": ({"labels": torch.full((N,), -100)}, VALUE, r"labels\[0\] = -100 "),
     "labels too short": ({"labels": torch.zeros(N - 1, dtype=torch.int64)}, VALUE, "labels"),
     "labels of floats": ({"labels": torch.zeros(N)}, TYPE, "labels.*float32"),

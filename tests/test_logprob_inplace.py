@@ -40,7 +40,7 @@ def test_it_lies_where_the_logits_were(layout: str) -> None:
     want[range(N), labels] -= 1
     torch.testing.assert_close(grad, -want)
     # Of a view, torch says that it is no longer the one that was used.
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|not have been used"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|not have been used"):
         torch.autograd.grad(out.logps.sum(), logits)
 
 
