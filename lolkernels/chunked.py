@@ -68,14 +68,7 @@ class Head:
         self.poison = poison
         self.dtype = accumulation_dtype(hidden, weight)
         self.vocab = weight.shape[0]
-        # Whole rows need operands that can be multiplied as they are stored.
-        alike = hidden.dtype == weight.dtype and (
-            hidden.dtype not in HALF or has_fp32_output(hidden.device)
-        )
-        self.whole_rows = (hidden.device.type != "cpu" or backend.WHOLE_ROWS) and (
-            alike or weight.dtype == self.dtype
-        )
-        self.operand = hidden.dtype if self.whole_rows and alike else self.dtype
+        self.whole_rows, self.operand = walk(hidden.device, hidden.dtype, weight.dtype, backend)
         self.width = self.vocab if self.whole_rows else min(PANEL, self.vocab)
         self._panel: Tensor | None = None
 
@@ -198,6 +191,19 @@ class Grads:
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def walk(
+    device: torch.device, hidden: torch.dtype, weight: torch.dtype, backend: Any
+) -> tuple[bool, torch.dtype]:
+    """Whether tiles are as wide as the vocabulary, and the dtype of the GEMMs' operands.
+
+    Whole rows need operands that can be multiplied as they are stored.
+    """
+    wide = torch.float64 if torch.float64 in (hidden, weight) else torch.float32
+    alike = hidden == weight and (hidden not in HALF or has_fp32_output(device))
+    whole_rows = (device.type != "cpu" or backend.WHOLE_ROWS) and (alike or weight == wide)
+    return whole_rows, hidden if whole_rows and alike else wide
 
 
 def merge_stats(parts: list[RowStats]) -> RowStats:

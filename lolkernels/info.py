@@ -1,13 +1,21 @@
-"""``python -m lolkernels.info``: versions and backends, for choosing and for bug reports."""
+"""``python -m lolkernels.info``: versions, backends, and the route of a call.
+
+For choosing, and for bug reports. With ``--rows N --hidden D --vocab V`` (and optionally
+``--dtype``, ``--device``, ``--backend``, ``--memory-budget``) it prints what a call of that shape
+does.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import platform
 
 import torch
 
-from . import __version__, available_backends
-from .backends import TABLE
+from . import __version__, available_backends, backends, chunked, planner
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def report() -> str:
@@ -16,17 +24,105 @@ def report() -> str:
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch      {torch.__version__}, {torch.get_num_threads()} threads, "
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        "backends, fastest first:",
+        f"triton     {_version('triton')}",
     ]
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        memory = f"{about.total_memory / 2**30:.0f} GiB"
+        lines.append(f"cuda:{i}     {about.name}, sm_{about.major}{about.minor}, {memory}")
+    lines.append("backends, first choice first:")
     for name, reason in available_backends().items():
-        module = TABLE[name]
+        module = backends.TABLE[name]
         where = "/".join(module.DEVICES or ("any device",))
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in module.DTYPES)
-        lines.append(f"  {name:<10} {'ok' if reason is None else 'missing'}  {where}: {dtypes}")
+        lines.append(f"  {name:<14} {'ok' if reason is None else 'missing'}  {where}: {dtypes}")
         if reason is not None:
-            lines.append(f"             {reason}")
+            lines.append(f"                 {reason}")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def route(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    hidden: int,
+    vocab: int,
+    *,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> str:
+    """What linear_loss, linear_logprob and scoring do for (rows, hidden) x (vocab, hidden)."""
+    name = backends.pick(backend, device, torch.float32)
+    module = backends.TABLE[name]
+    whole_rows, operand = chunked.walk(device, dtype, dtype, module)
+    width = vocab if whole_rows else min(planner.PANEL, vocab)
+    tile = min(rows, planner.chunk_rows(width, 4, memory_budget, device))
+    chunk = min(rows, planner.chunk_rows(vocab, 4, memory_budget, device))
+    on_chip = whole_rows and hasattr(module, "linear_row_stats")
+    product = "stored as they are" if operand == dtype else "converted panel by panel"
+    scoring = "in the GEMM's epilogue, no logits" if on_chip else f"tiles of {tile} x {width}"
+    lines = [
+        f"route of ({rows}, {hidden}) x ({vocab}, {hidden}) {_name(dtype)} on {device}:",
+        f"  backend         {name}",
+        f"  GEMMs           {_name(operand)} operands, {product}; fp32 logits",
+        f"  scoring         {scoring}",
+        f"  linear_logprob  backward in tiles of {tile} x {width}",
+        f"  linear_loss     chunks of whole sequences, {chunk} rows of {vocab} logits at most",
+        "  extra memory    beyond the inputs and the returned gradients",
+    ]
+    for op in ("linear_loss", "linear_logprob", "score"):
+        for frozen in (False, True) if op != "score" else (True,):
+            extra = planner.extra_bytes(
+                op,
+                longest_chunk=chunk,
+                num_rows=rows,
+                hidden_size=hidden,
+                vocab=vocab,
+                hidden_bytes=dtype.itemsize,
+                weight_bytes=dtype.itemsize,
+                frozen_weight=frozen,
+                memory_budget=memory_budget,
+                device=device,
+            )
+            what = f"{op}{', frozen head' if frozen and op != 'score' else ''}"
+            lines.append(f"    {what:<28} {extra / 2**20:8.1f} MiB")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lolkernels.info", description=__doc__)
+    gpu = torch.cuda.is_available()
+    for flag in ("rows", "hidden", "vocab"):
+        parser.add_argument(f"--{flag}", type=int)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--backend", choices=backends.TABLE)
+    parser.add_argument("--memory-budget", type=int, help="bytes of logits held at a time")
+    given = parser.parse_args()
     print(report())
+    shape = (given.rows, given.hidden, given.vocab)
+    if any(shape) and not all(n and n > 0 for n in shape):
+        parser.error("a route needs --rows, --hidden and --vocab, all > 0")
+    if all(shape) and given.device.startswith("cuda") and not gpu:
+        parser.error(f"--device {given.device}: torch sees no GPU")
+    if all(shape):
+        options = {"backend": given.backend, "memory_budget": given.memory_budget}
+        try:
+            print(route(torch.device(given.device), DTYPES[given.dtype], *shape, **options))
+        except (ValueError, RuntimeError) as error:  # a backend or a device that is not there
+            parser.error(str(error))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

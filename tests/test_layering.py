@@ -35,7 +35,7 @@ INTERNAL: dict[str, set[str]] = {
     "loss_op": {"backends", "chunked", "deferred", "objectives", "planner", "sequences"},
     "functional": {"backends", "checks", "chunked", "loss_op", "objectives", "ops", "sequences"},
     "head": {"backends", "checks", "functional", "objectives", "sequences"},
-    "info": {"", "backends.*"},
+    "info": {"", "backends", "backends.*", "chunked", "planner"},
     "testing": {"", "backends", "objectives", "sequences"},
 }
 TOOLCHAINS: dict[str, set[str]] = {"backends.triton_kernels": {"triton"}}

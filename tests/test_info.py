@@ -1,0 +1,64 @@
+"""``python -m lolkernels.info``: the report and the route of a shape."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lolkernels as lk
+from lolkernels import info, planner
+
+
+def test_the_report_names_versions_and_every_backend() -> None:
+    text = info.report()
+    assert lk.__version__ in text and torch.__version__ in text and "triton" in text
+    for name, why in lk.available_backends().items():
+        assert any(line.split()[:1] == [name] for line in text.splitlines())
+        assert why is None or why in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "words"),
+    [
+        ("reference", torch.float32, ("float32 operands, stored as they are", "300 x 2048")),
+        ("reference", torch.bfloat16, ("float32 operands, converted panel by panel",)),
+        ("triton", torch.bfloat16, ("bfloat16 operands, stored as they are", "256 x 50257")),
+    ],
+)
+def test_the_route_of_a_shape(backend: str, dtype: torch.dtype, words: tuple[str, ...]) -> None:
+    text = info.route(torch.device("cpu"), dtype, 300, 64, 50257, backend=backend)
+    assert all(word in text for word in (*words, "256 rows of 50257 logits at most")), text
+    extra = planner.extra_bytes(
+        "score",
+        longest_chunk=256,
+        num_rows=300,
+        hidden_size=64,
+        vocab=50257,
+        hidden_bytes=dtype.itemsize,
+        weight_bytes=dtype.itemsize,
+    )
+    assert f"{extra / 2**20:.1f} MiB" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rows", "8"], "--rows, --hidden and --vocab"),
+        (["--rows", "8", "--hidden", "-4", "--vocab", "9"], "all > 0"),
+        (["--backend", "nope"], "invalid choice"),
+    ],
+)
+def test_bad_flags_are_named(flags: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lolkernels.info", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_the_command() -> None:
+    flags = ["--rows", "8", "--hidden", "4", "--vocab", "9", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lolkernels.info", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "route of (8, 4) x (9, 4)" in done.stdout, done.stderr
