@@ -53,9 +53,12 @@ def transform(x, scale, softcap, inv_temperature, CAP: tl.constexpr):
         large = (1.0 - e) * inverse
         t = tl.where(u < 0, -large, large)
         t = tl.where(tl.abs(u) < 0.15, u + u * square * series, t)
-        slope = 4.0 * e * inverse * inverse
-        return t * (softcap * inv_temperature), slope * (scale * inv_temperature)
-    return x * scale, scale
+        z = t * (softcap * inv_temperature)
+        slope = 4.0 * e * inverse * inverse * (scale * inv_temperature)
+    else:
+        z = x * scale
+        slope = scale
+    return z, slope
 
 
 @triton.jit
