@@ -224,20 +224,34 @@ def config(
     `capability` is (0, 0) for a device that is not NVIDIA's; `aligned`: see :func:`_describable`.
     """
     major = capability[0]
-    tma = aligned and major >= 9 and dtype != torch.float32
+    tma = aligned and major in (9, 10) and dtype != torch.float32
     if dtype == torch.float32:
-        block = (64, 64, 32, 4, 3)
+        block = (64, 64, 16, 4, 2)
     elif n <= 64:
-        block = (64, 128, 64, 4, 4) if major in (9, 10) else (64, 64, 32, 4, 4)
-    elif major == 9 and tma:
-        block = (128, 256, 64, 8, 4)
-    elif major in (9, 10):  # wider tiles spill: the addresses, or the way out of tensor memory
-        block = (128, 128, 64, 8, 4)
-    else:
+        block = (64, 128, 64, 4, 4) if tma else (64, 64, 32, 4, 4)
+    elif not tma:
         block = (128, 128, 32, 8, 4)
+    elif major == 9:
+        block = (128, 256, 64, 8, 4)
+    else:  # accumulators lie in tensor memory: 256 columns of them spill on the way out
+        block = (128, 128, 64, 8, 4)
     programs = -(-n // block[0]) * -(-V // block[1])
     tiles = max(1, min(MAX_TILES, programs // PROGRAMS))
     return Config(*block, tma=tma, tiles=tiles)
+
+
+def constants(c: Config, D: int, *, cap: bool) -> dict[str, Any]:
+    """The compile-time arguments of ``linear_stats``."""
+    return {
+        "CAP": cap,
+        "TMA": c.tma,
+        "EVEN_K": D % c.BLOCK_K == 0,
+        "TILES": c.tiles,
+        "PRECISION": "ieee",
+        "BLOCK_M": c.BLOCK_M,
+        "BLOCK_N": c.BLOCK_N,
+        "BLOCK_K": c.BLOCK_K,
+    }
 
 
 def linear_row_stats(
@@ -301,14 +315,7 @@ def _launch(
             0 if bias is None else bias.stride(0),
             labels.stride(0),
             *scaling,
-            CAP=scaling[1] != 0,
-            TMA=c.tma,
-            EVEN_K=D % c.BLOCK_K == 0,
-            TILES=c.tiles,
-            PRECISION="ieee",
-            BLOCK_M=c.BLOCK_M,
-            BLOCK_N=c.BLOCK_N,
-            BLOCK_K=c.BLOCK_K,
+            **constants(c, D, cap=scaling[1] != 0),
             num_warps=c.num_warps,
             num_stages=c.num_stages,
         )
