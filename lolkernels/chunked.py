@@ -130,9 +130,11 @@ class Grads:
     They are fp32 (fp64), so that many chunks lose nothing. ``round_weight`` stores dweight in the
     weight's own dtype: for :func:`tile_grads` alone, which finishes a panel before it rounds it.
 
-    ``scale_to``: the size of the coefficients. Gradients of fp16 logits are made for coefficients
-    divided by it (a power of two below it) and multiplied by it in fp32: a mean over 8192 tokens
-    would otherwise put most of them under fp16's smallest number.
+    ``scale_to``: about the largest coefficient (a, b, c) there will be, for fp16 operands, whose
+    range is small: a mean over 8192 tokens would put the gradients of the logits under its smallest
+    number. Each row of them is made for coefficients divided by a power of two near their size,
+    which its dhidden is multiplied by in fp32, and its hidden state before dweight is made; dweight
+    is in units of ``scale_to`` until the end.
     """
 
     def __init__(
@@ -154,11 +156,16 @@ class Grads:
         self.written = False
         self.unit: Tensor | None = None
         if scale_to is not None and head.operand == torch.float16:
-            exact = torch.exp2(torch.floor(torch.log2(scale_to.to(head.dtype))))
-            self.unit = torch.where(exact.isfinite() & (exact > 0), exact, torch.ones_like(exact))
+            self.unit = _power_of_two(scale_to.to(head.dtype))
 
-    def in_units(self, value: Tensor) -> Tensor:
-        return value if self.unit is None else value / self.unit
+    def rows_in_range(
+        self, h: Tensor, abc: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
+        """(a, b, c), the factor of dhidden's rows (None: one), and the rows that dweight takes."""
+        if self.unit is None:
+            return abc, None, h
+        size = _power_of_two(torch.stack(abc).abs().amax(0))
+        return tuple(t / size for t in abc), size, (h * (size / self.unit)[:, None]).to(h.dtype)
 
     def from_units_(self, value: Tensor) -> Tensor:
         return value if self.unit is None else value.mul_(self.unit)
@@ -167,10 +174,15 @@ class Grads:
     def any(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
 
-    def add_bias(self, dx: Tensor, v0: int, v1: int, first: bool) -> None:
-        if self.need_bias:
+    def add_bias(self, dx: Tensor, size: Tensor | None, v0: int, v1: int, first: bool) -> None:
+        if not self.need_bias:
+            return
+        if size is None or self.unit is None:
             total = dx.sum(0, dtype=self.bias.dtype)
-            self.bias[v0:v1] = total if first else self.bias[v0:v1] + total
+        else:
+            total = torch.empty_like(self.bias[v0:v1])
+            matmul(dx.T, (size / self.unit).to(dx.dtype)[:, None], total[:, None])
+        self.bias[v0:v1] = total if first else self.bias[v0:v1] + total
 
     def store_rows(self, index: slice | Tensor, dh: Tensor) -> None:
         if isinstance(index, slice):
@@ -187,6 +199,12 @@ class Grads:
         self.from_units_(self.bias)
         if self.weight.dtype == self.bias.dtype:  # tile_grads has rounded it otherwise
             self.from_units_(self.weight)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """At most ``size``; 1 where that is 0, inf or nan."""
+    power = torch.exp2(torch.floor(torch.log2(size)))
+    return torch.where(power.isfinite() & (power > 0), power, torch.ones_like(power))
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -263,7 +281,7 @@ def tile_grads(
     size = head.chunk_rows(head.width, memory_budget)
     buffer = head.empty_logits(min(size, n), head.width)
     hidden, labels = head.rows(rows), head.labels[rows]
-    abc = (grads.in_units(abc[0]), grads.in_units(abc[1]), grads.in_units(abc[2]))
+    scaled, sizes, weighted = grads.rows_in_range(hidden, abc)
     # Adjacent rows are written where they belong; picked ones are gathered first.
     in_place = grads.need_hidden and isinstance(rows, slice)
     dh = (
@@ -278,18 +296,19 @@ def tile_grads(
         for i, j, _ in _blocks(rows, n, size):
             h = hidden[i:j]
             x = head.logits(h, w, v0, v1, buffer[: j - i, : v1 - v0])
-            dx = head.dlogits_(x, labels[i:j] - v0, lse[i:j], tuple(t[i:j] for t in abc))
+            dx = head.dlogits_(x, labels[i:j] - v0, lse[i:j], tuple(t[i:j] for t in scaled))
             if grads.need_hidden:
                 matmul(dx, w, dh[i:j], accumulate=v0 > 0)
             first = i == 0 and not grads.written
             if grads.need_weight:
                 into = dw[: v1 - v0] if rounded else grads.weight[v0:v1]
-                matmul(dx.T, h, into, accumulate=not first)
-            grads.add_bias(dx, v0, v1, first)
+                matmul(dx.T, weighted[i:j], into, accumulate=not first)
+            grads.add_bias(dx, None if sizes is None else sizes[i:j], v0, v1, first)
         if rounded:
             grads.weight[v0:v1] = grads.from_units_(dw[: v1 - v0])
     if n and grads.need_hidden:
-        grads.from_units_(dh)
+        if sizes is not None:
+            dh.mul_(sizes[:, None])
         if not in_place:
             grads.store_rows(rows, dh)
     grads.written = grads.written or n > 0
@@ -314,16 +333,16 @@ def _chunk_grads(
 ) -> Tensor:
     """Overwrite ``x`` by dlogits, add dweight and dbias, return dhidden (n, D)."""
     dh = head.empty(h.shape[0] if grads.need_hidden else 0, h.shape[1])
-    abc = (coef, -coef, torch.zeros_like(coef))
+    abc, sizes, weighted = grads.rows_in_range(h, (coef, -coef, torch.zeros_like(coef)))
     for v0, v1 in head.panels():
         dx = head.dlogits_(x[:, v0:v1], labels - v0, lse, abc)
         if grads.need_hidden:
             matmul(dx, head.weight_panel(v0, v1), dh, accumulate=v0 > 0)
         if grads.need_weight:
-            matmul(dx.T, h, grads.weight[v0:v1], accumulate=grads.written)
-        grads.add_bias(dx, v0, v1, not grads.written)
+            matmul(dx.T, weighted, grads.weight[v0:v1], accumulate=grads.written)
+        grads.add_bias(dx, sizes, v0, v1, not grads.written)
     grads.written = True
-    return dh
+    return dh if sizes is None or not grads.need_hidden else dh.mul_(sizes[:, None])
 
 
 def loss_and_grads(
@@ -349,10 +368,10 @@ def loss_and_grads(
         if grads.any and n <= max_rows:
             h, labels, x = head.rows(index), head.labels[index], buffer[:n]
             part = _chunk_stats(head, h, labels, x, index)
-            coef = grads.in_units(step(part.target_logit - part.lse, pieces, index))
+            coef = step(part.target_logit - part.lse, pieces, index)
             dh = _chunk_grads(head, h, labels, x, part.lse, coef, grads)
             if grads.need_hidden:
-                grads.store_rows(index, grads.from_units_(dh))
+                grads.store_rows(index, dh)
         elif grads.any and not (grads.need_weight or grads.need_bias):
             part, dh = _unit_grads(head, index, n, buffer, grads)
             coef = step(part.target_logit - part.lse, pieces, index)

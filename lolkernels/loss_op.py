@@ -142,6 +142,23 @@ def _active(
     return found
 
 
+def _coefficient_size(
+    objective: Objective,
+    inputs: dict[str, tuple[str, Tensor]],
+    options: dict[str, Any],
+    seq: Sequences,
+    weights: Tensor,  # (G,)
+) -> Tensor | None:
+    """About the largest d (reduced loss) / d logp, as far as it is known before any log-prob."""
+    if not seq.num_groups:
+        return None
+    family = traits(objective).family
+    if family is None:
+        return weights.amax()
+    fam = family(seq=seq, **{name: t for name, (_, t) in inputs.items()}, **options)
+    return weights.amax() * (fam.weight.abs().amax() + abs(fam.beta))
+
+
 @custom_op("lolkernels::linear_loss", mutates_args=())
 def linear_loss(
     hidden: Tensor,  # (N, D)
@@ -185,8 +202,13 @@ def linear_loss(
     scaling = Scaling(scale, softcap, temperature)
     head = Head(hidden, weight, bias, labels, scaling, module, poison=poison)
     weights = reduction_weights(seq, reduction)
-    largest = weights.amax() if seq.num_groups else None
-    grads = Grads(head, need_hidden, need_weight, need_bias, scale_to=largest)
+    grads = Grads(
+        head,
+        need_hidden,
+        need_weight,
+        need_bias,
+        scale_to=_coefficient_size(fn, inputs, options, seq, weights),
+    )
     stats = chunked.RowStats(*(t.fill_(torch.nan) for t in head.empty_stats(seq.num_tokens)))
     seq_loss = torch.zeros(seq.num_groups, dtype=torch.float64, device=hidden.device)
     rows = head.chunk_rows(head.vocab, memory_budget)

@@ -194,9 +194,49 @@ def test_small_coefficients_survive_fp16(
         return found
 
     assert max(errors()) <= (0.02 if size > 1e-5 else 2e-3)
-    monkeypatch.setattr(chunked.Grads, "in_units", lambda self, value: value)
+    unscaled = lambda self, h, abc: (abc, None, h)  # noqa: E731
+    monkeypatch.setattr(chunked.Grads, "rows_in_range", unscaled)
     monkeypatch.setattr(chunked.Grads, "from_units_", lambda self, value: value)
     assert size > 1e-5 or max(errors()) > 0.02
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_coefficients_of_all_sizes_survive_fp16(
+    whole_rows: None, budget: str, frozen: bool
+) -> None:
+    """Rewards over nine orders of magnitude: each row of dhidden keeps its own digits."""
+    p = problem(torch.float16, frozen=frozen, bias=not frozen)
+    seq, rewards = lk.Sequences.from_lengths([10, 10, 10, 10]), torch.tensor([1e5, 1e2, 1.0, 1e-4])
+
+    def grads(p: Any, backend: str) -> Any:
+        loss = lk.linear_loss(
+            objectives.wbc,
+            p.hidden,
+            p.weight,
+            p.labels,
+            seq,
+            bias=p.bias,
+            rewards=rewards,
+            backend=backend,
+            memory_budget=BUDGETS[budget],
+        )
+        return torch.autograd.grad(loss * 1e-3, p.leaves)
+
+    exact = SimpleNamespace(
+        **{k: None if v is None else v.detach() for k, v in vars(p).items() if k != "leaves"}
+    )
+    exact.hidden, exact.weight = exact.hidden.double(), exact.weight.double()
+    exact.bias = None if exact.bias is None else exact.bias.double()
+    exact.leaves = [getattr(exact, k) for k in ("hidden", "weight", "bias")][: len(p.leaves)]
+    for leaf in exact.leaves:
+        leaf.requires_grad_()
+    for got, want in zip(grads(p, "reference"), grads(exact, "reference"), strict=True):
+        assert got.isfinite().all()
+        close(got, want, 3e-3)
+        if got.shape == p.hidden.shape:
+            for rows in (slice(0, 10), slice(10, 20), slice(20, 30)):
+                close(got[rows], want[rows], 3e-3)
 
 
 def test_an_all_zero_upstream_gradient_gives_zeros_in_fp16(whole_rows: None) -> None:
