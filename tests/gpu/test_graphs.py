@@ -1,0 +1,205 @@
+"""CUDA graphs, side streams, a second device, and torch.compile as one graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from on_device import (
+    DEVICE,
+    DTYPES,
+    KERNELS,
+    ON_GPU,
+    a_lol,
+    each_dtype,
+    each_kernel,
+    leaves,
+    moved,
+    needs_gpu,
+    peaky,
+    same,
+    score,
+    size,
+)
+from torch import Tensor
+
+import lolkernels as lk
+from lolkernels import objectives
+
+LENGTHS = [31, 0, 64, 7, 90, 16] if ON_GPU else [3, 0, 6, 1, 7, 2]
+N, D, V = sum(LENGTHS), 64, size(5003, 131)
+
+
+class Step:
+    """Forward and backward of one op on buffers whose content may be replaced."""
+
+    def __init__(self, op: str, backend: str, dtype: torch.dtype, budget: int | None) -> None:
+        self.p, self.wanted = leaves(peaky(N, D, V, dtype=dtype, bias=True))
+        self.op, self.options = op, {"backend": backend, "memory_budget": budget}
+        self.seq = lk.Sequences.from_lengths(LENGTHS).to(DEVICE)
+        self.side = {
+            "ref_logps": torch.full((N,), -7.0, device=DEVICE),
+            "advantages": torch.ones(len(LENGTHS), device=DEVICE),
+        }
+
+    def fill(self, seed: int) -> None:
+        new = peaky(N, D, V, seed=seed, bias=True)
+        with torch.no_grad():
+            self.p.hidden.copy_(new.hidden)
+            self.p.weight.copy_(new.weight)
+            self.p.bias.copy_(new.bias)
+        self.p.labels.copy_(new.labels)
+        self.side["ref_logps"].uniform_(-9, -5)
+        self.side["advantages"].normal_()
+
+    def __call__(self) -> list[Tensor]:
+        if self.op == "linear_loss":
+            out = a_lol(self.p, self.seq, self.side, **self.options)
+            total, kept = out.loss, out
+        elif self.op == "linear_logprob":
+            mask = self.side["ref_logps"] > -8.5
+            kept = score(self.p, mask=mask, **self.options)
+            total = (kept.logps + 0.1 * kept.entropy).sum()
+        else:
+            logits = self.p.hidden @ self.p.weight.T
+            kept = lk.logprob(logits, self.p.labels, backend=self.options["backend"])
+            total = kept.logps.sum() + kept.lse.sum()
+        grads = torch.autograd.grad(total, self.wanted, allow_unused=True)
+        return [*(t.detach() for t in kept), *(g for g in grads if g is not None)]
+
+
+each_op = pytest.mark.parametrize("op", ["linear_loss", "linear_logprob", "logprob"])
+BUDGETS = {"whole": None, "chunks": 4 * V * (N // 2), "long groups": 4 * V * (N // 10)}
+
+
+@needs_gpu
+@each_kernel
+@each_dtype
+@each_op
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_ten_replays_of_a_cuda_graph(
+    budget: int | None, op: str, dtype: torch.dtype, backend: str
+) -> None:
+    step = Step(op, backend, dtype, budget)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(10):
+        step.fill(seed)
+        graph.replay()
+        got = [t.clone() for t in captured]
+        same(got, step())
+    lk.check_errors()
+
+
+@needs_gpu
+@each_kernel
+def test_a_bad_label_in_a_replay_is_reported(backend: str) -> None:
+    step = Step("linear_loss", backend, torch.bfloat16, None)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    step.p.labels[3] = V
+    graph.replay()
+    with pytest.raises(ValueError, match="labels held"):
+        lk.check_errors()
+    assert captured[0].isnan()
+
+
+@needs_gpu
+@each_kernel
+@each_op
+def test_a_side_stream(op: str, backend: str) -> None:
+    """Work that is still under way on the side stream is what the call waits for."""
+    step = Step(op, backend, torch.bfloat16, None)
+    step.fill(1)
+    want = step()
+    step.fill(0)
+    torch.manual_seed(0)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    new = Step(op, backend, torch.bfloat16, None)
+    new.side = {k: v.clone() for k, v in step.side.items()}
+    step.fill(1)
+    want = step()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        with torch.no_grad():
+            for into, value in zip(new.wanted, step.wanted, strict=True):
+                into.copy_(value)
+            new.p.labels.copy_(step.p.labels)
+        for name, value in step.side.items():
+            new.side[name].copy_(value)
+        got = new()
+    stream.synchronize()
+    same(got, want)
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@each_kernel
+@each_op
+def test_tensors_on_a_device_that_is_not_the_current_one(op: str, backend: str) -> None:
+    step = Step(op, backend, torch.bfloat16, None)
+    want = step()
+    there = torch.device("cuda", 1)
+    step.p, step.wanted = leaves(moved(step.p, there))
+    step.seq = step.seq.to(there)
+    step.side = {k: v.to(there) for k, v in step.side.items()}
+    same([t.to(DEVICE) for t in step()], want)
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def by_loss(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+    side = {"ref_logps": ref, "advantages": adv}
+    return 2 * lk.linear_loss(objectives.a_lol, torch.tanh(h), w, y, seq, **side)
+
+
+def by_logprob(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+    out = lk.linear_logprob(torch.tanh(h), w, y)
+    loss = objectives.a_lol(out.logps, ref, adv, seq) + 0.1 * seq.sum(out.entropy)
+    return lk.aggregate(loss, seq)
+
+
+def by_logits(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tensor) -> Tensor:
+    out = lk.logprob(torch.tanh(h) @ w.T, y)
+    return lk.aggregate(objectives.a_lol(out.logps, ref, adv, seq), seq)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES[:2] if ON_GPU else DTYPES[:1], ids=str)
+@pytest.mark.parametrize("function", [by_loss, by_logprob, by_logits], ids=lambda f: f.__name__)
+def test_compile_as_one_graph(
+    function: Callable[..., Tensor], dtype: torch.dtype, backend: str
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiler = "inductor" if ON_GPU else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    for lengths in (LENGTHS, LENGTHS[::-1], [*LENGTHS, 5]):
+        n = sum(lengths)
+        p, _ = leaves(peaky(n, D, V, dtype=dtype))
+        seq = lk.Sequences.from_lengths(lengths).to(DEVICE)
+        ref, adv = torch.full((n,), -7.0), torch.linspace(-0.5, 1, len(lengths))
+        found = []
+        for f in (compiled, function):
+            with lk.use_backend(backend):
+                loss = f(p.hidden, p.weight, p.labels, seq, ref.to(DEVICE), adv.to(DEVICE))
+            found.append([loss.detach(), *torch.autograd.grad(loss, (p.hidden, p.weight))])
+        for got, want in zip(*found, strict=True):
+            # tanh of a fused kernel is not eager's to the last bit.
+            tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+            assert got.dtype == want.dtype and got.shape == want.shape
+            error = float((got - want).abs().max())
+            assert error <= tolerance * max(1e-6, float(want.abs().max()))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert KERNELS
