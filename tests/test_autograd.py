@@ -18,6 +18,8 @@ from lolkernels.testing import eager, peaky
 LENGTHS = [2, 3, 1]
 N, D, V = 6, 3, 7
 HALF = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ["cpu", "triton", "reference"]
+DTYPES = {"cpu": HALF, "triton": (torch.float32, torch.float16), "reference": HALF}
 
 
 def smooth_objective(
@@ -198,7 +200,7 @@ CALLS = {
 }
 each_call = pytest.mark.parametrize(
     ("name", "backend", "dtype"),
-    [(n, b, d) for n in CALLS for b in ("cpu", "reference") for d in HALF],
+    [(n, b, d) for n in CALLS for b in BACKENDS for d in DTYPES[b]],
     ids=str,
 )
 
@@ -242,7 +244,7 @@ def test_backward_is_linear_in_the_upstream_gradient(
 
 
 @pytest.mark.parametrize("name", ["logprob", "linear_logprob"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_upstream_gradients_of_any_layout(name: str, backend: str) -> None:
     """A scalar load of a vector upstream gradient multiplies every row by its first entry."""
     call, leaves = CALLS[name](backend, torch.float32)
@@ -270,8 +272,15 @@ def test_upstream_gradients_of_any_layout(name: str, backend: str) -> None:
 PATTERNS = list(itertools.product([False, True], repeat=3))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(b, d, marks=pytest.mark.slow if (b, d) == ("triton", torch.float16) else ())
+        for b in BACKENDS
+        for d in DTYPES[b]
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["linear_logprob", "linear_loss"])
 @pytest.mark.parametrize(
     "pattern", PATTERNS, ids=lambda p: "".join("hwb"[i] for i in range(3) if p[i]) or "none"
@@ -333,7 +342,7 @@ def test_double_backward_raises(name: str) -> None:
 # --- what stands before and after the ops ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("producer", [torch.tanh, lambda t: t.softmax(-1), torch.sigmoid])
 def test_a_producer_that_saved_its_output_gets_the_right_gradient(
     backend: str, producer: Callable[[Tensor], Tensor]

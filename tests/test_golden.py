@@ -6,6 +6,7 @@ purpose, each with a test that names it.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ KEPT_DIFFERENCES = {"hh.a_lol_ref_free.c3"}  # trains on a negative advantage; o
 
 FAMILY = {e["key"]: e for e in ENTRIES if e["source"] in ("hh", "pg")}
 AGREEING = [key for key in FAMILY if key not in KEPT_DIFFERENCES]
+# Triton's interpreter is slow: one case of each objective in every run, all in the exhaustive one.
+KERNELS = [("cpu", key) for key in AGREEING] + [
+    pytest.param("triton", key, marks=() if re.fullmatch(r"hh\..*\.c0", key) else pytest.mark.slow)
+    for key in AGREEING
+]
 
 
 class Case:
@@ -154,20 +160,19 @@ def test_the_coefficient_is_the_scripts_gradient(key: str) -> None:
     assert close(coef, case.dlogp)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("key", AGREEING)
-def test_float32_kernels(key: str) -> None:
-    """The C++ rows within the float32 tolerance of the authors' float64 numbers."""
+@pytest.mark.parametrize(("backend", "key"), KERNELS)
+def test_float32_kernels(backend: str, key: str) -> None:
+    """The kernels' rows within the float32 tolerance of the authors' float64 numbers."""
     case, objective, side = family_case(key)
     seq = lk.Sequences.from_mask(case.mask)
     side = {k: v.float() if isinstance(v, Tensor) else v for k, v in side.items()}
     outcomes = []
     hidden = case.logits.float().requires_grad_()
     loss = lk.linear_loss(
-        objective, hidden, torch.eye(hidden.shape[1]), case.labels, seq, backend="cpu", **side
+        objective, hidden, torch.eye(hidden.shape[1]), case.labels, seq, backend=backend, **side
     )
     outcomes.append((loss, torch.autograd.grad(loss, hidden)[0]))
-    logps = lk.logprob(hidden, case.labels, backend="cpu").logps
+    logps = lk.logprob(hidden, case.labels, backend=backend).logps
     loss = lk.aggregate(objective(logps=logps, seq=seq, **side), seq)
     outcomes.append((loss, torch.autograd.grad(loss, hidden)[0]))
     baseline = torch.log_softmax(hidden, -1).gather(-1, case.labels[:, None]).squeeze(-1)

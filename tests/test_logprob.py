@@ -16,14 +16,20 @@ from lolkernels.testing import LAYOUTS, LOGPROB_ATOL, VOCABULARIES, RedZones, ea
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = {"cpu": HALF, "reference": (*HALF, torch.float64)}
-BLOCK = 50
+DTYPES = {
+    "cpu": HALF,
+    "triton": (torch.float32, torch.float16),  # the interpreter cuts bfloat16 off: see test_triton
+    "reference": (*HALF, torch.float64),
+}
+BLOCK = 25
+# Triton's interpreter is slow: fewer cases, and most of those in the exhaustive run.
+COUNTS = {"cpu": (300, 2000), "triton": (25, 300), "reference": (300, 2000)}
 CASES = [
     pytest.param(
-        backend, start, marks=() if start < 300 else pytest.mark.slow, id=f"{backend}-{start}"
+        backend, start, marks=() if start < quick else pytest.mark.slow, id=f"{backend}-{start}"
     )
-    for backend in DTYPES
-    for start in range(0, 2000, BLOCK)
+    for backend, (quick, every) in COUNTS.items()
+    for start in range(0, every, BLOCK)
 ]
 OPTIONS = [
     {"temperature": t, "softcap": s, "logit_scale": f}
@@ -107,7 +113,7 @@ def test_gradient_at_a_target_of_high_probability(
 
     Element by element within 1%, beyond what a float32 log-sum-exp can tell: a unit in its last
     place, which is nothing for logits that are log-probs (but the reference adds up 1 + ... in
-    float32), and 2e-6 for logits near 16.
+    float32, and Triton does within a group of columns), and 2e-6 for logits near 16.
     """
     v = 130
     logits = torch.full((6, v), math.log((1 - p) / (v - 1)), dtype=torch.float64)
@@ -120,7 +126,8 @@ def test_gradient_at_a_target_of_high_probability(
     y = logits.double().requires_grad_()
     log_p = torch.log_softmax(y, -1).gather(-1, labels[:, None]).squeeze(-1)
     (truth,) = torch.autograd.grad(log_p, y, upstream.double())
-    unit = torch.finfo(torch.float32).eps * max(shift, 4.0 if backend == "reference" else 0.01)
+    own = {"cpu": 0.01, "triton": 1.0, "reference": 4.0}[backend]
+    unit = torch.finfo(torch.float32).eps * max(shift, own)
     allowed = 0.01 * truth.abs() + unit * upstream.double()[:, None].abs()
     if dtype == torch.float16:  # 1e-5 / 129 lies below its smallest normal number
         allowed = allowed + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

@@ -1,0 +1,311 @@
+"""The Triton row functions: strides, overlapping output, every block size, how they are launched.
+
+Accuracy against float64 stands with the other backends' tests. Without a GPU the kernels run in
+Triton's interpreter, which cuts a bfloat16 off where the compiled kernels round.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lolkernels as lk
+from lolkernels.backends import reference, triton
+
+ROOT = Path(__file__).resolve().parents[1]
+# A bare `triton` parameter skips a test where the backend is missing (conftest).
+pytestmark = pytest.mark.parametrize("backend", ["triton"])
+CAP: dict[str, float] = {"scale": 0.5, "softcap": 9.0, "temperature": 0.7}
+
+
+class Rows:
+    """Logits with labels (the last one outside) and the vectors that `dlogits_` takes."""
+
+    def __init__(self, n: int, v: int, dtype: torch.dtype = torch.float32) -> None:
+        self.logits = (torch.randn(n, v) * 3).to(dtype)
+        self.labels = torch.randint(v, (n,))
+        self.labels[-1] = v if n > 1 else self.labels[-1]
+        self.lse = torch.logsumexp(self.logits.float(), 1)
+        self.abc = tuple(torch.randn(3, n))
+
+    def dlogits_(self, x: Tensor | None = None, module: Any = triton, **options: Any) -> Tensor:
+        x = self.logits.clone() if x is None else x
+        result: Tensor = module.dlogits_(x, self.labels, self.lse, *self.abc, **options)
+        return result
+
+    def exact(self, **options: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The reference in float64."""
+        x = self.logits.double()
+        stats = reference.row_stats(x, self.labels, **options)
+        wide = (t.double() for t in (self.lse, *self.abc))
+        return stats, reference.dlogits_(x.clone(), self.labels, *wide, **options)
+
+
+def equal(got: Any, want: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- strides --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_strides_of_the_input_change_no_bit(dtype: torch.dtype, backend: str) -> None:
+    r = Rows(3, 77, dtype)
+    wide = torch.full((8, 400), math.nan, dtype=dtype)
+    views = {
+        "transposed": wide.view(400, 8)[5:82, 2:5].T,
+        "padded": wide[2:5, 9:86],
+        "every third column": wide[1:4, 3 : 3 + 3 * 77 : 3],
+        "every second row": wide[1:7:2, 100:177],
+    }
+    stats = triton.row_stats(r.logits, r.labels)
+    grad = r.dlogits_()
+    for name, view in views.items():
+        wide.fill_(math.nan)
+        view.copy_(r.logits)
+        assert equal(triton.row_stats(view, r.labels), stats), name
+        for out in (torch.empty(77, 3, dtype=dtype).T, None):  # the last one overwrites
+            assert torch.equal(r.dlogits_(view, out=out), grad), name
+        inside = torch.zeros_like(wide, dtype=torch.bool)
+        inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        assert bool(wide[~inside].isnan().all()) and not bool(wide[inside].isnan().any())
+
+
+def test_one_row_of_memory_may_be_many_rows(backend: str) -> None:
+    r = Rows(5, 40)
+    same = r.logits[:1].expand(5, 40)
+    assert equal(triton.row_stats(same, r.labels), triton.row_stats(same.clone(), r.labels))
+    out = torch.empty(5, 40)
+    assert torch.equal(r.dlogits_(same, out=out), r.dlogits_(same.clone()))
+
+
+def test_transposed_logits_through_the_op(backend: str) -> None:
+    base, labels = torch.randn(50, 6), torch.randint(50, (6,))
+    x, y = base.T.requires_grad_(), base.T.contiguous().requires_grad_()
+    results = []
+    for leaf in (x, y):
+        out = lk.logprob(leaf, labels, backend=backend)
+        total = (out.logps + out.entropy - out.lse).sum()
+        results.append([*(t.detach() for t in out), *torch.autograd.grad(total, leaf)])
+    assert equal(*results)
+
+
+# Rows, then columns, 2^31 elements apart: offsets overflow int32. The buffer is never touched in
+# between, and untouched pages are never backed.
+FAR_APART = """
+import torch
+from lolkernels.backends import triton
+stride, v = 2**31 + 11, 30
+buffer = torch.empty(2 * stride + v, dtype=torch.float16)
+for shape, strides in (((3, v), (stride, 1)), ((v, 3), (1, stride))):
+    far = torch.as_strided(buffer, shape, strides)
+    near = torch.randn(shape).half()
+    far.copy_(near)
+    n = shape[0]
+    labels = torch.arange(n) % shape[1]
+    got, want = triton.row_stats(far, labels), triton.row_stats(near, labels)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)), shape
+    vectors = [want[1], *torch.randn(3, n)]
+    want = triton.dlogits_(near.clone(), labels, *vectors)
+    assert torch.equal(triton.dlogits_(far, labels, *vectors, out=torch.empty_like(near)), want)
+    assert torch.equal(triton.dlogits_(near, labels, *vectors, out=far), want), shape
+    far.copy_(near)
+    assert torch.equal(triton.dlogits_(far, labels, *vectors), want), shape
+# Not getrusage: its peak survives exec, and would be that of the process that started this one.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(1024 * int(status["VmHWM"].split()[0]))
+"""
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="on a GPU that memory would be there")
+def test_rows_and_columns_more_than_2_to_the_31_elements_apart(backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAR_APART],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**30  # the memory was never filled
+
+
+# --- half-precision gradients over float32 logits -------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, CAP], ids=["plain", "cap"])
+@pytest.mark.parametrize("v", [1, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 8193])
+def test_narrow_gradients_over_their_own_logits(v: int, options: Any, backend: str) -> None:
+    """One program a row, from its start; apart, several programs share a row. Bit for bit alike."""
+    n, stride, border = 3, -(-v // 16) * 16, 64
+    r = Rows(n, v)
+    want = r.dlogits_(out=torch.empty(n, v, dtype=torch.float16), **options)
+    buffer = torch.full((n * stride + 2 * border,), math.nan)
+    rows = buffer[border:-border].view(n, stride)
+    x = rows[:, :v]
+    x.copy_(r.logits)
+    before = rows.clone()
+    out = x.view(torch.float16)[:, :v] if v == stride else rows.view(torch.float16)[:, :v]
+    got = r.dlogits_(x, out=out, **options)
+    assert got is out and torch.equal(got, want) and float(got.abs().max()) > 0
+    assert bool(buffer[:border].isnan().all()) and bool(buffer[-border:].isnan().all())
+    # What lies behind the v narrow numbers of a row has not been written.
+    tail = [t.view(torch.int16)[:, v:] for t in (rows, before)]
+    assert torch.equal(*tail)
+
+
+def test_bfloat16_gradients_are_within_a_unit_in_the_last_place(backend: str) -> None:
+    r = Rows(4, 500)
+    wide = r.dlogits_()
+    got = r.dlogits_(out=torch.empty(4, 500, dtype=torch.bfloat16)).float()
+    assert bool(((got - wide).abs() <= torch.finfo(torch.bfloat16).eps * wide.abs()).all())
+
+
+# --- block sizes ----------------------------------------------------------------------------------
+
+VOCABULARIES = [*range(1, 40), *(2**k + d for k in range(5, 19) for d in (-1, 0, 1))]
+STATS = sorted({(i, *triton.stats_block(v, i)) for v in VOCABULARIES for i in (2, 4)})
+DLOGITS = sorted({(c, *triton.dlogits_block(v, c)) for v in VOCABULARIES for c in (False, True)})
+
+
+@pytest.mark.parametrize("config", STATS, ids=str)
+def test_each_block_of_row_stats_alone(
+    config: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    itemsize, groups, vec, warps = config
+    assert vec * itemsize == 16 and groups * vec <= 4096 and 1 <= warps <= 8
+    monkeypatch.setattr(triton, "stats_block", lambda vocab, size: (groups, vec, warps))
+    for v in (1, groups * vec, 2 * groups * vec + 3):  # part of a block, one, two and a part
+        r = Rows(2, v, torch.float32 if itemsize == 4 else torch.float16)
+        for got, want in zip(triton.row_stats(r.logits, r.labels), r.exact()[0], strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", DLOGITS, ids=str)
+def test_each_block_of_dlogits_alone(
+    config: tuple[bool, int, int], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    cap, block, warps = config
+    assert block <= 4096 and 1 <= warps <= 8
+    monkeypatch.setattr(triton, "dlogits_block", lambda vocab, cap: (block, warps))
+    options = CAP if cap else {}
+    for v in (1, block, 2 * block + 3):
+        r = Rows(2, v)
+        want = r.exact(**options)[1]
+        top = float(want.abs().max())
+        for out in (None, torch.empty(2, v, dtype=torch.float16)):
+            off = float((r.dlogits_(out=out, **options).double() - want).abs().max())
+            assert off <= (1e-5 if out is None else 6e-4) * top
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, CAP], ids=["plain", "cap"])
+def test_few_rows_and_many_rows_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, options: Any, backend: str
+) -> None:
+    """Few rows are shared out among programs by their columns, more than 512 are not."""
+    monkeypatch.setattr(triton, "dlogits_block", lambda vocab, cap: (16, 1))
+    r = Rows(513, 70)
+    whole = r.dlogits_(**options)
+    stats = triton.row_stats(r.logits, r.labels, **options)
+    for rows in (slice(0, 1), slice(1, 4), slice(300, 340), slice(512, 513)):
+        part = Rows(1, 70)
+        part.logits, part.labels, part.lse = r.logits[rows], r.labels[rows], r.lse[rows]
+        part.abc = tuple(t[rows] for t in r.abc)
+        assert torch.equal(part.dlogits_(**options), whole[rows])
+        alone = triton.row_stats(part.logits, part.labels, **options)
+        assert equal(alone, (t[rows] for t in stats))
+
+
+# --- determinism ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.float16, CAP)])
+def test_20_runs_are_bit_equal(dtype: torch.dtype, options: Any, backend: str) -> None:
+    r = Rows(2, 5000, dtype)
+    cu = torch.tensor([0, 1, 2])
+
+    def run() -> list[Tensor]:
+        stats = triton.row_stats(r.logits, r.labels, **options)
+        weight, limits = torch.ones(2), {"ratio": 1, "log_low": -0.5, "log_high": 0.5}
+        sequences = triton.sequence_coef(-r.lse, r.abc[0], cu, weight, beta=0.1, **limits)
+        return [*stats, r.dlogits_(**options), *sequences]
+
+    first = run()
+    assert all(equal(run(), first) for _ in range(20))
+
+
+def test_no_rows_and_no_sequences_launch_nothing(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(triton, "_kernels", None)  # calling it would raise
+    none = torch.zeros(0)
+    labels = torch.zeros(0, dtype=torch.int64)
+    assert all(t.shape == (0,) for t in triton.row_stats(torch.zeros(0, 9), labels))
+    x = torch.zeros(0, 9)
+    assert triton.dlogits_(x, labels, none, none, none, none) is x
+    limits = {"ratio": 1, "log_low": -0.5, "log_high": 0.5}
+    cu = torch.zeros(1, dtype=torch.int64)
+    assert all(t.numel() == 0 for t in triton.sequence_coef(none, none, cu, none, **limits))
+
+
+# --- where it can run -----------------------------------------------------------------------------
+
+
+def test_without_triton_the_reason_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reason = triton.why_unavailable.__wrapped__()
+    assert reason is not None
+    assert "Triton is not installed" in reason and "pip install 'lolkernels[gpu]'" in reason
+
+
+def test_float64_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"does not take torch\.float64"):
+        lk.logprob(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2).long(), backend=backend)
+
+
+NO_GPU = """
+import sys
+import torch
+import lolkernels as lk
+from lolkernels.backends import triton
+reason = lk.available_backends()["triton"]
+assert "no GPU" in reason and "TRITON_INTERPRET=1" in reason, reason
+calls = [
+    lambda: lk.logprob(torch.zeros(2, 3), torch.zeros(2).long(), backend="triton"),
+    lambda: triton.row_stats(torch.zeros(2, 3), torch.zeros(2).long()),
+    lambda: lk.use_backend("triton").__enter__(),
+]
+for call in calls:
+    try:
+        call()
+    except ValueError as error:
+        assert "is not available: torch sees no GPU" in str(error), error
+    else:
+        raise AssertionError("ran")
+assert "triton" not in sys.modules
+assert lk.logprob(torch.zeros(2, 3), torch.zeros(2).long()).lse.shape == (2,)
+"""
+
+
+def test_without_a_gpu_it_is_refused_and_triton_is_never_imported(backend: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_GPU],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
