@@ -97,14 +97,17 @@ def test_transposed_logits_through_the_op(backend: str) -> None:
     assert equal(*results)
 
 
-# Rows, then columns, 2^31 elements apart: offsets overflow int32. The buffer is never touched in
-# between, and untouched pages are never backed.
+# Rows, then columns, by a stride that is an int32 and by one that is not: offsets overflow int32.
+# The buffer is never touched in between, and untouched pages are never backed.
 FAR_APART = """
 import torch
 from lolkernels.backends import triton
-stride, v = 2**31 + 11, 30
-buffer = torch.empty(2 * stride + v, dtype=torch.float16)
-for shape, strides in (((3, v), (stride, 1)), ((v, 3), (1, stride))):
+v = 20
+buffer = torch.empty(2**32 + 99, dtype=torch.float16)
+layouts = []
+for m, stride in ((4, 2**30 + 11), (3, 2**31 + 11)):
+    layouts += [((m, v), (stride, 1)), ((v, m), (1, stride))]
+for shape, strides in layouts:
     far = torch.as_strided(buffer, shape, strides)
     near = torch.randn(shape).half()
     far.copy_(near)
