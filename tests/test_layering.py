@@ -38,9 +38,17 @@ INTERNAL: dict[str, set[str]] = {
     "info": {"", "backends", "backends.*", "chunked", "planner"},
     "testing": {"", "backends", "objectives", "sequences"},
 }
-TOOLCHAINS: dict[str, set[str]] = {"backends.triton_kernels": {"triton"}}
-# Modules of one toolchain that make one backend.
-SIBLINGS = {"backends.triton": {"backends.triton_kernels"}}
+TOOLCHAINS: dict[str, set[str]] = {
+    "backends.triton_kernels": {"triton"},
+    "backends.triton_onchip": {"triton"},
+    "backends.triton_onchip_kernels": {"triton"},
+}
+# Modules of one toolchain.
+SIBLINGS = {
+    "backends.triton": {"backends.triton_kernels"},
+    "backends.triton_onchip": {"backends.triton", "backends.triton_onchip_kernels"},
+    "backends.triton_onchip_kernels": {"backends.triton_kernels"},
+}
 THIRD_PARTY = {"torch"}
 
 

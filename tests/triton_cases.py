@@ -13,11 +13,12 @@ import torch
 from triton_aot import Case
 
 from lolkernels.backends import triton as rows
-from lolkernels.backends import triton_kernels
+from lolkernels.backends import triton_kernels, triton_onchip_kernels
 from lolkernels.backends import triton_onchip as onchip
 
 ARCHS = (80, 90, 100)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MERGED = ("target_ptr", "lse_ptr", "expected_ptr", "max_ptr")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "inv_temperature": "fp32"}
 
 
@@ -168,7 +169,7 @@ def linear_case(arch: int, x: str, n: int, D: int, aligned: bool, full: bool) ->
         divisible |= {"h", "w"}
     return Case(
         name=f"linear_stats-sm{arch}-{x}-{kind}-{n}x{D}{'-full' * full}",
-        fn=onchip.linear_stats,
+        fn=triton_onchip_kernels.linear_stats,
         signature=signature,
         constexprs=constexprs | onchip.constants(c, D, cap=full),
         arch=arch,
@@ -183,12 +184,13 @@ def merge_case(arch: int) -> Case:
     blocks = dict(onchip.MERGE)
     return Case(
         name=f"merge_stats-sm{arch}",
-        fn=onchip.merge_stats,
+        fn=triton_onchip_kernels.merge_stats,
         arch=arch,
         num_warps=blocks.pop("num_warps"),
         num_stages=blocks.pop("num_stages"),
-        signature={"part_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32"}
+        signature={"part_ptr": "*fp32", "labels_ptr": "*i64"}
+        | dict.fromkeys(MERGED, "*fp32")
         | dict.fromkeys(("n", "V", "splits"), "i32"),
         constexprs={"labels_row": 1, **blocks},
-        aligned=("part_ptr", "labels_ptr", "out_ptr", "n", "V"),
+        aligned=("part_ptr", "labels_ptr", *MERGED, "n", "V"),
     )

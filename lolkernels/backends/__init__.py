@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-from . import cpu, reference, triton
+from . import cpu, reference, triton, triton_onchip
 
-# Fastest first. Adding a backend is one module and one entry here.
-TABLE: dict[str, Any] = {"cpu": cpu, "triton": triton, "reference": reference}
+# The first that fits is taken; the reference always fits: what follows it is taken by name only.
+# Adding a backend is one module and one entry here.
+TABLE: dict[str, Any] = {
+    "cpu": cpu,
+    "triton": triton,
+    "reference": reference,
+    "triton_onchip": triton_onchip,
+}
 
 _forced: list[str] = []
 _warned: set[str] = set()
