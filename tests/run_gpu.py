@@ -187,12 +187,13 @@ def shorten(text: str | None, size: int = 300) -> str:
     return " ".join((text or "").split())[:size]
 
 
-def run_file(path: Path, seconds: float, extra: list[str]) -> dict[str, Any]:
+def run_file(path: Path, seconds: float, extra: list[str], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARK]
         began = time.monotonic()
-        code, output = run([*command, f"--junitxml={junit}", *extra, str(path)], seconds)
+        command += [f"--junitxml={junit}", *extra, str(path)]
+        code, output = run(command, seconds, LOLKERNELS_TEST_DEVICE=device)
         empty = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": []}
         found = read_junit(junit) if junit.exists() else empty
     found |= {"file": path.name, "seconds": round(time.monotonic() - began, 1)}
@@ -409,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
     ends = until - (20 * a.minutes if program else 5)
     with ThreadPoolExecutor(max(1, a.jobs)) as pool:
         tasks = [
-            pool.submit(lambda p: run_file(p, ends - time.monotonic(), a.extra), p) for p in files
+            pool.submit(lambda p: run_file(p, ends - time.monotonic(), a.extra, a.device), p)
+            for p in files
         ]
         for task in tasks:
             record["files"].append(task.result())

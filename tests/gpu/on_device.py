@@ -20,6 +20,8 @@ from lolkernels.testing import Problem
 
 DEVICE = torch.device(os.environ.get("LOLKERNELS_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
+if ON_GPU and not torch.cuda.is_available():  # skips the test file that imports this
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
 BACKENDS = [name for name, m in TABLE.items() if m.DEVICES is None or "cuda" in m.DEVICES]
 KERNELS = [name for name in BACKENDS if name != "reference"]  # all that is not eager torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,12 +104,23 @@ def score(p: Problem, **options: Any) -> lk.LogprobOutput:
 
 
 def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0) -> None:
-    """:func:`lolkernels.testing.accept_gradient`, but for the interpreter, which cuts bfloat16."""
-    if ON_GPU or grad.dtype != torch.bfloat16:
+    """:func:`lolkernels.testing.accept_gradient`, for a large gradient without its canaries.
+
+    A dry run is content with less in bfloat16, which Triton's interpreter cuts off.
+    """
+    if not ON_GPU and grad.dtype == torch.bfloat16:
+        top = max(float(truth.abs().max()), 1e-3 * size)
+        assert float((grad.double() - truth).abs().max()) <= 0.03 * top
+    elif grad.numel() > 2**24:
+        faults = testing.gradient_faults(grad, peer, truth, size)
+        assert not faults, "; ".join(faults)
+    else:
         testing.accept_gradient(grad, peer, truth, size)
-        return
-    top = max(float(truth.abs().max()), 1e-3 * size)
-    assert float((grad.double() - truth).abs().max()) <= 0.03 * top
+
+
+def narrow(backend: str) -> torch.dtype:
+    """bfloat16, but where Triton's interpreter multiplies it wrongly."""
+    return torch.bfloat16 if ON_GPU or backend != "triton_onchip" else torch.float16
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:

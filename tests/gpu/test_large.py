@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from on_device import DEVICE, ON_GPU, each_kernel, size
+from on_device import DEVICE, ON_GPU, each_kernel, narrow, size
 from torch import Tensor
 
 import lolkernels as lk
@@ -108,15 +108,15 @@ def judge(
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    tolerance = 2e-5 if got.dtype == torch.float32 else 1e-2 if ON_GPU else 3e-2
+    tolerance = 1e-4 if got.dtype == torch.float32 else 1e-2 if ON_GPU else 3e-2
     assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
 @each_kernel
 def test_a_weight_of_more_than_2_31_elements(backend: str) -> None:
     n, d, v = 24, size(16_384, 40), size(151_936, 131)
-    hidden = (torch.randn(n, d, device=DEVICE) * (3 / d**0.5)).bfloat16().requires_grad_()
-    weight = torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    hidden = (torch.randn(n, d, device=DEVICE) * (3 / d**0.5)).to(narrow(backend)).requires_grad_()
+    weight = torch.randn(v, d, device=DEVICE, dtype=narrow(backend)).requires_grad_()
     labels = torch.randint(v, (n,), device=DEVICE)
     labels[:2] = torch.tensor([v - 1, 0], device=DEVICE)
     h, w = hidden.detach().double(), weight.detach()
@@ -130,9 +130,9 @@ def test_a_weight_of_more_than_2_31_elements(backend: str) -> None:
     )  # fmt: skip
     grads = torch.autograd.grad(out.loss, (hidden, weight))
     scored = lk.linear_logprob(hidden.detach(), w, labels, backend=backend).logps
-    # Products over 16,384 columns: twice the bound of a log-prob from logits.
-    assert float((out.logps - truth).abs().max()) <= 2e-4
-    assert float((scored - truth).abs().max()) <= 2e-4
+    # Sums of 16,384 products: it is their place that matters here.
+    assert float((out.logps - truth).abs().max()) <= 2e-3
+    assert float((scored - truth).abs().max()) <= 2e-3
     dz = log_p.exp()
     dz[torch.arange(n, device=DEVICE), labels] -= 1
     columns = torch.tensor([0, 1, v - 2, v - 1], device=DEVICE)

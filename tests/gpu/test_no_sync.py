@@ -163,4 +163,5 @@ def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
 
     want = run()
     with no_sync:
-        same(run(), want)
+        got = run()
+    same(got, want)
