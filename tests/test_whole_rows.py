@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lolkernels as lk
-from lolkernels import chunked, deferred, gemm, objectives
-from lolkernels.backends import reference
+from lolkernels import chunked, deferred, gemm, loss_op, objectives, ops, planner
+from lolkernels.backends import TABLE, reference
 
 N, D, V = 40, 24, 2100  # more than one panel, not a multiple of 16
 LENGTHS = [7, 0, 12, 1, 20]
@@ -380,3 +383,80 @@ def test_a_chunk_of_sequences_needs_nothing_from_the_host() -> None:
         assert (part.num_sequences, part.num_tokens) == (want.num_sequences, want.num_tokens)
         assert (part.total_sequences, part.total_tokens) == (9, 50)
         assert torch.equal(part.offsets, part.cu_seqlens)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes of all storages made under it."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = {StorageWeakRef(t.untyped_storage()).cdata for t in inputs}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                ref = StorageWeakRef(storage)
+                if ref.cdata not in self.inputs:
+                    self.made.setdefault(ref.cdata, (ref, storage.nbytes()))
+        self.made = {k: (r, n) for k, (r, n) in self.made.items() if not r.expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.made.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("op", ["linear_loss", "linear_logprob", "score"])
+def test_the_memory_formula_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frozen: bool, op: str
+) -> None:
+    """Row functions and products that allocate nothing stand in: what is left is the driver's."""
+    n, d, v, rows = 1024, 96, 20_001, 300
+    budget = rows * v * 4
+    monkeypatch.setattr(chunked, "matmul", lambda a, b, out, **options: None)
+    monkeypatch.setattr(deferred, "immediate", lambda device: False)
+    backend = SimpleNamespace(
+        WHOLE_ROWS=True,
+        row_stats=lambda x, labels, **o: [x.new_zeros(x.shape[0]) for _ in range(4)],
+        dlogits_=lambda x, labels, lse, a, b, c, out=None, **o: x if out is None else out,
+        sequence_coef=reference.sequence_coef,
+    )
+    monkeypatch.setitem(TABLE, "reference", backend)
+    hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
+    labels, seq = torch.zeros(n, dtype=torch.int64), lk.Sequences.from_lengths([100] * 10 + [24])
+    options = (1.0, 0.0, 1.0, "reference", budget)
+    # The bodies of the ops: a dispatch mode does not see inside an op.
+    with LiveBytes(hidden, weight, labels) as live:
+        if op == "linear_loss":
+            handle = loss_op.bind(objectives.nll, ())
+            out = loss_op.linear_loss._init_fn(
+                hidden, weight, labels, None, seq.cu_seqlens, seq.lengths, seq.token_to_sequence,
+                [], "", handle, "seq-mean", 1, seq.totals, *options, True, not frozen, False,
+            )  # fmt: skip
+            made = [loss_op._scaled(g.view(g.shape), torch.ones(()), dtype) for g in out[6:8]]
+        else:
+            mask = torch.ones(n, dtype=torch.bool)
+            call = (hidden, weight, labels, None, mask, *options)
+            out = ops.linear_logprob._init_fn(*call)
+            made = []
+            if op == "linear_logprob":
+                given = (out[0], None, None, out[1], out[2])
+                made = ops.linear_logprob_backward._init_fn(*given, *call, True, not frozen, False)
+    gradients = sum(g.numel() * g.element_size() for g in made)
+    stated = planner._extra_bytes_on_gpu(
+        op,
+        longest_chunk=rows,
+        num_rows=n,
+        hidden_size=d,
+        vocab=v,
+        itemsize=dtype.itemsize,
+        frozen_weight=frozen,
+        tile=rows,
+    )
+    assert abs((live.peak - gradients) / stated - 1) <= 0.05, (live.peak - gradients, stated)
