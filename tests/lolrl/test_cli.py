@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import lolkernels as lk
 from lolrl import cli
 from lolrl.cli import main
 from lolrl.config import load_yaml
@@ -177,10 +178,12 @@ def test_env_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> 
     import torch
 
     assert main(["env"]) == 0
-    facts = dict(line.split(None, 1) for line in lines(capsys)[0] if len(line.split()) > 1)
+    printed = [line.split(None, 1) for line in lines(capsys)[0] if len(line.split()) > 1]
+    facts = dict(printed)
     assert facts["torch"] in (torch.__version__, "threads      " + str(torch.get_num_threads()))
-    text = "\n".join(map(" ".join, facts.items()))
-    assert "reference" in text
+    named = {rest.split()[0] for first, rest in printed if first == "backend"}
+    assert named == set(lk.available_backends())
+    text = "\n".join(map(" ".join, printed))
     assert str(Path.home()) not in text
 
 
