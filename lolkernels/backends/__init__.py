@@ -1,7 +1,9 @@
 """The table of backends and the choice among them: a pure function of device and dtype.
 
-A backend is a module with ``why_unavailable``, ``DEVICES``, ``DTYPES`` and three row functions
-(see :mod:`lolkernels.backends.reference`, which defines what they compute).
+A backend is a module with ``why_unavailable``, ``DEVICES``, ``DTYPES``, ``WHOLE_ROWS`` (whether it
+wants the vocabulary in one piece on a CPU too, as on a GPU) and three row functions (see
+:mod:`lolkernels.backends.reference`, which defines what they compute). It may offer
+``linear_row_stats``, the statistics of hidden W^T with no logits in memory: scoring then uses it.
 """
 
 from __future__ import annotations
