@@ -419,6 +419,7 @@ def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) 
 def specials(library: str) -> None:
     check: Callable[[ModuleType], None] = test_the_gradient_of_special_rows
     check(backend(Path(library)))
+    rows.test_labels_at_every_boundary_and_outside(backend(Path(library)))
     for name, row, want in rows.SPECIAL:
         rows.cpu = backend(Path(library))
         rows.test_special_rows(name, row, want, "rows")
