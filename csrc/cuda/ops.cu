@@ -12,13 +12,18 @@
 namespace lolkernels::cuda {
 namespace {
 
+int gpu_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), "the first argument must be a CUDA tensor");
+  return t.get_device_index();
+}
+
 // The device of the first argument, made current, and torch's stream on it.
 struct Here {
   int device;
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
-  explicit Here(const Tensor& first) : device(first.get_device_index()), guard(device) {
+  explicit Here(const Tensor& first) : device(gpu_of(first)), guard(device) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
