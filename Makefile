@@ -94,4 +94,4 @@ lock:
 	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info $(EXTENSION) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info lolkernels/*.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

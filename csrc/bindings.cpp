@@ -1,19 +1,10 @@
-// The schemas of the compiled ops. Kernels register themselves per device: see cpu/ops.cpp.
+// The schemas of the compiled CPU ops. The kernels are registered in cpu/ops.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include "schemas.h"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lolkernels, m) {
-  // -> target_logit, lse, expected_logit, max_logit, each (n,) float32
-  m.def(
-      "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-  // out may be logits itself: the gradient then takes its place.
-  m.def(
-      "dlogits(Tensor logits, Tensor labels, Tensor lse, Tensor a, Tensor b, Tensor c,"
-      " float scale, float softcap, float temperature, *, Tensor(a!) out) -> ()");
-  // -> loss (s,), coef (n,), log_ratio (s,), clipped (s,), all float32
-  m.def(
-      "sequence_coef(Tensor logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor weight, int ratio,"
-      " float log_low, float log_high, float beta) -> (Tensor, Tensor, Tensor, Tensor)");
+  lolkernels::define_row_functions(m);
   // The instruction set the CPU kernels run on: avx512, avx2 or baseline.
   m.def("cpu_isa() -> str");
 }

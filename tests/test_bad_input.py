@@ -4,6 +4,7 @@ import inspect
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import checks, objectives
+from lolkernels import backends, checks, objectives
 from lolkernels.backends import TABLE
 from lolkernels.objectives import PerSequence
 
@@ -485,6 +486,26 @@ def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         lk.linear_logprob(**{**good(), "backend": "cpu"})
     with pytest.raises(ValueError, match="not available"), lk.use_backend("cpu"):
         pass
+
+
+def test_the_next_best_backend_takes_the_place_of_a_missing_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen() -> str:
+        return backends.pick(None, torch.device("cuda"), torch.float32)
+
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(TABLE["triton"], "why_unavailable", lambda: "no Triton: install it")
+    monkeypatch.setattr(TABLE["cuda"], "why_unavailable", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen() == "cuda"
+    monkeypatch.setattr(TABLE["cuda"], "why_unavailable", lambda: "no nvcc")
+    with pytest.warns(RuntimeWarning, match="triton backend is missing.*no Triton"):
+        assert chosen() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert chosen() == "reference"
 
 
 # --- what the checks cost -------------------------------------------------------------------------

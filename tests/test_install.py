@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,15 +46,19 @@ def pip(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     )
 
 
+def fake_nvcc(folder: Path, *lines: str) -> str:
+    """Writes a CUDA compiler that does `lines` into a folder; returns a PATH that begins there."""
+    folder.mkdir()
+    nvcc = folder / "nvcc"
+    nvcc.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    nvcc.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 def test_a_machine_without_a_compiler_gets_a_working_library(tmp_path: Path) -> None:
     tree, target = copy_tree(tmp_path), tmp_path / "site"
     # A CUDA compiler on the PATH must not be started either.
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    nvcc = tools / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/nvcc-ran\n")
-    nvcc.chmod(0o755)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    path = fake_nvcc(tmp_path / "bin", f"touch {tmp_path}/nvcc-ran")
     done = pip(
         "install", f"--target={target}", ".", cwd=tree, CC=NO_COMPILER, CXX=NO_COMPILER, PATH=path
     )
@@ -87,7 +93,7 @@ print(lk.__file__)
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(target)},
+        env={**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "0"},
         text=True,
         capture_output=True,
         timeout=300,
@@ -104,8 +110,12 @@ def test_where_there_is_a_compiler_the_compiled_backend_is_there() -> None:
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_the_wheel_holds_the_packages_and_an_abi3_library(tmp_path: Path) -> None:
-    done = pip("wheel", f"--wheel-dir={tmp_path}", ".", cwd=copy_tree(tmp_path))
+    # A CUDA part that does not compile takes nothing with it.
+    path = fake_nvcc(tmp_path / "bin", f"touch {tmp_path}/nvcc-ran", "exit 1")
+    tree = copy_tree(tmp_path)
+    done = pip("wheel", f"--wheel-dir={tmp_path}", ".", cwd=tree, CUDA_HOME="", PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "nvcc-ran").exists()
     (wheel,) = tmp_path.glob("lolkernels-*.whl")
     assert "-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
@@ -129,6 +139,65 @@ def test_the_wheel_holds_the_packages_and_an_abi3_library(tmp_path: Path) -> Non
     # Only the C shim of torch's stable ABI may be needed: no C++ symbol of torch, c10 or at.
     assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
     assert "aoti_torch_" in symbols or "torch_" in symbols
+
+
+@pytest.fixture
+def build_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The functions of setup.py, which builds nothing here."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "LOLKERNELS_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path("setup.py")
+
+
+@pytest.mark.parametrize(
+    ("listed", "codes"),
+    [
+        (None, ["sm_80,compute_80", "sm_90a", "sm_100"]),
+        ("9.0a", ["sm_90a"]),
+        ("8.6 12.0+PTX", ["sm_86", "sm_120,compute_120"]),
+    ],
+)
+def test_the_cuda_kernels_are_built_for_the_wanted_architectures(
+    build_script: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    listed: str | None,
+    codes: list[str],
+) -> None:
+    said = tmp_path / "arguments"
+    monkeypatch.setenv("PATH", fake_nvcc(tmp_path / "bin", f'echo "$@" > {said}'))
+    monkeypatch.setenv("MAX_JOBS", "3")
+    if listed:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    build_script["build_cuda"](str(tmp_path / "_CUDA.abi3.so"))
+    assert re.findall(r"code=\[(.*?)\]", said.read_text()) == codes
+    assert "--threads 3" in said.read_text()
+
+
+def test_why_there_are_no_cuda_kernels_is_one_line(
+    build_script: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    stale = tmp_path / "_CUDA.abi3.so"
+
+    def said() -> str:
+        stale.touch()
+        build_script["build_cuda"](str(stale))
+        assert not stale.exists()  # an older object would not fit
+        (line,) = capfd.readouterr().err.splitlines()
+        return line
+
+    monkeypatch.setenv("PATH", fake_nvcc(tmp_path / "bin", "echo 'x.cu: error: no' >&2", "exit 1"))
+    assert "x.cu: error: no" in said()
+    monkeypatch.setenv("LOLKERNELS_BUILD_CUDA", "0")
+    assert "LOLKERNELS_BUILD_CUDA=0" in said()
+    monkeypatch.delenv("LOLKERNELS_BUILD_CUDA")
+    monkeypatch.setattr(shutil, "which", lambda *args, **options: None)
+    assert "no nvcc" in said()
 
 
 def test_a_plain_install_needs_torch_alone() -> None:

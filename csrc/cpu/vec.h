@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../contract.h"
+
 namespace lolkernels::cpu {
 namespace {
 
@@ -99,17 +101,11 @@ struct Tanh {
 inline Tanh tanh_and_slope(F32 u) {
   const U32 sign = bits<U32>(u) & 0x80000000u;
   const F32 magnitude = bits<F32>(bits<U32>(u) ^ sign);
-  // |u| < 0.63: odd polynomial, minimax for the relative error (5e-9).
-  const F32 s = u * u;
-  F32 poly = s * -5.66078993e-3f + 2.06020086e-2f;
-  poly = poly * s - 5.37292303e-2f;
-  poly = poly * s + 1.33313290e-1f;
-  poly = poly * s - 3.33332783e-1f;
-  const F32 near = u + u * s * poly;
+  const F32 near = tanh_near(u, u * u);
   // Elsewhere: 1 - q with q = 2 / (exp(2|u|) + 1). exp saturates far beyond the last bit of 1 - q.
   const F32 q = 2.0f / (exp_in_range(at_most(magnitude * 2.0f, splat(kExpMax))) + 1.0f);
   const F32 far = bits<F32>(bits<U32>(1.0f - q) | sign);
-  const auto small = magnitude < 0.63f;
+  const auto small = magnitude < kTanhNear;
   return {small ? near : far, small ? 1.0f - near * near : q * (2.0f - q)};
 }
 

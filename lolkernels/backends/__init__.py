@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from . import cpu, reference, triton, triton_onchip
+from . import cpu, cuda, reference, triton, triton_onchip
 
 # The first that fits is taken; the reference always fits: what follows it is taken by name only.
 # Adding a backend is one module and one entry here.
 TABLE: dict[str, Any] = {
     "cpu": cpu,
     "triton": triton,
+    "cuda": cuda,
     "reference": reference,
     "triton_onchip": triton_onchip,
 }
@@ -71,20 +72,25 @@ def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
                 "Use backend='reference' or convert the tensors."
             )
         return name
+    missing: tuple[str, str] | None = None  # the best that would fit, and why it is not there
     for candidate, module in TABLE.items():
         if not _fits(module, device, dtype):
             continue
         reason = _reason(candidate)
-        if reason is None:
-            return candidate
-        if candidate not in _warned and not torch.compiler.is_compiling():
-            _warned.add(candidate)
-            warnings.warn(
-                f"lolkernels: the {candidate} backend is missing and the slow reference backend is "
-                f"used instead: {reason}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        if reason is not None:
+            missing = missing or (candidate, reason)
+            continue
+        if module is reference and missing and not torch.compiler.is_compiling():
+            best, reason = missing
+            if best not in _warned:
+                _warned.add(best)
+                warnings.warn(
+                    f"lolkernels: the {best} backend is missing and the slow reference backend is "
+                    f"used instead: {reason}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        return candidate
     raise ValueError(f"no backend takes {dtype} on {device.type}")
 
 

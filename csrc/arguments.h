@@ -1,0 +1,52 @@
+// What the kernels of every device take: plain memory, without torch.
+#pragma once
+
+#include <cstdint>
+
+#include "contract.h"
+
+namespace lolkernels {
+
+enum class DType { f32, bf16, f16 };
+
+// Strides are in elements and may be any non-negative number.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+};
+
+template <typename T>
+struct Vector {
+  const T* data;
+  int64_t stride;
+  LOL_MEMBER const T& operator[](int64_t i) const { return data[i * stride]; }
+};
+
+struct RowStatsArgs {
+  Matrix logits;
+  Vector<int64_t> labels;  // outside [0, cols): no target in these columns
+  LogitMap map;
+  float *target_logit, *lse, *expected_logit, *max_logit;
+};
+
+struct DlogitsArgs {
+  Matrix logits;
+  Matrix out;  // the same view as logits, or disjoint memory of the same shape; see cuda/rows.cuh
+  Vector<int64_t> labels;
+  Vector<float> lse, a, b, c;
+  LogitMap map;
+};
+
+struct SequencesArgs {
+  Vector<float> logps;
+  bool has_ref;  // without one the reference log-probs are 0
+  Vector<float> ref_logps;
+  Vector<int64_t> cu_seqlens;
+  Vector<float> weight;
+  SequenceRule rule;
+  float *loss, *coef, *log_ratio, *clipped;
+};
+
+}  // namespace lolkernels

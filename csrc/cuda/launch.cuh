@@ -1,0 +1,125 @@
+// From arguments to a launch: which kernel, how many blocks of how many threads. No torch here.
+#pragma once
+
+#include <type_traits>
+
+#include "rows.cuh"
+#include "sequences.cuh"
+
+namespace lolkernels::cuda {
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), unsigned blocks, unsigned parts, int threads,
+                   cudaStream_t stream, const Args&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks, parts);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// The table of launches: as few warps as read a row in one batch of `columns` a thread, 8 at most.
+inline int block_threads(int64_t cols, int64_t columns) {
+  int threads = kWarp;
+  while (threads * columns < cols && threads < kMaxThreads) threads *= 2;
+  return threads;
+}
+
+// A grid of fewer blocks than this leaves processors idle: the columns are shared out as well.
+constexpr int64_t kEnoughBlocks = 1024;
+
+// Whether the packs of logits lie at addresses where those of out can be written at once.
+template <typename In, typename Out>
+bool packs_align(const Matrix& x, const Matrix& out) {
+  if (x.col_stride != 1 || out.col_stride != 1) return false;
+  const auto x_past = reinterpret_cast<uintptr_t>(x.data) % kLoadBytes;
+  const auto out_past = reinterpret_cast<uintptr_t>(out.data) % kLoadBytes;
+  const auto x_row = static_cast<uint64_t>(x.row_stride) * sizeof(In) % kLoadBytes;
+  const auto out_row = static_cast<uint64_t>(out.row_stride) * sizeof(Out) % kLoadBytes;
+  if (sizeof(In) == sizeof(Out)) return x_past == out_past && x_row == out_row;
+  return x_past + out_past + x_row + out_row == 0;
+}
+
+template <typename T, bool kCapped>
+cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream) {
+  const auto go = [&](auto contiguous) {
+    constexpr bool kContiguous = decltype(contiguous)::value;
+    constexpr int64_t kBatch = kPackOf<T, kContiguous> * kReads<T, kContiguous>;
+    const int threads = block_threads(args.logits.cols, kBatch);
+    return launch(row_stats_kernel<T, kCapped, kContiguous>,
+                  static_cast<unsigned>(args.logits.rows), 1, threads, stream, args);
+  };
+  return args.logits.col_stride == 1 ? go(std::true_type{}) : go(std::false_type{});
+}
+
+template <typename In, typename Out, bool kCapped>
+cudaError_t launch_dlogits(const DlogitsArgs& args, bool aliased, cudaStream_t stream) {
+  const auto go = [&](auto contiguous, auto shared) {
+    constexpr bool kContiguous = decltype(contiguous)::value, kAliased = decltype(shared)::value;
+    constexpr int64_t kPack = kPackOf<In, kContiguous>, kBatch = kWrites<In, kContiguous>;
+    const int64_t rows = args.logits.rows, packs = args.logits.cols / kPack;
+    const int64_t threads = block_threads(args.logits.cols, kPack * kBatch);
+    const int64_t batches = (packs + kBatch * threads - 1) / (kBatch * threads);
+    const int64_t wanted = kAliased || batches == 0 ? 1 : (kEnoughBlocks + rows - 1) / rows;
+    const int64_t parts = wanted < batches ? wanted : batches > 0 ? batches : 1;
+    const int64_t span = (batches + parts - 1) / parts * kBatch * threads;
+    const int64_t blocks = span == 0 ? 1 : (packs + span - 1) / span;
+    return launch(dlogits_kernel<In, Out, kCapped, kContiguous, kAliased>,
+                  static_cast<unsigned>(rows), static_cast<unsigned>(blocks),
+                  static_cast<int>(threads), stream, args, static_cast<int>(span));
+  };
+  const bool contiguous = packs_align<In, Out>(args.logits, args.out);
+  if constexpr (sizeof(Out) < sizeof(In)) {
+    if (aliased) {
+      return contiguous ? go(std::true_type{}, std::true_type{})
+                        : go(std::false_type{}, std::true_type{});
+    }
+  }
+  return contiguous ? go(std::true_type{}, std::false_type{})
+                    : go(std::false_type{}, std::false_type{});
+}
+
+template <typename F>
+cudaError_t with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(__nv_bfloat16{});
+    case DType::f16: return f(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// At least one row and one column.
+inline cudaError_t row_stats(const RowStatsArgs& args, cudaStream_t stream) {
+  return with_dtype(args.logits.dtype, [&](auto x) {
+    return args.map.capped ? launch_row_stats<decltype(x), true>(args, stream)
+                           : launch_row_stats<decltype(x), false>(args, stream);
+  });
+}
+
+// aliased: out's rows start where those of logits do, with narrower elements.
+inline cudaError_t dlogits(const DlogitsArgs& args, bool aliased, cudaStream_t stream) {
+  return with_dtype(args.logits.dtype, [&](auto x) {
+    return with_dtype(args.out.dtype, [&](auto g) {
+      using In = decltype(x);
+      using Out = decltype(g);
+      return args.map.capped ? launch_dlogits<In, Out, true>(args, aliased, stream)
+                             : launch_dlogits<In, Out, false>(args, aliased, stream);
+    });
+  });
+}
+
+inline cudaError_t sequence_coef(const SequencesArgs& args, int64_t sequences,
+                                 cudaStream_t stream) {
+  const auto go = [&](auto kernel) {
+    return launch(kernel, static_cast<unsigned>(sequences), 1, kSequenceThreads, stream, args);
+  };
+  switch (args.rule.ratio) {
+    case Ratio::none: return go(sequence_coef_kernel<Ratio::none>);
+    case Ratio::sequence: return go(sequence_coef_kernel<Ratio::sequence>);
+    case Ratio::token: return go(sequence_coef_kernel<Ratio::token>);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace lolkernels::cuda

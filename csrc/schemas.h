@@ -1,0 +1,23 @@
+// The row functions' schemas, which every compiled backend registers in a namespace of its own:
+// each shared object can be loaded alone.
+#pragma once
+
+namespace lolkernels {
+
+template <typename Library>
+void define_row_functions(Library& m) {
+  // -> target_logit, lse, expected_logit, max_logit, each (n,) float32
+  m.def(
+      "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  // out may be logits itself: the gradient then takes its place.
+  m.def(
+      "dlogits(Tensor logits, Tensor labels, Tensor lse, Tensor a, Tensor b, Tensor c,"
+      " float scale, float softcap, float temperature, *, Tensor(a!) out) -> ()");
+  // -> loss (s,), coef (n,), log_ratio (s,), clipped (s,), all float32
+  m.def(
+      "sequence_coef(Tensor logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor weight, int ratio,"
+      " float log_low, float log_high, float beta) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+}  // namespace lolkernels

@@ -1,0 +1,197 @@
+// What csrc/cuda asks of CUDA, for g++: the very same kernels run on the CPU, for tests. Every CUDA
+// thread is a fiber; the blocks of a grid run one after another, and the fibers of a block take
+// turns, each from one meeting point (__syncthreads, a shuffle) to the next. With host_reverse the
+// last thread goes first: a missing barrier then shows in one order or the other. A block whose
+// threads cannot all go on is a deadlock and ends the process.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+};
+
+namespace cuda_host {
+
+constexpr int kWarpSize = 32;
+inline bool host_reverse = false;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  int waits_for = 0;  // the generation of its meeting point that it has to see
+  int* generation = nullptr;
+  int shuffles = 0;
+  void* fake_stack = nullptr;
+};
+
+struct Meeting {
+  int arrived = 0, generation = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  Meeting all;
+  std::vector<Meeting> warps;
+  std::vector<uint64_t> lanes;  // two rounds of one word a thread
+  ucontext_t scheduler;
+  int current = 0;
+  std::function<void()> body;
+};
+inline Block* block = nullptr;
+
+constexpr size_t kStack = 64 * 1024;
+
+inline const void* scheduler_stack;
+inline size_t scheduler_size;
+inline void* scheduler_fake;
+
+inline void enter_fiber([[maybe_unused]] Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_size);
+#endif
+}
+
+inline void yield() {
+  Fiber& fiber = block->fibers[block->current];
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack,
+                                 scheduler_size);
+#endif
+  swapcontext(&fiber.context, &block->scheduler);
+  enter_fiber(fiber);
+}
+
+inline void trampoline() {
+  Fiber& fiber = block->fibers[block->current];
+  enter_fiber(fiber);
+  block->body();
+  fiber.done = true;
+  yield();
+}
+
+inline void meet(Meeting& point, int size) {
+  const int seen = point.generation;
+  if (++point.arrived == size) {
+    point.arrived = 0;
+    ++point.generation;
+    return;
+  }
+  Fiber& fiber = block->fibers[block->current];
+  fiber.waits_for = seen + 1;
+  fiber.generation = &point.generation;
+  yield();
+}
+
+template <typename T>
+T shuffle_down(T value, int step) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  const int thread = block->current, threads = static_cast<int>(block->fibers.size());
+  uint64_t* lanes = &block->lanes[(block->fibers[thread].shuffles++ % 2) * threads];
+  std::memcpy(lanes + thread, &value, sizeof(T));
+  meet(block->warps[thread / kWarpSize], kWarpSize);
+  const int source = thread % kWarpSize + step < kWarpSize ? thread + step : thread;
+  T result;
+  std::memcpy(&result, lanes + source, sizeof(T));
+  return result;
+}
+
+inline void run_block(int threads, const std::function<void()>& body) {
+  Block here;
+  here.fibers = std::vector<Fiber>(threads);
+  here.warps.resize(threads / kWarpSize);
+  here.lanes.resize(2 * threads);
+  here.body = body;
+  block = &here;
+  for (Fiber& fiber : here.fibers) {
+    fiber.stack.reset(new char[kStack]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, trampoline, 0);
+  }
+  for (int left = threads; left > 0;) {
+    bool moved = false;
+    for (int i = 0; i < threads; ++i) {
+      const int thread = host_reverse ? threads - 1 - i : i;
+      Fiber& fiber = here.fibers[thread];
+      if (fiber.done || (fiber.generation && *fiber.generation < fiber.waits_for)) continue;
+      here.current = thread;
+      threadIdx = dim3(static_cast<unsigned>(thread), 0, 0);
+#if defined(__SANITIZE_ADDRESS__)
+      __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack.get(), kStack);
+#endif
+      swapcontext(&here.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+      __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
+#endif
+      moved = true;
+      left -= fiber.done;
+    }
+    if (!moved) {
+      std::fprintf(stderr, "deadlock: a thread has left before a barrier of its block\n");
+      std::abort();
+    }
+  }
+  block = nullptr;
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads() {
+  cuda_host::meet(cuda_host::block->all, static_cast<int>(blockDim.x));
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int step) {
+  return cuda_host::shuffle_down(value, step);
+}
+
+// A quotient within 2 units in the last place; off by as much here, so that nobody relies on more.
+inline float __fdividef(float x, float y) { return x / y * (1.0f + 0x1p-23f); }
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Args&... args) {
+  gridDim = config->gridDim, blockDim = config->blockDim;
+  if (gridDim.x == 0 || gridDim.x >> 31 || gridDim.y == 0 || gridDim.y > 65535 || blockDim.x == 0 ||
+      blockDim.x % cuda_host::kWarpSize != 0 || blockDim.x > 1024) {
+    return cudaErrorInvalidValue;
+  }
+  for (unsigned y = 0; y < gridDim.y; ++y) {
+    for (unsigned x = 0; x < gridDim.x; ++x) {
+      blockIdx = dim3(x, y, 0);
+      cuda_host::run_block(static_cast<int>(blockDim.x), [&] { kernel(args...); });
+    }
+  }
+  return cudaSuccess;
+}

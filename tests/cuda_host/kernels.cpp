@@ -1,0 +1,55 @@
+// The launches of csrc/cuda behind plain C functions, for ctypes. Compiled by g++ with this folder
+// on the include path, where cuda_runtime.h stands in for CUDA.
+#include "../../csrc/cuda/launch.cuh"
+
+using namespace lolkernels;
+
+namespace {
+
+// address, dtype, rows, cols, row_stride, col_stride
+Matrix matrix(const int64_t* m) {
+  return {reinterpret_cast<void*>(m[0]), static_cast<DType>(m[1]), m[2], m[3], m[4], m[5]};
+}
+
+// address, stride
+template <typename T>
+Vector<T> vector(const int64_t* v) {
+  return {reinterpret_cast<const T*>(v[0]), v[1]};
+}
+
+}  // namespace
+
+extern "C" {
+
+void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
+
+int host_row_stats(const int64_t* logits, const int64_t* labels, const double* map, float* out) {
+  const Matrix x = matrix(logits);
+  const int64_t n = x.rows;
+  return cuda::row_stats({x, vector<int64_t>(labels), make_logit_map(map[0], map[1], map[2]), out,
+                          out + n, out + 2 * n, out + 3 * n},
+                         nullptr);
+}
+
+int host_dlogits(const int64_t* logits, const int64_t* out, const int64_t* labels,
+                 const int64_t* vectors, const double* map, int aliased) {
+  return cuda::dlogits(
+      {matrix(logits), matrix(out), vector<int64_t>(labels), vector<float>(vectors),
+       vector<float>(vectors + 2), vector<float>(vectors + 4), vector<float>(vectors + 6),
+       make_logit_map(map[0], map[1], map[2])},
+      aliased != 0, nullptr);
+}
+
+int host_sequence_coef(const int64_t* logps, const int64_t* ref, const int64_t* cu,
+                       const int64_t* weight, int64_t sequences, int64_t ratio, const double* rule,
+                       float* loss, float* coef, float* log_ratio, float* clipped) {
+  const SequenceRule family = {static_cast<Ratio>(ratio), rule[0], rule[1], rule[2]};
+  return cuda::sequence_coef(
+      {vector<float>(logps), ref[0] != 0, vector<float>(ref), vector<int64_t>(cu),
+       vector<float>(weight), family, loss, coef, log_ratio, clipped},
+      sequences, nullptr);
+}
+
+// The grid a row count, a width and a batch make, for tests of the table of launches.
+int host_threads(int64_t cols, int64_t columns) { return cuda::block_threads(cols, columns); }
+}

@@ -1,0 +1,137 @@
+"""What nvcc makes of csrc/cuda: no spills, no stack, the stated registers, 16-byte accesses.
+
+Nothing runs here and no GPU is needed.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("80", "90a", "100")
+THREADS, BLOCKS = 256, 3  # kMaxThreads and kMinBlocks of rows.cuh
+REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8  # they are handed out by eights
+SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor
+KERNELS = 12 + 44 + 3  # row_stats, dlogits, sequence_coef
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+class Kernel(NamedTuple):
+    arch: str
+    name: str
+    stack: int
+    spills: int
+    registers: int
+
+
+class Built(NamedTuple):
+    library: Path
+    kernels: list[Kernel]
+
+
+def demangle(text: str) -> str:
+    """Kernels as `dlogits<float, __half, false, true, true>`: only the template's arguments."""
+    plain = subprocess.check_output(["c++filt"], input=text, text=True)
+    pattern = r"(?:void )?lolkernels::cuda::(\w+)_kernel(<.*>)\(lolkernels::\w+Args.*"
+    plain = re.sub(pattern, r"\1\2", plain)
+    return plain.replace("(bool)0", "false").replace("(bool)1", "true")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    library = tmp_path_factory.mktemp("cuda") / "_CUDA.so"
+    command = [str(NVCC), "-std=c++20", "-O3", "-Xptxas", "-v", "-DUSE_CUDA", "-shared"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler", "-fPIC"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    for arch in ARCHITECTURES:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-o", str(library), str(ROOT / "csrc" / "cuda" / "ops.cu")]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=900)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    assert "warning" not in said, said[-4000:]
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        said,
+        flags=re.DOTALL,
+    )
+    names = demangle("\n".join(row[0] for row in found)).splitlines()
+    return Built(
+        library,
+        [
+            Kernel(arch, name, int(stack), int(stores) + int(loads), int(registers))
+            for name, (_, arch, stack, stores, loads, registers) in zip(names, found, strict=True)
+        ],
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_suffice(built: Built, arch: str) -> None:
+    kernels = [kernel for kernel in built.kernels if kernel.arch == arch]
+    assert len({kernel.name for kernel in kernels}) == len(kernels) == KERNELS
+    for kernel in kernels:
+        assert kernel.stack == 0 and kernel.spills == 0, kernel
+        sequence = kernel.name.startswith("sequence_coef")
+        assert kernel.registers <= (SEQUENCE_REGISTERS if sequence else REGISTERS), kernel
+
+
+def test_the_bounds_are_those_of_the_source() -> None:
+    text = (ROOT / "csrc" / "cuda" / "rows.cuh").read_text()
+    assert f"kMaxThreads = {THREADS};" in text and f"kMinBlocks = {BLOCKS};" in text
+
+
+def find_cuobjdump() -> str | None:
+    """From CUDA, or the one in Triton's wheel."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(triton.origin).parent] if triton and triton.origin else []
+    inside = [str(folder / "backends" / "nvidia" / "bin") for folder in folders]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(inside))
+
+
+CUOBJDUMP = find_cuobjdump()
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump")
+def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
+    dump = subprocess.check_output([str(CUOBJDUMP), "-sass", str(built.library)], text=True)
+    codes: dict[str, list[str]] = defaultdict(list)
+    for part in dump.split("Function : ")[1:]:
+        mangled, _, code = part.partition("\n")
+        codes[demangle(mangled).strip()].append(code)
+    sizes = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
+    contiguous = 0
+    for name, versions in codes.items():
+        assert len(versions) == len(ARCHITECTURES), name
+        kind, _, rest = name.partition("<")
+        if kind == "sequence_coef":
+            continue
+        given = [word.strip() for word in rest.rstrip(">").split(",")]
+        if kind == "row_stats" and given[2] == "true":
+            bits = None
+        elif kind == "dlogits" and given[3] == "true":
+            bits = 8 * min(16, 16 // sizes[given[0]] * sizes[given[1]])
+        else:
+            continue
+        contiguous += 1
+        for code in versions:
+            assert re.search(r"\bLDG\.E\.128", code), name
+            assert bits is None or re.search(rf"\bSTG\.E\.{bits}", code), name
+            assert not re.search(r"\b(RED|ATOM|ATOMG)\.", code), name
+    assert contiguous == 6 + 22
+
+
+def test_only_the_c_shim_of_torch_is_needed(built: Built) -> None:
+    command = ["nm", "-D", "--undefined-only", str(built.library)]
+    symbols = subprocess.check_output(command, text=True)
+    assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
+    assert "aoti_torch_get_current_cuda_stream" in symbols

@@ -1,0 +1,429 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against tests/cuda_host, a fiber a thread.
+
+What runs here is the text that nvcc compiles, launches included. Tensors lie in NaN-filled buffers
+as in test_backends_rows, and one run has AddressSanitizer and UndefinedBehaviorSanitizer on.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import test_backends_rows as rows
+import test_backends_sequences as sequences
+import torch
+from test_backends_rows import DTYPES, INF, WIDTHS, close, true_gradient, true_stats, zoned
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = shutil.which("g++")
+FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+NORESERVE = 0x4000  # of mmap, on Linux
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
+
+
+def compile_host(tree: Path, library: Path, *flags: str) -> Path:
+    source = tree / "tests" / "cuda_host" / "kernels.cpp"
+    command = [CXX, *FLAGS, *flags, "-shared", f"-I{source.parent}", "-o", library, source]
+    done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def backend(library: Path) -> ModuleType:
+    """A module of row functions, as in lolkernels.backends, that calls the library."""
+    host = ctypes.CDLL(str(library))
+
+    def words(*values: int) -> Any:
+        return (ctypes.c_int64 * len(values))(*values)
+
+    def numbers(*values: float) -> Any:
+        return (ctypes.c_double * len(values))(*values)
+
+    def matrix(t: Tensor) -> Any:
+        return words(t.data_ptr(), CODES[t.dtype], *t.shape, *t.stride())
+
+    def vectors(*tensors: Tensor) -> Any:
+        return words(*(word for t in tensors for word in (t.data_ptr(), t.stride(0))))
+
+    def address(t: Tensor) -> Any:
+        return ctypes.c_void_p(t.data_ptr())
+
+    def row_stats(
+        x: Tensor,
+        y: Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> Any:
+        out, scaling = torch.empty(4, len(x)), numbers(scale, softcap, temperature)
+        assert host.host_row_stats(matrix(x), vectors(y), scaling, address(out)) == 0
+        return tuple(out)
+
+    def dlogits_(
+        x: Tensor,
+        y: Tensor,
+        *given: Tensor,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        target = x if out is None else out
+        aliased = target.dtype != x.dtype and target.data_ptr() == x.data_ptr()
+        scaling = numbers(scale, softcap, temperature)
+        status = host.host_dlogits(
+            matrix(x), matrix(target), vectors(y), vectors(*given), scaling, int(aliased)
+        )
+        assert status == 0
+        return target
+
+    def sequence_coef(
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        cu: Tensor,
+        weight: Tensor,
+        *,
+        ratio: int,
+        log_low: float,
+        log_high: float,
+        beta: float = 0.0,
+    ) -> Any:
+        s = len(weight)
+        loss, log_ratio, clipped = torch.empty(3, s)
+        coef = torch.empty_like(logps)
+        if s:
+            ref = words(0, 0) if ref_logps is None else vectors(ref_logps)
+            status = host.host_sequence_coef(
+                vectors(logps),
+                ref,
+                vectors(cu),
+                vectors(weight),
+                ctypes.c_int64(s),
+                ctypes.c_int64(ratio),
+                numbers(log_low, log_high, beta),
+                *(address(t) for t in (loss, coef, log_ratio, clipped)),
+            )
+            assert status == 0
+        return loss, coef, log_ratio, clipped
+
+    module = ModuleType("host")
+    module.row_stats, module.dlogits_, module.sequence_coef = row_stats, dlogits_, sequence_coef
+    module.order, module.threads = host.host_order, host.host_threads
+    return module
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_host(ROOT, tmp_path_factory.mktemp("cuda_host") / "host.so", "-O2")
+
+
+@pytest.fixture(scope="session")
+def compiled(library: Path) -> ModuleType:
+    return backend(library)
+
+
+@pytest.fixture(params=["first thread first", "last thread first"])
+def host(compiled: ModuleType, request: pytest.FixtureRequest) -> Any:
+    compiled.order(int(request.param.startswith("last")))
+    yield compiled
+    compiled.order(0)
+
+
+def aliased(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of narrower elements that begin where the rows of x do."""
+    wide = x.as_strided((len(x), x.stride(0)), (x.stride(0), 1))
+    return wide.view(dtype).as_strided(x.shape, (wide.view(dtype).stride(0), 1), _offset(x, dtype))
+
+
+def _offset(x: Tensor, dtype: torch.dtype) -> int:
+    return x.storage_offset() * x.element_size() // dtype.itemsize
+
+
+def check_rows(host: ModuleType, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
+    """Statistics, then the gradient in place, into each dtype, and over the logits themselves."""
+    x = zoned((torch.randn(n, v) * 3).to(dtype))
+    labels = torch.randint(v, (n,))
+    labels[0], labels[-1] = v - 1, 0
+    truth = true_stats(x.view, labels, **options)
+    stats = host.row_stats(x.view, labels, **options)
+    for got, want in zip(stats, truth, strict=True):
+        assert close(got, want, 2e-5)
+    abc = torch.randn(3, n)
+    arguments = (labels, stats[1], *abc)
+    want = true_gradient(x.view, labels, stats[1], abc, **options)
+    terms = true_gradient(x.view, labels, stats[1], abc, terms=True, **options)
+
+    def right(got: Tensor) -> bool:
+        rounding = torch.finfo(got.dtype)
+        bound = 4e-5 * terms + 1e-37
+        if got.dtype != torch.float32:
+            bound = bound + rounding.eps * want.abs() + rounding.smallest_normal
+        return bool(((got.double() - want).abs() <= bound).all())
+
+    for out_dtype in DTYPES:
+        out = zoned(torch.zeros(n, v, dtype=out_dtype), "padded")
+        assert right(host.dlogits_(x.view, *arguments, **options, out=out.view))
+        assert out.intact() and x.intact()
+    if dtype == torch.float32:
+        for out_dtype in (torch.bfloat16, torch.float16):
+            shared = zoned(x.view)
+            assert right(
+                host.dlogits_(
+                    shared.view, *arguments, **options, out=aliased(shared.view, out_dtype)
+                )
+            )
+            assert shared.intact()
+    assert right(host.dlogits_(x.view, *arguments, **options))
+    assert x.intact()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", rows.OPTIONS, ids=str)
+def test_every_width(host: ModuleType, dtype: torch.dtype, options: dict[str, float]) -> None:
+    for v in WIDTHS[:10]:
+        check_rows(host, 3, v, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", WIDTHS[10:])
+def test_long_rows(host: ModuleType, dtype: torch.dtype, v: int) -> None:
+    check_rows(host, 2, v, dtype, softcap=30.0 * (v % 2))
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_row_functions_match_float64(host: ModuleType, block: int) -> None:
+    for seed in range(30 * block, 30 * block + 30):
+        rows.fuzz_case(host, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_row_functions_match_float64_exhaustively(host: ModuleType, block: int) -> None:
+    for seed in range(100 + 100 * block, 200 + 100 * block):
+        rows.fuzz_case(host, seed)
+
+
+@pytest.mark.parametrize("offset", range(1, 8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_begin_anywhere(compiled: ModuleType, dtype: torch.dtype, offset: int) -> None:
+    for v in (1, 5, 8, 9, 40, 700):
+        whole = torch.full((2 * v + 200,), math.nan, dtype=dtype)
+        x = whole.as_strided((2, v), (v + 3, 1), 64 + offset)
+        x.copy_(torch.randn(2, v))
+        labels = torch.tensor([v - 1, 0])
+        truth, stats = true_stats(x, labels), compiled.row_stats(x, labels)
+        for got, want in zip(stats, truth, strict=True):
+            assert close(got, want, 2e-5)
+        one = torch.ones(2)
+        want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
+        compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one)
+        assert close(x, want, 1e-5 + torch.finfo(dtype).eps)
+        assert int(whole.isnan().sum()) == len(whole) - 2 * v
+
+
+@pytest.mark.parametrize(("name", "row", "want"), rows.SPECIAL, ids=[s[0] for s in rows.SPECIAL])
+@pytest.mark.parametrize("layout", ["rows", "steps"])
+def test_special_rows(
+    compiled: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    row: list[float],
+    want: tuple[float, ...],
+    layout: str,
+) -> None:
+    monkeypatch.setattr(rows, "cpu", compiled)
+    rows.test_special_rows(name, row, want, layout)
+
+
+def test_the_gradient_of_special_rows(compiled: ModuleType) -> None:
+    one = torch.ones(1)
+    for name, row, (lse, *_) in rows.SPECIAL:
+        x, labels = torch.tensor([row]), torch.tensor([0])
+        given = (labels, torch.tensor([lse]), one, -one, 0 * one)
+        want = rows.reference.dlogits_(x.clone(), *given)
+        torch.testing.assert_close(
+            compiled.dlogits_(x, *given), want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name
+        )
+
+
+def test_labels_at_every_boundary_and_outside(host: ModuleType) -> None:
+    rows.test_labels_at_every_boundary_and_outside(host)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+def test_the_gradient_at_a_confident_label_keeps_its_digits(compiled: ModuleType, p: float) -> None:
+    rows.test_the_gradient_at_a_confident_label_keeps_its_digits(compiled, p)
+
+
+def test_offsets_beyond_two_to_the_31(compiled: ModuleType) -> None:
+    stride, v = 2**31 + 8, 40  # memory that is never touched costs nothing
+    space = mmap.mmap(-1, 2 * (stride + v) + 64, flags=mmap.MAP_PRIVATE | NORESERVE)
+    whole = torch.frombuffer(space, dtype=torch.bfloat16)
+    x = whole.as_strided((2, v), (stride, 1))
+    x.copy_(torch.randn(2, v))
+    labels = torch.tensor([3, 39])
+    stats = compiled.row_stats(x, labels)
+    for got, want in zip(stats, true_stats(x, labels), strict=True):
+        assert close(got, want, 2e-5)
+    one = torch.ones(2)
+    want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
+    assert close(compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one), want, 1e-2)
+    tall = whole.as_strided((1, 40), (1, 2**31 // 40))
+    tall.copy_(torch.randn(1, 40))
+    stats = compiled.row_stats(tall, labels[:1])
+    for got, want in zip(stats, true_stats(tall, labels[:1]), strict=True):
+        assert close(got, want, 2e-5)
+
+
+def test_a_row_gives_the_same_bits_in_any_company(compiled: ModuleType) -> None:
+    """The order of additions depends on the row alone; shares of its columns change nothing."""
+    x, labels = torch.randn(1100, 5000), torch.randint(5000, (1100,))
+    some = slice(1098, None)  # two rows: their columns are shared out among blocks
+    one = torch.ones(2)
+    few = compiled.row_stats(x[some], labels[some])
+    given = (few[1], one, -one, 0 * one)
+    part = compiled.dlogits_(x[some], labels[some], *given, out=torch.empty(2, 5000))
+    for i in (0, 1):
+        alone = slice(1098 + i, 1099 + i)
+        for all_rows, single in zip(few, compiled.row_stats(x[alone], labels[alone]), strict=True):
+            assert torch.equal(all_rows[i : i + 1], single)
+    many = [t[some].repeat(600, *[1] * (t.dim() - 1)) for t in (x, labels)]
+    repeated = [t.repeat(600) for t in given]
+    whole = compiled.dlogits_(many[0], many[1], *repeated)
+    assert torch.equal(whole[:2], part)
+
+
+def test_the_table_of_launches(compiled: ModuleType) -> None:
+    def threads(v: int, columns: int) -> int:
+        return compiled.threads(ctypes.c_int64(v), ctypes.c_int64(columns))
+
+    assert [threads(v, 16) for v in (1, 512, 513, 2049, 32000, 262144)] == [
+        *(32, 32, 64, 256, 256, 256)
+    ]
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+@pytest.mark.parametrize("bounds", sequences.BOUNDS)
+def test_sequence_coef(host: ModuleType, ratio: int, bounds: tuple[float, float]) -> None:
+    for beta in (0.0, 0.1):
+        for with_ref in (True, False):
+            sequences.test_the_formulas(host, ratio, bounds, beta, with_ref)
+
+
+@pytest.mark.parametrize("log_ratio", [50, 89, 200, -200, 1e4, INF])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_a_runaway_ratio(compiled: ModuleType, log_ratio: float, ratio: int) -> None:
+    for weight in (1.0, -1.0, 0.0):
+        sequences.test_a_runaway_ratio_stays_finite_on_the_right_side(
+            compiled, log_ratio, weight, ratio
+        )
+
+
+def test_a_nan_stays_in_its_sequence(compiled: ModuleType) -> None:
+    sequences.test_a_nan_stays_in_its_sequence_and_is_not_clipped_away(compiled)
+
+
+def fuzz(library: Path, seeds: int) -> None:
+    """What the sanitized process runs."""
+    host = backend(library)
+    for reverse in (0, 1):
+        host.order(reverse)
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(DTYPES)
+            check_rows(host, n, v, dtype, **rows.draw(rows.OPTIONS))
+            rows.fuzz_case(host, seed)
+        for ratio in (0, 1, 2):
+            sequences.test_the_formulas(host, ratio, (-0.1, 0.1), 0.1, True)
+    print("clean")
+
+
+def test_under_the_sanitizers(tmp_path: Path) -> None:
+    """Every tensor is a heap block of its own: past its borders AddressSanitizer sees it too."""
+    library = compile_host(ROOT, tmp_path / "host.so", "-O1", *SANITIZE)
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    query = [[str(CXX), f"-print-file-name={name}"] for name in names]
+    found = [subprocess.check_output(command, text=True).strip() for command in query]
+    done = subprocess.run(
+        [sys.executable, __file__, str(library), "12"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests")),
+            "LD_PRELOAD": " ".join(found),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        },
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.stdout.strip() == "clean", done.stdout[-2000:] + done.stderr[-6000:]
+
+
+# file, text, what a fault makes of it
+MUTANTS = [
+    ("rows.cuh", "if (kAliased) __syncthreads();\n#pragma", "#pragma"),
+    ("rows.cuh", "past == 0 ? 0 : static_cast<int>((kLoadBytes - past)", "static_cast<int>((past)"),
+    ("rows.cuh", "thread < at.edges()", "thread + 1 < at.edges()"),
+    ("rows.cuh", "(kBatch - 1) * threads < at.packs", "0 < at.packs"),
+    ("rows.cuh", "pack + u * threads < last) store", "pack + u * threads <= last) store"),
+    ("rows.cuh", "label >= 0 && label < args.logits.cols)", "label < args.logits.cols)"),
+    ("rows.cuh", "(pack - first) % threads == thread", "pack % threads == thread + 1"),
+    ("rows.cuh", "+ (total - 1.0f)", "+ total"),
+    ("rows.cuh", "shrink * (s.dev + before * fall)", "shrink * s.dev"),
+    ("rows.cuh", "return m == -HUGE_VALF ? 0.0f : m;", "return m;"),
+    ("rows.cuh", "if (b.m > a.m)", "if (b.m < a.m)"),
+    ("rows.cuh", "b, c) * v.slope", "b, c)"),
+    ("launch.cuh", "return x_past == out_past && x_row == out_row;", "return true;"),
+    ("sequences.cuh", "last <= first", "false"),
+    ("sequences.cuh", "first + threadIdx.x", "threadIdx.x"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new"), MUTANTS)
+def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "tests" / "cuda_host", tmp_path / "tests" / "cuda_host")
+    source = tmp_path / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert old in text, f"{file} no longer holds {old!r}"
+    source.write_text(text.replace(old, new))
+    library = compile_host(
+        tmp_path, tmp_path / "host.so", "-O1", "-fsanitize=alignment", "-fno-sanitize-recover=all"
+    )
+    code = f"import test_cuda_host as t; t.fuzz({str(library)!r}, 25); t.specials({str(library)!r})"
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode != 0 and "ModuleNotFoundError" not in done.stderr
+
+
+def specials(library: str) -> None:
+    check: Callable[[ModuleType], None] = test_the_gradient_of_special_rows
+    check(backend(Path(library)))
+    rows.test_labels_at_every_boundary_and_outside(backend(Path(library)))
+    for name, row, want in rows.SPECIAL:
+        rows.cpu = backend(Path(library))
+        rows.test_special_rows(name, row, want, "rows")
+
+
+if __name__ == "__main__":
+    fuzz(Path(sys.argv[1]), int(sys.argv[2]))
