@@ -98,8 +98,10 @@ __device__ __forceinline__ Split<kPackOf<T, kContiguous>> split(const T* row, in
 // sum e^(z - m) (z - m). Where one logit is nearly everything, `rest` is what its log-prob is made
 // of, and expectations around the maximum lose no digits to its size.
 struct Running {
-  float m = -HUGE_VALF, rest = 0.0f, dev = 0.0f;
+  float m, rest, dev;
 };
+
+__device__ __forceinline__ Running nothing() { return {-HUGE_VALF, 0.0f, 0.0f}; }
 
 // What may be subtracted from a logit where the maximum so far is m.
 __device__ __forceinline__ float finite_or_zero(float m) { return m == -HUGE_VALF ? 0.0f : m; }
@@ -158,7 +160,7 @@ __device__ __forceinline__ Running merge_block(Running s) {
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = s;
   __syncthreads();
   if (threadIdx.x >= kWarp) return s;
-  return merge_warp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : Running{});
+  return merge_warp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : nothing());
 }
 
 // One online-softmax sweep of a row. Bytes per logit: its own size, read once; one exponential a
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const Split<kPack> at = split<T, kContiguous>(x, args.logits.cols);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
-  Running s;
+  Running s = nothing();
   int pack = thread;
   for (; pack + (kBatch - 1) * threads < at.packs; pack += kBatch * threads) {
     Columns raw[kBatch];
