@@ -237,15 +237,9 @@ def test_rows_that_begin_anywhere(compiled: ModuleType, dtype: torch.dtype, offs
 @pytest.mark.parametrize(("name", "row", "want"), rows.SPECIAL, ids=[s[0] for s in rows.SPECIAL])
 @pytest.mark.parametrize("layout", ["rows", "steps"])
 def test_special_rows(
-    compiled: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    row: list[float],
-    want: tuple[float, ...],
-    layout: str,
+    compiled: ModuleType, name: str, row: list[float], want: tuple[Any, ...], layout: str
 ) -> None:
-    monkeypatch.setattr(rows, "cpu", compiled)
-    rows.test_special_rows(name, row, want, layout)
+    rows.test_special_rows(name, row, want, layout, compiled)
 
 
 def test_the_gradient_of_special_rows(compiled: ModuleType) -> None:
@@ -421,8 +415,7 @@ def specials(library: str) -> None:
     check(backend(Path(library)))
     rows.test_labels_at_every_boundary_and_outside(backend(Path(library)))
     for name, row, want in rows.SPECIAL:
-        rows.cpu = backend(Path(library))
-        rows.test_special_rows(name, row, want, "rows")
+        rows.test_special_rows(name, row, want, "rows", backend(Path(library)))
 
 
 if __name__ == "__main__":
