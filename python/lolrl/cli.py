@@ -151,4 +151,14 @@ def _run(args: argparse.Namespace) -> int:
     function = getattr(commands, f"run_{args.verb}")
     for line in function(merge(args)):
         print(line)
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    """Ends the process group of several ranks: one that exits while another talks to it aborts."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -48,6 +48,10 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
     save_file(state, folder / f"rank{rank}.safetensors")
     lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
     (folder / f"rank{rank}.json").write_text(json.dumps(lines))
+    if torch.distributed.is_initialized():
+        # A rank that exits while another still talks to it may abort in gloo's threads.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
