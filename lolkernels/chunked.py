@@ -130,11 +130,11 @@ class Grads:
     They are fp32 (fp64), so that many chunks lose nothing. ``round_weight`` stores dweight in the
     weight's own dtype: for :func:`tile_grads` alone, which finishes a panel before it rounds it.
 
-    ``scale_to``: about the largest coefficient (a, b, c) there will be, for fp16 operands, whose
-    range is small: a mean over 8192 tokens would put the gradients of the logits under its smallest
-    number. Each row of them is made for coefficients divided by a power of two near their size,
-    which its dhidden is multiplied by in fp32, and its hidden state before dweight is made; dweight
-    is in units of ``scale_to`` until the end.
+    ``scale_to`` tells about the largest coefficient (a, b, c) there will be (None: there are none).
+    It is asked for fp16 operands only, whose range is small: a mean over 8192 tokens would put the
+    gradients of the logits under its smallest number. Each row of them is made for coefficients
+    divided by a power of two near their size, which its dhidden is multiplied by in fp32, and its
+    hidden state before dweight is made; dweight is in units of that size until the end.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Grads:
         need_bias: bool,
         *,
         round_weight: bool = False,
-        scale_to: Tensor | None = None,  # ()
+        scale_to: Callable[[], Tensor | None] = lambda: None,  # ()
     ) -> None:
         self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
         n, d = head.hidden.shape
@@ -155,8 +155,9 @@ class Grads:
         self.bias = head.empty(head.vocab if need_bias else 0)
         self.written = False
         self.unit: Tensor | None = None
-        if scale_to is not None and head.operand == torch.float16:
-            self.unit = _power_of_two(scale_to.to(head.dtype))
+        size = scale_to() if head.operand == torch.float16 else None
+        if size is not None:
+            self.unit = _power_of_two(size.to(head.dtype))
 
     def rows_in_range(
         self, h: Tensor, abc: tuple[Tensor, ...]
@@ -219,7 +220,7 @@ def walk(
     Whole rows need operands that can be multiplied as they are stored.
     """
     wide = torch.float64 if torch.float64 in (hidden, weight) else torch.float32
-    alike = hidden == weight and (hidden not in HALF or has_fp32_output(device))
+    alike = hidden == weight and (hidden not in HALF or has_fp32_output(device, hidden))
     whole_rows = (device.type != "cpu" or backend.WHOLE_ROWS) and (alike or weight == wide)
     return whole_rows, hidden if whole_rows and alike else wide
 

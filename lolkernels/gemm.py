@@ -29,7 +29,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> No
         matmul(a.to(out.dtype), b.to(out.dtype), out, accumulate=accumulate)
     elif not accumulate:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif adds_in_fp32(a.device):
+    elif adds_in_fp32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         for i in range(0, out.shape[0], 8192):
@@ -37,23 +37,23 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> No
 
 
 @cache
-def has_fp32_output(device: torch.device) -> bool:
-    """Whether products of half-precision matrices come out in fp32 on this device.
+def has_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of matrices of this half-precision dtype come out in fp32 on this device.
 
     Since torch 2.8 on NVIDIA. Elsewhere the driver converts the operands to fp32, panel by panel.
     """
-    return device.type == "cpu" or _works(device, accumulate=False)
+    return device.type == "cpu" or _works(device, dtype, accumulate=False)
 
 
 @cache
-def adds_in_fp32(device: torch.device) -> bool:
+def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``torch.addmm`` adds such a product to an fp32 matrix (not in torch 2.8)."""
-    return _works(device, accumulate=True)
+    return _works(device, dtype, accumulate=True)
 
 
-def _works(device: torch.device, *, accumulate: bool) -> bool:
-    """By trying it: builds differ and none of them says so."""
-    a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+def _works(device: torch.device, dtype: torch.dtype, *, accumulate: bool) -> bool:
+    """By trying it: builds and cards differ (old ones lack bf16) and none of them says so."""
+    a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.zeros(16, 16, device=device)
     try:
         if accumulate:

@@ -71,12 +71,11 @@ def _make_step(
     options: dict[str, Any],
     inputs: dict[str, tuple[str, Tensor]],  # name -> kind, value
     seq: Sequences,
-    reduction: str,
+    weights: Tensor,  # (num_groups,) of the reduction
     backend: Any,
     seq_loss: Tensor,  # (num_groups,), added to
 ) -> chunked.Step:
     """The objective on a chunk: its rows' log-probs -> d (reduced loss) / d logp."""
-    weights = reduction_weights(seq, reduction)
     mark = traits(objective)
 
     def step(logps: Tensor, pieces: list[Piece], index: slice | Tensor) -> Tensor:
@@ -207,7 +206,7 @@ def linear_loss(
         need_hidden,
         need_weight,
         need_bias,
-        scale_to=_coefficient_size(fn, inputs, options, seq, weights),
+        scale_to=lambda: _coefficient_size(fn, inputs, options, seq, weights),
     )
     stats = chunked.RowStats(*(t.fill_(torch.nan) for t in head.empty_stats(seq.num_tokens)))
     seq_loss = torch.zeros(seq.num_groups, dtype=torch.float64, device=hidden.device)
@@ -219,7 +218,7 @@ def linear_loss(
         group_size=group_size,
         token_local=traits(fn).token_local,
     )
-    step = _make_step(fn, options, inputs, seq, reduction, module, seq_loss)
+    step = _make_step(fn, options, inputs, seq, weights, module, seq_loss)
     chunked.loss_and_grads(head, chunks, step, grads, stats, memory_budget)
     loss = (seq_loss * weights).sum().to(head.dtype)
     s = stats

@@ -132,8 +132,14 @@ def linear_logprob_backward(
     lse, expected = lse[rows], (lse - entropy)[rows]
     given = (None if g is None else g[rows].to(lse.dtype) for g in (g_logps, g_lse, g_entropy))
     abc = _row_coefficients(expected, *given)
-    largest = torch.stack(abc).abs().amax() if n else None
-    grads = Grads(head, need_hidden, need_weight, need_bias, round_weight=True, scale_to=largest)
+    grads = Grads(
+        head,
+        need_hidden,
+        need_weight,
+        need_bias,
+        round_weight=True,
+        scale_to=lambda: torch.stack(abc).abs().amax() if n else None,
+    )
     chunked.tile_grads(head, rows, n, lse, abc, grads, memory_budget)
     grads.finish()
     dbias = grads.bias if bias is None else grads.bias.to(bias.dtype)

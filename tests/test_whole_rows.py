@@ -140,7 +140,7 @@ def test_without_fp32_products_of_half_precision_the_panels_serve(
     whole_rows: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p = problem(torch.bfloat16)
-    monkeypatch.setattr(chunked, "has_fp32_output", lambda device: False)
+    monkeypatch.setattr(chunked, "has_fp32_output", lambda device, dtype: False)
     calls = []
     monkeypatch.setattr(
         chunked,
