@@ -229,11 +229,11 @@ def test_disjoint_views_of_one_buffer_are_fine() -> None:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     def point_to(library: Path) -> None:
-        monkeypatch.setattr(cpu, "_LIBRARY", library)
-        cpu.why_unavailable.cache_clear()
+        monkeypatch.setattr(cpu._compiled, "library", library)
+        vars(cpu._compiled).pop("why_unavailable", None)  # what it found out before
 
     yield point_to
-    cpu.why_unavailable.cache_clear()
+    vars(cpu._compiled).pop("why_unavailable", None)
 
 
 def test_a_missing_library_says_what_to_do(

@@ -45,6 +45,8 @@ TOOLCHAINS: dict[str, set[str]] = {
 }
 # Modules of one toolchain.
 SIBLINGS = {
+    "backends.cpu": {"backends.compiled"},
+    "backends.cuda": {"backends.compiled"},
     "backends.triton": {"backends.triton_kernels"},
     "backends.triton_onchip": {"backends.triton", "backends.triton_onchip_kernels"},
     "backends.triton_onchip_kernels": {"backends.triton_kernels"},

@@ -1,0 +1,103 @@
+"""What the compiled backends share: loading a shared object, and its row functions."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Compiled:
+    """The row functions of one shared object, which torch calls through its stable ABI.
+
+    The formulas, shapes and special values are those of the reference backend.
+    """
+
+    def __init__(self, library: str, namespace: str, kernels: str, tool: str) -> None:
+        self.library = Path(__file__).resolve().parent.parent / library
+        self.namespace, self.kernels, self.tool = namespace, kernels, tool
+
+    @cached_property
+    def why_unavailable(self) -> str | None:
+        """None where the object loads, else the reason and what to do about it."""
+        build = "`pip install --no-build-isolation .` in the source tree"
+        if not self.library.exists():
+            return (
+                f"the {self.kernels} kernels are missing ({self.library.name} is not in the "
+                f"package): with {self.tool} at hand run {build}"
+            )
+        try:
+            torch.ops.load_library(self.library)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            return (
+                f"the {self.kernels} kernels do not load with torch {torch.__version__} ({error}): "
+                f"run {build} to compile them for it"
+            )
+        return None
+
+    @property
+    def ops(self) -> Any:
+        if self.why_unavailable is not None:
+            raise ValueError(f"backend is not available: {self.why_unavailable}")
+        return getattr(torch.ops, self.namespace)
+
+    def row_stats(
+        self,
+        logits: Tensor,  # (n, V)
+        labels: Tensor,  # (n,) int64
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`target_logit, lse, expected_logit, max_logit`, each (n,) float32, in one sweep.
+
+        Memory traffic: each logit is read once.
+        """
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.row_stats(
+            logits, labels, scale, softcap, temperature
+        )
+        return result
+
+    def dlogits_(
+        self,
+        logits: Tensor,  # (n, V)
+        labels: Tensor,  # (n,) int64
+        lse: Tensor,  # (n,) float32, and so are a, b, c
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,  # (n, V)
+    ) -> Tensor:
+        """`(a [v == y] + exp(z - lse) (b + c z)) dz/dx`, written over `logits` or into `out`.
+
+        `out` may have another dtype and other strides, but shares no memory with `logits` unless it
+        is the same view; on a GPU also where its rows begin where those of `logits` do, with
+        narrower elements. Memory traffic: each logit is read once, each gradient written once.
+        """
+        target = logits if out is None else out
+        self.ops.dlogits(logits, labels, lse, a, b, c, scale, softcap, temperature, out=target)
+        return target
+
+    def sequence_coef(
+        self,
+        logps: Tensor,  # (n,) float32
+        ref_logps: Tensor | None,  # (n,) float32
+        cu_seqlens: Tensor,  # (s + 1,) int64; its values are checked on a CPU only
+        weight: Tensor,  # (s,) float32
+        *,
+        ratio: int,
+        log_low: float,
+        log_high: float,
+        beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family."""
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.sequence_coef(
+            logps, ref_logps, cu_seqlens, weight, ratio, log_low, log_high, beta
+        )
+        return result
