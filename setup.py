@@ -6,13 +6,18 @@ or when compiling fails, the install goes on as pure Python and says so in one l
 
 The CUDA kernels are an object of their own, built where there is an nvcc; torch may be a CPU build
 and no GPU is needed. LOLKERNELS_BUILD_CUDA=0 leaves them out, TORCH_CUDA_ARCH_LIST names other
-architectures, MAX_JOBS bounds the compilers at work. They may fail without harm to the rest.
+architectures, MAX_JOBS bounds the compilers at work. They may fail without harm to the rest. Among
+them is a GEMM for sm_90a, which needs CUTLASS's headers: the package nvidia-cutlass's, or those in
+CUTLASS_PATH.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, setup
@@ -70,34 +75,77 @@ def cuda_targets(architectures):
     return flags
 
 
-def cuda_command(nvcc, library):
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"]
-    flags += ["--threads", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
-    macros = [f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-DUSE_CUDA"]
-    paths = [f"-I{path}" for path in cpp_extension.include_paths()]
-    # What a CPU build of torch lacks comes from the libtorch of the machine it is loaded on.
-    link = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Xlinker", "--no-as-needed"]
-    sources = sorted(glob("csrc/cuda/*.cu"))
-    targets = cuda_targets(architectures)
-    return [nvcc, *flags, *macros, *targets, *paths, "-o", library, *sources, *link, "-ltorch"]
+def find_cutlass():
+    """The folder of CUTLASS's headers, or None."""
+    found = importlib.util.find_spec("cutlass_library")
+    folders = [os.environ.get("CUTLASS_PATH"), *(found.submodule_search_locations if found else [])]
+    for folder in filter(None, folders):
+        for include in (
+            os.path.join(folder, *inside) for inside in (["include"], ["source", "include"])
+        ):
+            if os.path.exists(os.path.join(include, "cutlass", "cutlass.h")):
+                return include
+    return None
+
+
+def cuda_commands(nvcc, folder, architectures, cutlass):
+    """What compiles each source into an object of ``folder``: [(command, object)].
+
+    The GEMM is left out without CUTLASS, and where sm_90a is not among the architectures.
+    """
+    hopper = cutlass is not None and "9.0a" in architectures.replace("+PTX", "").split(";")
+    base = [nvcc, "-c", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    torch_flags = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_flags += ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-DUSE_CUDA"]
+    torch_flags += cuda_targets(architectures)
+    gemm_flags = ["-std=c++17", "--expt-relaxed-constexpr", "-DNDEBUG", "-isystem", str(cutlass)]
+    gemm_flags += cuda_targets("9.0a")
+    if hopper:
+        torch_flags.append("-DLOLKERNELS_HOPPER")
+    commands = []
+    for source, flags in (("ops", torch_flags), ("hopper", gemm_flags))[: 1 + hopper]:
+        out = os.path.join(folder, f"{source}.o")
+        commands.append(([*base, *flags, "-o", out, f"csrc/cuda/{source}.cu"], out))
+    return commands
 
 
 def build_cuda(library):
     """Compiles the CUDA kernels into ``library``, or says in one line why not."""
+    architectures = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(" ", ";")
+    cutlass = find_cutlass()
     if os.environ.get("LOLKERNELS_BUILD_CUDA", "1") == "0":
         reason = "LOLKERNELS_BUILD_CUDA=0"
     elif (nvcc := find_nvcc()) is None:
         reason = "there is no nvcc on the PATH or in CUDA_HOME"
     else:
-        done = subprocess.run(cuda_command(nvcc, library), text=True, capture_output=True)
-        if done.returncode == 0:
+        # What a CPU build of torch lacks comes from the libtorch of the machine it is loaded on.
+        link = [nvcc, "-shared", "-o", library, "-Xlinker", "--no-as-needed", "-ltorch"]
+        link += [f"-L{path}" for path in cpp_extension.library_paths()]
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+            commands = cuda_commands(nvcc, folder, architectures, cutlass)
+            threads = ["--threads", str(max(1, jobs // len(commands)))]
+            done = list(pool.map(run, ([*command, *threads] for command, _ in commands)))
+            if all(one.returncode == 0 for one in done):
+                done.append(run([*link, *(out for _, out in commands)]))
+        failed = next((one for one in done if one.returncode != 0), None)
+        if failed is None:
+            if len(commands) == 1:
+                print(
+                    "lolkernels is built without its GEMM for Hopper (it needs sm_90a among the "
+                    "architectures, and `pip install --no-deps nvidia-cutlass`)",
+                    file=sys.stderr,
+                )
             return
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
-        reason = f"nvcc failed: {said[0] if said else f'exit status {done.returncode}'}"
+        said = [line for line in (failed.stdout + failed.stderr).splitlines() if "error" in line]
+        reason = f"nvcc failed: {said[0] if said else f'exit status {failed.returncode}'}"
     if os.path.exists(library):  # an older one would not fit the rest
         os.remove(library)
     print(f"lolkernels is built without its CUDA kernels ({reason})", file=sys.stderr)
+
+
+def run(command):
+    return subprocess.run(command, text=True, capture_output=True)
 
 
 class TaggedWheel(bdist_wheel):

@@ -57,8 +57,9 @@ def route(
     whole_rows, operand = chunked.walk(device, dtype, dtype, module)
     width = vocab if whole_rows else min(planner.PANEL, vocab)
     tile = min(rows, planner.chunk_rows(width, 4, memory_budget, device))
-    chunk = min(rows, planner.chunk_rows(vocab, 4, memory_budget, device))
-    on_chip = whole_rows and hasattr(module, "linear_row_stats")
+    on_chip, spans = chunked.own_gemms(whole_rows, operand, module)
+    held = operand.itemsize if spans else 4
+    chunk = min(rows, planner.chunk_rows(vocab, held, memory_budget, device))
     product = "stored as they are" if operand == dtype else "converted panel by panel"
     scoring = "in the GEMM's epilogue, no logits" if on_chip else f"tiles of {tile} x {width}"
     lines = [
@@ -83,6 +84,7 @@ def route(
                 frozen_weight=frozen,
                 memory_budget=memory_budget,
                 device=device,
+                spans=spans,
             )
             what = f"{op}{', frozen head' if frozen and op != 'score' else ''}"
             lines.append(f"    {what:<28} {extra / 2**20:8.1f} MiB")

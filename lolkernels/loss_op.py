@@ -210,7 +210,7 @@ def linear_loss(
     )
     stats = chunked.RowStats(*(t.fill_(torch.nan) for t in head.empty_stats(seq.num_tokens)))
     seq_loss = torch.zeros(seq.num_groups, dtype=torch.float64, device=hidden.device)
-    rows = head.chunk_rows(head.vocab, memory_budget)
+    rows = head.held_rows(memory_budget)
     chunks = planner.plan_chunks(
         cu_seqlens.tolist(),
         _active(fn, given, options, seq),

@@ -10,6 +10,7 @@ from torch import Tensor
 from .sequences import Sequences
 
 PANEL = 2048  # columns of a tile: 256 rows of fp32 fill 2 MiB, the L2 of a core or two
+SPAN = 256  # columns whose statistics are taken together where a backend has linear_spans
 MIN_ROWS = 256  # fewer rows a chunk and the dweight accumulator's traffic shows
 DEFAULT_BUDGET = 48 * 2**20
 CPU = torch.device("cpu")
@@ -135,6 +136,7 @@ def extra_bytes(
     frozen_weight: bool = False,
     memory_budget: int | None = None,
     device: torch.device | str = CPU,
+    spans: bool = False,  # the backend has linear_spans and takes this dtype
 ) -> int:
     """Peak bytes of a call beyond its inputs and the gradients it returns (fp32 arithmetic).
 
@@ -161,6 +163,11 @@ def extra_bytes(
     linear_logprob:  4 T V + b N D + if they are not fp32: 4 N D + 4 V D (without 4 V D for a
                      frozen weight)
     each             + 48 N (row vectors)
+
+    With a GEMM of the backend's own (``spans``), S = ceil(V / 256) spans of columns:
+
+    linear_loss:     2 R V + 12 R S (their statistics) in place of 4 R V
+    score:           12 N S in place of 4 T V
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -173,6 +180,7 @@ def extra_bytes(
             itemsize=hidden_bytes,
             frozen_weight=frozen_weight,
             tile=min(num_rows, chunk_rows(vocab, 4, memory_budget, device)),
+            spans=spans,
         )
     panel = min(PANEL, vocab)
     panels = -(-vocab // panel)
@@ -207,16 +215,19 @@ def _extra_bytes_on_gpu(
     itemsize: int,
     frozen_weight: bool,
     tile: int,
+    spans: bool = False,
 ) -> int:
     rows, table = num_rows * hidden_size, 0 if frozen_weight else vocab * hidden_size
     rounded = itemsize * (rows + table) if itemsize != 4 else 0
     vectors = 48 * num_rows
+    parts = 12 * -(-vocab // SPAN)
     if op == "linear_loss":
-        chunk = 4 * longest_chunk * (padded(vocab) + hidden_size)
+        logits = 2 * padded(vocab) + parts if spans else 4 * padded(vocab)
+        chunk = longest_chunk * (logits + 4 * hidden_size)
         return 4 * (rows + table) + max(chunk, rounded) - itemsize * (rows + table) + vectors
     held = 4 * tile * padded(vocab) + itemsize * rows + vectors
     if op == "score":
-        return held
+        return num_rows * parts + itemsize * rows + vectors if spans else held
     if op == "linear_logprob":
         return held + (4 * (rows + table) if itemsize != 4 else 0)
     raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")

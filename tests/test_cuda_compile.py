@@ -20,7 +20,7 @@ ARCHITECTURES = ("80", "90a", "100")
 THREADS, BLOCKS = 256, 3  # kMaxThreads and kMinBlocks of rows.cuh
 REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8  # they are handed out by eights
 SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor
-KERNELS = 12 + 44 + 3  # row_stats, dlogits, sequence_coef
+KERNELS = 12 + 44 + 3 + 3  # row_stats, dlogits, sequence_coef, merge_spans and span_dlogits
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
@@ -51,6 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     library = tmp_path_factory.mktemp("cuda") / "_CUDA.so"
     command = [str(NVCC), "-std=c++20", "-O3", "-Xptxas", "-v", "-DUSE_CUDA", "-shared"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler", "-fPIC"]
+    command += ["-DLOLKERNELS_HOPPER"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     for arch in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -59,6 +60,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     assert "warning" not in said, said[-4000:]
+    return Built(library, reported(said))
+
+
+def reported(said: str) -> list[Kernel]:
+    """What ptxas -v says."""
     found = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -66,13 +72,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         flags=re.DOTALL,
     )
     names = demangle("\n".join(row[0] for row in found)).splitlines()
-    return Built(
-        library,
-        [
-            Kernel(arch, name, int(stack), int(stores) + int(loads), int(registers))
-            for name, (_, arch, stack, stores, loads, registers) in zip(names, found, strict=True)
-        ],
-    )
+    return [
+        Kernel(arch, name, int(stack), int(stores) + int(loads), int(registers))
+        for name, (_, arch, stack, stores, loads, registers) in zip(names, found, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -113,11 +116,13 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
     for name, versions in codes.items():
         assert len(versions) == len(ARCHITECTURES), name
         kind, _, rest = name.partition("<")
-        if kind == "sequence_coef":
+        if kind in ("sequence_coef", "merge_spans"):
             continue
         given = [word.strip() for word in rest.rstrip(">").split(",")]
         if kind == "row_stats" and given[2] == "true":
             bits = None
+        elif kind == "span_dlogits":
+            bits = 128
         elif kind == "dlogits" and given[3] == "true":
             bits = 8 * min(16, 16 // sizes[given[0]] * sizes[given[1]])
         else:
@@ -127,7 +132,7 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
             assert re.search(r"\bLDG\.E\.128", code), name
             assert bits is None or re.search(rf"\bSTG\.E\.{bits}", code), name
             assert not re.search(r"\b(RED|ATOM|ATOMG)\.", code), name
-    assert contiguous == 6 + 22
+    assert contiguous == 6 + 22 + 2
 
 
 def test_only_the_c_shim_of_torch_is_needed(built: Built) -> None:
@@ -135,3 +140,69 @@ def test_only_the_c_shim_of_torch_is_needed(built: Built) -> None:
     symbols = subprocess.check_output(command, text=True)
     assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
     assert "aoti_torch_get_current_cuda_stream" in symbols
+
+
+# --- the GEMM for Hopper --------------------------------------------------------------------------
+
+
+def find_cutlass() -> Path | None:
+    package = importlib.util.find_spec("cutlass_library")
+    folders = (package.submodule_search_locations or []) if package else []
+    return next((Path(folder) / "source" / "include" for folder in folders), None)
+
+
+CUTLASS = find_cutlass()
+GEMM_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-DNDEBUG", "-isystem", str(CUTLASS)]
+GEMMS = 4  # two schedules of bfloat16 and float16
+MOST_REGISTERS = 240  # of a thread that multiplies, where each block has 384
+SHARED_MEMORY = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def gemm(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if CUTLASS is None:
+        pytest.skip("needs the headers of nvidia-cutlass")
+    library = tmp_path_factory.mktemp("hopper") / "hopper.o"
+    command = [str(NVCC), "-c", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", *GEMM_FLAGS]
+    command += ["-gencode", "arch=compute_90a,code=sm_90a", "-o", str(library)]
+    command += [str(ROOT / "csrc" / "cuda" / "hopper.cu")]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=900)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    return Built(library, reported(said))
+
+
+def test_the_gemm_does_not_spill(gemm: Built) -> None:
+    assert len(gemm.kernels) == GEMMS
+    for kernel in gemm.kernels:
+        assert kernel.stack == 0 and kernel.spills == 0, kernel
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump")
+def test_the_gemm_is_made_of_hoppers_instructions(gemm: Built) -> None:
+    """TMA into shared memory, wgmma of 64 x 256, registers from the loaders; 16-byte stores."""
+    dump = subprocess.check_output([str(CUOBJDUMP), "-sass", str(gemm.library)], text=True)
+    kernels = dump.split("Function : ")[1:]
+    assert len(kernels) == GEMMS
+    for code in kernels:
+        assert len(re.findall(r"\bHGMMA\.64x256x16\.F32", code)) == 8
+        assert "UTMALDG.2D.MULTICAST" in code or "UTMALDG.3D.MULTICAST" in code
+        assert len(re.findall(r"\bSTG\.E\.128", code)) == 16  # two rows of 64 columns a thread
+        assert "USETMAXREG" in code
+        assert not re.search(r"\b(LDL|STL)\b|\b(RED|ATOM|ATOMG)\.E", code)
+        assert max(int(n) for n in re.findall(r"\bR(\d+)\b", code)) < MOST_REGISTERS
+
+
+def test_accumulators_lie_where_the_epilogue_believes(tmp_path: Path) -> None:
+    """And the stages of its pipeline fit shared memory. Host code of CUTLASS; nothing launches."""
+    if CUTLASS is None:
+        pytest.skip("needs the headers of nvidia-cutlass")
+    program = tmp_path / "layout"
+    command = [str(NVCC), "-O0", *GEMM_FLAGS, "-gencode", "arch=compute_80,code=sm_80"]
+    command += ["-o", str(program), str(ROOT / "tests" / "hopper_layout.cu")]
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    done = subprocess.run([str(program)], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    for line in done.stdout.splitlines():
+        _, stages, shared = line.split()
+        assert int(stages) >= 4 and int(shared) <= SHARED_MEMORY, line

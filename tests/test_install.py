@@ -1,5 +1,6 @@
 """Building and installing: without a compiler, as a wheel, through make, and from pinned hashes."""
 
+import importlib.util
 import os
 import re
 import runpy
@@ -151,6 +152,14 @@ def build_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path("setup.py")
 
 
+def fake_cutlass(folder: Path) -> Path:
+    header = folder / "cutlass" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    return folder / "cutlass"
+
+
+@pytest.mark.parametrize("with_cutlass", [False, True])
 @pytest.mark.parametrize(
     ("listed", "codes"),
     [
@@ -162,18 +171,29 @@ def build_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_cuda_kernels_are_built_for_the_wanted_architectures(
     build_script: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     listed: str | None,
     codes: list[str],
+    with_cutlass: bool,
 ) -> None:
     said = tmp_path / "arguments"
-    monkeypatch.setenv("PATH", fake_nvcc(tmp_path / "bin", f'echo "$@" > {said}'))
+    monkeypatch.setenv("PATH", fake_nvcc(tmp_path / "bin", f'echo "$@" >> {said}'))
     monkeypatch.setenv("MAX_JOBS", "3")
+    monkeypatch.setenv("CUTLASS_PATH", str(fake_cutlass(tmp_path)) if with_cutlass else "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     if listed:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     build_script["build_cuda"](str(tmp_path / "_CUDA.abi3.so"))
-    assert re.findall(r"code=\[(.*?)\]", said.read_text()) == codes
-    assert "--threads 3" in said.read_text()
+    compiled = [line for line in said.read_text().splitlines() if " -c " in f" {line} "]
+    (rows,) = (line for line in compiled if "csrc/cuda/ops.cu" in line)
+    gemm = [line for line in compiled if "csrc/cuda/hopper.cu" in line]
+    assert re.findall(r"code=\[(.*?)\]", rows) == codes
+    hopper = with_cutlass and "sm_90a" in codes
+    assert ("-DLOLKERNELS_HOPPER" in rows) == hopper == bool(gemm)
+    assert all(re.findall(r"code=\[(.*?)\]", line) == ["sm_90a"] for line in gemm)
+    assert f"--threads {3 // len(compiled)}" in rows
+    assert ("without its GEMM for Hopper" in capfd.readouterr().err) != hopper
 
 
 def test_why_there_are_no_cuda_kernels_is_one_line(
@@ -250,7 +270,7 @@ def test_a_second_make_rebuilds_only_what_changed(tmp_path: Path) -> None:
     (tree / ".venv" / "stamps").mkdir()
     (tree / ".venv" / "bin" / "python").touch()
     clock = 2_000_000_000  # later than every copied file
-    for step, name in enumerate(("torch", "requirements", "triton", "extension")):
+    for step, name in enumerate(("torch", "requirements", "triton", "cutlass", "extension")):
         stamp = tree / ".venv" / "stamps" / name
         stamp.touch()
         os.utime(stamp, (clock + step, clock + step))
@@ -271,4 +291,5 @@ def test_a_second_make_rebuilds_only_what_changed(tmp_path: Path) -> None:
     assert "-r requirements/dev.txt" in touched("requirements/dev.txt")
     assert "-r requirements/torch.txt" in touched("requirements/torch.txt")
     assert "-r requirements/triton.txt" in touched("requirements/triton.txt")
+    assert "-r requirements/cutlass.txt" in touched("requirements/cutlass.txt")
     assert "install" not in touched("lolkernels/__init__.py").replace("install'.", "")

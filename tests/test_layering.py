@@ -47,6 +47,7 @@ TOOLCHAINS: dict[str, set[str]] = {
 SIBLINGS = {
     "backends.cpu": {"backends.compiled"},
     "backends.cuda": {"backends.compiled"},
+    "backends.cuda_hopper": {"backends.cuda"},
     "backends.triton": {"backends.triton_kernels"},
     "backends.triton_onchip": {"backends.triton", "backends.triton_onchip_kernels"},
     "backends.triton_onchip_kernels": {"backends.triton_kernels"},

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 namespace lolkernels::cuda {
 
@@ -18,6 +20,18 @@ __device__ __forceinline__ float exp2_flushed(float x) {
   return y;
 #else
   return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+
+// To an aligned address of global memory. In a kernel as long as a GEMM the compiler leaves four
+// stores of a word as they are.
+__device__ __forceinline__ void store_16_bytes(void* to, const uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#else
+  memcpy(to, words, sizeof(words));
 #endif
 }
 

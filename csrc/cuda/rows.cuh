@@ -163,6 +163,14 @@ __device__ __forceinline__ Running merge_block(Running s) {
   return merge_warp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : nothing());
 }
 
+__device__ __forceinline__ void write_stats(Running s, float* lse, float* expected, float* max) {
+  const float base = finite_or_zero(s.m);
+  // Of no logit but -inf the sum is 0 = 1 + -1, or nan.
+  *lse = base + log1pf(s.rest - (1.0f - held(s.m)));
+  *expected = base + s.dev / (held(s.m) + s.rest);
+  *max = s.rest != s.rest && s.m != HUGE_VALF ? s.rest : s.m;  // it skips nan
+}
+
 // One online-softmax sweep of a row. Bytes per logit: its own size, read once; one exponential a
 // logit and one a batch. Every thread has statistics of its own until the row's end.
 template <typename T, bool kCapped, bool kContiguous>
@@ -206,13 +214,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   if (thread != 0) return;
   const int64_t label = args.labels[row];
   const bool has_target = label >= 0 && label < args.logits.cols;
-  const float base = finite_or_zero(s.m);
   args.target_logit[row] =
       has_target ? logit<kCapped>(widen(x[label * stride]), args.map).z : -HUGE_VALF;
-  // Of no logit but -inf the sum is 0 = 1 + -1, or nan.
-  args.lse[row] = base + log1pf(s.rest - (1.0f - held(s.m)));
-  args.expected_logit[row] = base + s.dev / (held(s.m) + s.rest);
-  args.max_logit[row] = s.rest != s.rest && s.m != HUGE_VALF ? s.rest : s.m;  // it skips nan
+  write_stats(s, args.lse + row, args.expected_logit + row, args.max_logit + row);
 }
 
 // dlogits -----------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ A backend is a module with ``why_unavailable``, ``DEVICES``, ``DTYPES``, ``WHOLE
 wants the vocabulary in one piece on a CPU too, as on a GPU) and three row functions (see
 :mod:`lolkernels.backends.reference`, which defines what they compute). It may offer
 ``linear_row_stats``, the statistics of hidden W^T with no logits in memory: scoring then uses it.
+It may offer ``linear_spans`` with ``span_dlogits_``, a GEMM that leaves something smaller than
+logits, of which gradients can be made: ``linear_loss`` then uses them (see
+:mod:`lolkernels.backends.cuda_hopper`). ``GEMM_DTYPES`` are the operands that such GEMMs take.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import cpu, cuda, reference, triton, triton_onchip
+from . import cpu, cuda, cuda_hopper, reference, triton, triton_onchip
 
 # The first that fits is taken; the reference always fits: what follows it is taken by name only.
 # Adding a backend is one module and one entry here.
@@ -25,6 +28,7 @@ TABLE: dict[str, Any] = {
     "cuda": cuda,
     "reference": reference,
     "triton_onchip": triton_onchip,
+    "cuda_hopper": cuda_hopper,
 }
 
 _forced: list[str] = []

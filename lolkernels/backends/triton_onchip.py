@@ -25,6 +25,7 @@ from .triton import (
 __all__ = [
     "DEVICES",
     "DTYPES",
+    "GEMM_DTYPES",
     "WHOLE_ROWS",
     "dlogits_",
     "linear_row_stats",
@@ -32,6 +33,9 @@ __all__ = [
     "sequence_coef",
     "why_unavailable",
 ]
+
+
+GEMM_DTYPES = DTYPES
 
 
 class Config(NamedTuple):

@@ -112,14 +112,16 @@ inline void meet(Meeting& point, int size) {
   yield();
 }
 
-template <typename T>
-T shuffle_down(T value, int step) {
+// The value of the lane that `source` names, which is the thread's own where that is none.
+template <typename T, typename Source>
+T shuffle(T value, const Source& source_of) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   const int thread = block->current, threads = static_cast<int>(block->fibers.size());
   uint64_t* lanes = &block->lanes[(block->fibers[thread].shuffles++ % 2) * threads];
   std::memcpy(lanes + thread, &value, sizeof(T));
   meet(block->warps[thread / kWarpSize], kWarpSize);
-  const int source = thread % kWarpSize + step < kWarpSize ? thread + step : thread;
+  const int lane = thread % kWarpSize, wanted = source_of(lane);
+  const int source = wanted >= 0 && wanted < kWarpSize ? thread - lane + wanted : thread;
   T result;
   std::memcpy(&result, lanes + source, sizeof(T));
   return result;
@@ -173,7 +175,12 @@ inline void __syncthreads() {
 
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int step) {
-  return cuda_host::shuffle_down(value, step);
+  return cuda_host::shuffle(value, [=](int lane) { return lane + step; });
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_host::shuffle(value, [=](int lane) { return lane ^ mask; });
 }
 
 // A quotient within 2 units in the last place; off by as much here, so that nobody relies on more.

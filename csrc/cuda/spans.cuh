@@ -1,0 +1,155 @@
+// The epilogue of a GEMM that makes logits 256 columns of a row at a time: their statistics and
+// their exponentials, while they are in registers. The float32 logits are never written: 6 bytes a
+// logit go through memory instead of 14.
+//
+// As in rows.cuh this is text for nvcc and for tests/cuda_host. The GEMM stands in hopper.cu; what
+// makes rows of its spans in span_rows.cuh.
+#pragma once
+
+#include "rows.cuh"
+
+namespace lolkernels::cuda {
+
+constexpr int kSpan = 256;  // columns
+constexpr int kQuad = 4;    // threads that share a row of a span
+constexpr int kHeld = kSpan / kQuad;
+
+__host__ __device__ __forceinline__ int64_t span_count(int64_t cols) {
+  return (cols + kSpan - 1) / kSpan;
+}
+
+// How wgmma's accumulators of 64 rows and 256 columns fall to the 128 threads of a warpgroup: the
+// thread holds 64 columns of two rows, eight apart.
+__host__ __device__ __forceinline__ int held_row(int thread, int half) {
+  return thread / kWarp * 16 + thread % kWarp / kQuad + 8 * half;
+}
+__host__ __device__ __forceinline__ int held_column(int thread, int i) {
+  return i / 2 * 8 + thread % kQuad * 2 + i % 2;
+}
+
+// Two neighbours, the first in the lower half.
+template <typename Out>
+__device__ __forceinline__ uint32_t narrow_pair(float x, float y) {
+  Out pair[2];
+  narrow(x, &pair[0]);
+  narrow(y, &pair[1]);
+  uint32_t word;
+  memcpy(&word, pair, sizeof(word));
+  return word;
+}
+
+// Four threads hold columns 2q, 2q + 1 of four groups of eight; afterwards thread q holds group q.
+__device__ __forceinline__ void gather_groups(uint32_t (&words)[kQuad], int q) {
+#pragma unroll
+  for (int step = 1; step < kQuad; step *= 2) {
+    const bool upper = (q & step) != 0;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (i & step) continue;
+      const uint32_t sent = upper ? words[i] : words[i + step];
+      const uint32_t got = __shfl_xor_sync(kEveryLane, sent, step);
+      words[i] = upper ? got : words[i];
+      words[i + step] = upper ? words[i + step] : got;
+    }
+  }
+}
+
+// One row of one span: x holds the thread's accumulators (held_column) and is used up. All threads
+// of a warp call it together, those whose row is past the last one too.
+template <typename Out>
+__device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t row, int64_t span,
+                                            float (&x)[kHeld]) {
+  const int q = static_cast<int>(threadIdx.x) % kQuad;
+  const int64_t rows = args.spans.rows, begin = span * kSpan;
+  const bool inside = row < rows;
+  const int64_t rest = args.spans.cols - begin;
+  const int left = rest < kSpan ? static_cast<int>(rest) : kSpan;
+
+  if (args.bias != nullptr) {
+    const float* bias = args.bias + begin + 2 * q;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) x[i] += bias[held_column(0, i)];
+  }
+
+  // Few spans of a row hold its label.
+  const int64_t label = inside ? args.labels[row] - begin : -1;
+  if (label >= 0 && label < left && label / 2 % kQuad == q) {
+    const int at = static_cast<int>(label) - 2 * q;
+    float at_label = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (held_column(0, i) == at) at_label = x[i];
+    }
+    const Logit y =
+        args.map.capped ? logit<true>(at_label, args.map) : logit<false>(at_label, args.map);
+    args.target_logit[row] = y.z;
+    args.target_slope[row] = y.slope;
+  }
+
+  float top = -HUGE_VALF;
+  if (args.map.capped) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) x[i] = logit<true>(x[i], args.map).z;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) x[i] *= args.map.gain;
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (held_column(0, i) >= left - 2 * q) x[i] = -HUGE_VALF;
+    top = fmaxf(top, x[i]);  // skips nan
+  }
+#pragma unroll
+  for (int step = 1; step < kQuad; step *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kEveryLane, top, step));
+  }
+
+  const float base = finite_or_zero(top), per_unit = args.map.capped ? 1.0f / args.map.outer : 0.0f;
+  // Ones, the maximum's among them, are counted apart: beside them small terms would be lost, of
+  // which the log-prob of a confident label is made. Four sums at a time make shorter chains.
+  float ones = 0.0f, total[kQuad] = {}, dev[kQuad] = {};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float z = x[i], e = fast_exp(z - base), t = z * per_unit;
+    if (e == 1.0f) {
+      ones += 1.0f;
+    } else {
+      total[i % kQuad] += e;
+    }
+    dev[i % kQuad] += e * depth(z, base);
+    x[i] = e == 0.0f ? 0.0f : e * (1.0f - t * t);  // the slope: 1 - tanh^2, or 1
+  }
+  float sum = (total[0] + total[1]) + (total[2] + total[3]);
+  float deviation = (dev[0] + dev[1]) + (dev[2] + dev[3]);
+#pragma unroll
+  for (int step = 1; step < kQuad; step *= 2) {
+    ones += __shfl_xor_sync(kEveryLane, ones, step);
+    sum += __shfl_xor_sync(kEveryLane, sum, step);
+    deviation += __shfl_xor_sync(kEveryLane, deviation, step);
+  }
+  if (inside && q == 0) {
+    const int64_t plane = span_count(args.spans.cols) * rows;
+    float* part = args.spans.parts + span * rows + row;
+    part[0] = top;
+    part[plane] = sum + (ones - held(top));
+    part[2 * plane] = deviation;
+  }
+
+  if (args.spans.data == nullptr) return;
+  Out* out = static_cast<Out*>(args.spans.data) + row * args.spans.row_stride + begin;
+#pragma unroll
+  for (int g = 0; g < kHeld / 8; ++g) {
+    uint32_t words[kQuad];
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      words[k] = narrow_pair<Out>(x[8 * g + 2 * k], x[8 * g + 2 * k + 1]);
+    }
+    gather_groups(words, q);
+    const int column = (kQuad * g + q) * 8;
+    if (inside && column < left) {
+      store_16_bytes(out + column, words);
+    }
+  }
+}
+
+}  // namespace lolkernels::cuda
