@@ -72,7 +72,7 @@ def backend(library: Path) -> ModuleType:
         if bias is not None:
             bias = torch.nn.functional.pad(bias.float(), (0, -v % SPAN))
         dtype = torch.bfloat16 if out is None else out.dtype
-        status = host.host_linear_spans(
+        status = n and host.host_linear_spans(
             *(address(products), ctypes.c_int64(products.stride(0))),
             *(held(out, dtype, n, v), address(parts), address(bias), address(labels.contiguous())),
             *(scaling(**options), address(result)),
@@ -97,7 +97,7 @@ def backend(library: Path) -> ModuleType:
         given = (labels, spans.target_logit, spans.target_slope, lse, coef)
         vectors = [t.contiguous() for t in given]
         place = held(x, x.dtype, *x.shape)
-        status = host.host_span_dlogits(
+        status = len(x) and host.host_span_dlogits(
             place, address(spans.parts), *(address(t) for t in vectors), scaling(**options)
         )
         assert status == 0
