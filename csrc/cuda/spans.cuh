@@ -63,6 +63,7 @@ __device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t
   const int64_t rows = args.spans.rows, begin = span * kSpan;
   const bool inside = row < rows;
   const int64_t rest = args.spans.cols - begin;
+  if (rest <= 0) return;  // a tile that only fills up a cluster
   const int left = rest < kSpan ? static_cast<int>(rest) : kSpan;
 
   if (args.bias != nullptr) {

@@ -47,8 +47,9 @@ int host_linear_spans(const float* products, int64_t stride, const int64_t* held
   float *target = result, *slope = result + 4 * s.rows;
   const LinearSpansArgs args{s,      bias, adjacent(labels), make_logit_map(map[0], map[1], map[2]),
                              target, slope};
-  const auto tiles = static_cast<unsigned>((s.rows + kRows - 1) / kRows);
-  const auto columns = static_cast<unsigned>(cuda::span_count(s.cols));
+  // One more of each: a GEMM's tiles may go beyond the matrix.
+  const auto tiles = static_cast<unsigned>((s.rows + kRows - 1) / kRows + 1);
+  const auto columns = static_cast<unsigned>(cuda::span_count(s.cols) + 1);
   const cudaError_t status = s.dtype == DType::bf16
                                  ? cuda::launch(finish_kernel<__nv_bfloat16>, tiles, columns,
                                                 kThreads, nullptr, args, products, stride)
