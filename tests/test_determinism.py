@@ -11,7 +11,7 @@ import lolkernels as lk
 from lolkernels import objectives
 from lolkernels.testing import eager, peaky
 
-BACKENDS = ["cpu", "triton", "reference"]
+BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
 OFTEN = ["cpu", "reference"]  # Triton's interpreter is slow: 20 runs, in test_triton
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 
