@@ -50,6 +50,8 @@ def build() -> Path:
     library = ROOT / "build" / "cuda_host" / f"{digest.hexdigest()[:24]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
+        for older in library.parent.glob("*.so"):
+            older.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             os.replace(compile_host(ROOT, Path(folder) / "host.so", "-O2"), library)
     return library

@@ -12,6 +12,7 @@ from on_device import (
     a_lol,
     each_dtype,
     each_kernel,
+    each_row_kernel,
     leaves,
     loss_inputs,
     peaky,
@@ -37,7 +38,7 @@ def some_labels(v: int) -> Tensor:
     return labels
 
 
-@each_kernel
+@each_row_kernel
 @each_dtype
 @each_v
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -52,7 +53,7 @@ def test_rows(softcap: float, v: int, dtype: torch.dtype, backend: str) -> None:
         assert torch.equal(x, out)
 
 
-@each_kernel
+@each_row_kernel
 @each_v
 @pytest.mark.parametrize("narrow", HALF, ids=str)
 def test_half_precision_over_fp32(narrow: torch.dtype, v: int, backend: str) -> None:
@@ -65,7 +66,7 @@ def test_half_precision_over_fp32(narrow: torch.dtype, v: int, backend: str) -> 
     assert out.isfinite().all()
 
 
-@each_kernel
+@each_row_kernel
 @pytest.mark.parametrize("ratio", [0, 1, 2])
 @pytest.mark.parametrize("with_ref", [True, False])
 def test_coefficients(with_ref: bool, ratio: int, backend: str) -> None:
