@@ -26,9 +26,12 @@ ROWS = [
 WHOLE_ROWS = {name for name, module in TABLE.items() if module.WHOLE_ROWS}
 
 
-def corpus(pairs: list[tuple[str, str]]) -> list[Any]:
-    """Pairs of backends by blocks of the corpus; those of a GPU are slow on a CPU."""
-    quick = (150, 50, BLOCK)  # of a pair with none of those, one or two
+def corpus(pairs: list[tuple[str, str]], both: int = 0) -> list[Any]:
+    """Pairs of backends by blocks of the corpus; those of a GPU are slow on a CPU.
+
+    Of a pair of two such backends ``both`` cases are for every run.
+    """
+    quick = (150, 50, both)
     return [
         pytest.param(
             first,
@@ -66,7 +69,7 @@ def row_case(seed: int) -> tuple[Tensor, Tensor, list[Tensor], dict[str, float],
     return logits.to(r.choice(HALF)), labels, abc, options, r
 
 
-@pytest.mark.parametrize(("first", "second", "start"), corpus(PAIRS))
+@pytest.mark.parametrize(("first", "second", "start"), corpus(PAIRS, both=BLOCK))
 def test_row_functions(first: str, second: str, start: int) -> None:
     for seed in range(start, start + BLOCK):
         logits, labels, abc, options, r = row_case(seed)

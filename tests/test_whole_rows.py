@@ -1,8 +1,8 @@
 """The driver's GPU walk, on the CPU: tiles as wide as the vocabulary, and checks that do not wait.
 
-The reference backend stands in for a GPU's: it is told to take whole rows. The first tests walk with
-the CUDA kernels too, as g++ compiles them. (What Triton's kernels compute is in test_backends_*.py
-and test_backends_agree.py.)
+The reference backend stands in for a GPU's: it is told to take whole rows. The first tests walk
+with the CUDA kernels too, as g++ compiles them. (What Triton's kernels compute is in
+test_backends_*.py and test_backends_agree.py.)
 """
 
 import math
