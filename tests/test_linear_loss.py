@@ -31,7 +31,7 @@ BLOCK = 25
 COUNTS = {
     "cpu": (300, 2000),
     "triton": (25, 300),
-    "cuda_host": (75, 600),
+    "cuda_host": (75, 300),
     "reference": (300, 2000),
 }
 CASES = [
