@@ -2,10 +2,13 @@
 
     PYTHONPATH=.:python python3 tests/run_gpu.py
 
-1. a matrix: every backend x dtype x op on the device, against float64
-2. pytest -m 'gpu and not slow' on tests/gpu, a process for each file: a failed kernel spoils one
+1. on a GPU, unless they are there and newer than csrc: the CUDA kernels, built in place with nvcc
+   (PATH, CUDA_HOME) for this device alone
+2. seconds from import to the first result, in processes of their own: measured, not judged
+3. a matrix: every backend x dtype x op on the device, against float64
+4. pytest -m 'gpu and not slow' on tests/gpu, a process for each file: a failed kernel spoils one
    file, not the rest
-3. compute-sanitizer, four tools, on the tests named `sanitizer`
+5. compute-sanitizer, four tools, on the tests named `sanitizer`
 
 Writes OUT.json and OUT.md after each step (default: benchmarks/results/<device>-tests).
 Exit status: 0 all passed, 1 something failed, 2 it could not run. What follows `--` goes to pytest.
@@ -40,9 +43,97 @@ from lolkernels import testing
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "gpu and not slow"
 ENOUGH = 5  # seconds: with less left nothing is begun
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OPS = ("linear_loss", "linear_loss frozen", "linear_logprob", "score", "logprob")
 LENGTHS = [1, 40, 7, 64, 16]
+NEVER_RAN = "a process of its own printed no numbers"
+
+
+# --- the CUDA kernels -----------------------------------------------------------------------------
+
+
+def build(seconds: float) -> dict[str, Any]:
+    """{"result": built | there | not built | failed, "seconds", "text"}.
+
+    Before the backends are asked: what they say of themselves is remembered.
+    """
+    library = ROOT / "lolkernels" / "_CUDA.abi3.so"
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()] + [ROOT / "setup.py"]
+    newest = max(p.stat().st_mtime for p in sources)
+    if library.exists() and library.stat().st_mtime >= newest:
+        return {"result": "there", "seconds": 0.0, "text": "newer than their sources"}
+    if torch.version.cuda is None:
+        return {"result": "not built", "seconds": 0.0, "text": "this torch is not for NVIDIA GPUs"}
+    major, minor = torch.cuda.get_device_capability()
+    target = f"{major}.{minor}{'a' if major == 9 else ''}"
+    target = os.environ.get("TORCH_CUDA_ARCH_LIST") or target
+    began = time.monotonic()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code, output = run(command, seconds, TORCH_CUDA_ARCH_LIST=target)
+    taken = round(time.monotonic() - began, 1)
+    if code == 0 and library.exists() and library.stat().st_mtime >= newest:
+        return {"result": "built", "seconds": taken, "text": f"for sm {target}"}
+    said = [line for line in output.splitlines() if "is built without its CUDA" in line]
+    text = shorten(said[0] if said else output[-600:], 600)
+    wanting = "no nvcc" in text or "LOLKERNELS_BUILD_CUDA=0" in text
+    return {"result": "not built" if wanting else "failed", "seconds": taken, "text": text}
+
+
+# --- from import to the first result --------------------------------------------------------------
+
+STEPS = ("import torch", "import lolkernels", "device", "first loss", "second loss")
+FIRST = """
+import json, sys, time
+device, backend = sys.argv[1:]
+times = [time.perf_counter()]
+tick = lambda: times.append(time.perf_counter())
+import torch
+tick()
+import lolkernels as lk
+tick()
+hidden = torch.randn(64, 128, device=device, dtype=torch.bfloat16).requires_grad_()
+weight = torch.randn(1000, 128, device=device, dtype=torch.bfloat16).requires_grad_()
+labels = torch.arange(64, device=device)
+seq = lk.Sequences.from_lengths([40, 24]).to(device)
+side = {"ref_logps": torch.full((64,), -9.0, device=device)}
+side["advantages"] = torch.ones(2, device=device)
+float(hidden.detach().sum())
+tick()
+for _ in range(2):
+    loss = lk.linear_loss(
+        lk.objectives.a_lol, hidden, weight, labels, seq, backend=backend, **side
+    )
+    loss.backward()
+    assert hidden.grad.isfinite().all() and loss.isfinite()
+    tick()
+print(json.dumps([b - a for a, b in zip(times, times[1:])]))
+"""
+
+
+def first_results(device: str, seconds: float) -> list[dict[str, Any]]:
+    """A row for each backend and for what its process finds of files and of compiled kernels."""
+    rows = []
+    until = time.monotonic() + seconds
+    for backend in ("cuda", "triton"):
+        why, module = lk.available_backends()[backend], lk.backends.TABLE[backend]
+        if why is None and device not in module.DEVICES:
+            why = f"takes tensors on {', '.join(module.DEVICES)}"
+        if why is not None:
+            rows.append({"backend": backend, "process": "", "skipped": why})
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            for process in ("first", "second"):
+                command = [sys.executable, "-c", FIRST, device, backend]
+                code, output = run(command, until - time.monotonic(), TRITON_CACHE_DIR=cache)
+                lines = output.splitlines()
+                row: dict[str, Any] = {"backend": backend, "process": process}
+                if code == 0 and lines and lines[-1].startswith("["):
+                    row["seconds"] = dict(zip(STEPS, json.loads(lines[-1]), strict=True))
+                else:
+                    row["skipped"] = f"{NEVER_RAN}: {shorten(' '.join(lines[-4:]), 400)}"
+                rows.append(row)
+    return rows
 
 
 # --- the matrix -----------------------------------------------------------------------------------
@@ -183,6 +274,13 @@ def read_junit(path: Path) -> dict[str, Any]:
     return found
 
 
+def passed_backends(path: Path) -> list[str]:
+    """The backends whose name is a parameter of a test that passed."""
+    passed = [c.get("name", "") for c in ET.parse(path).iter("testcase") if len(c) == 0]
+    words = {word for name in passed for word in re.split(r"[\[\]-]", name)}
+    return [name for name in lk.backends.TABLE if name in words]
+
+
 def shorten(text: str | None, size: int = 300) -> str:
     return " ".join((text or "").split())[:size]
 
@@ -190,7 +288,7 @@ def shorten(text: str | None, size: int = 300) -> str:
 def run_file(path: Path, seconds: float, extra: list[str], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARK]
+        command = [*PYTEST, "-m", MARK]
         began = time.monotonic()
         command += [f"--junitxml={junit}", *extra, str(path)]
         code, output = run(command, seconds, LOLKERNELS_TEST_DEVICE=device)
@@ -221,12 +319,18 @@ def sanitize(program: str, tool: str, seconds: float, folder: Path) -> dict[str,
     """One tool over the small subset. Any report is a failure, and so is a red test."""
     command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
     command += ["--target-processes", "all"]
-    command += [sys.executable, "-m", "pytest", "-q", "-m", MARK, "-k", "sanitizer"]
-    command += ["-p", "no:cacheprovider", str(folder)]
+    own = folder / "test_sanitizer.py"
+    command += [*PYTEST, "-m", MARK, "-k", "sanitizer", str(own if own.exists() else folder)]
     began = time.monotonic()
-    # Each tensor is an allocation of its own, so that the tool sees where one ends.
-    code, output = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    with tempfile.TemporaryDirectory() as scratch:
+        junit = Path(scratch) / "junit.xml"
+        # Each tensor is an allocation of its own, so that the tool sees where one ends.
+        code, output = run(
+            [*command, f"--junitxml={junit}"], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        launched = passed_backends(junit) if junit.exists() else []
     found: dict[str, Any] = {"tool": tool, "seconds": round(time.monotonic() - began, 1)}
+    found["backends"] = launched
     summary = re.findall(r"=+ (\w+ SUMMARY: .*)", output)
     reports = [line for line in output.splitlines() if line.startswith("=========")]
     tests = re.findall(r"^\d+ (?:passed|failed|skipped|deselected).*", output, re.MULTILINE)
@@ -313,6 +417,20 @@ def markdown(record: dict[str, Any]) -> str:
     lines[2:4] = ["".join(lines[2:4])]
     if found:
         lines += ["", "## Failures", "", *(f"* {line}" for line in found)]
+    if record["build"]:
+        lines += ["", "## The CUDA kernels", ""]
+        lines.append("{result} in {seconds} s: {text}".format(**record["build"]))
+    if record["first"]:
+        lines += ["", "## Seconds from import to the first result", ""]
+        lines.append("Two processes each: the first finds no compiled kernel in Triton's cache.")
+        lines += ["", "| backend | process | " + " | ".join(STEPS) + " | all but the last |"]
+        lines.append("|---|---|" + "---:|" * (len(STEPS) + 1))
+    for row in (row for row in record["first"] if "seconds" in row):
+        taken = [row["seconds"][step] for step in STEPS]
+        cells = [row["backend"], row["process"], *(f"{t:.2f}" for t in (*taken, sum(taken[:-1])))]
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [row for row in record["first"] if "skipped" in row]
+    lines += ["", *(f"* {row['backend']}: skipped, {row['skipped']}" for row in missing)]
     lines += ["", "## Backends on the device", ""]
     sound = {}
     for row in record["matrix"]:
@@ -335,7 +453,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines += ["", *(f"* skipped: {reason}" for reason in reasons)]
     lines += ["", "## compute-sanitizer", ""]
     for tool in record["sanitizer"]:
-        about = " ".join(part for part in (tool.get("tests", ""), tool["text"]) if part)
+        ran = f"of {', '.join(tool['backends'])}." if tool.get("backends") else ""
+        about = " ".join(part for part in (tool.get("tests", ""), ran, tool["text"]) if part)
         lines.append(f"* {tool['tool']}: {tool['result']}. {about}")
     return "\n".join(lines) + "\n"
 
@@ -383,14 +502,24 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytest") is None:
         print(f"{sys.executable} has no pytest: make test-gpu PYTHON=... with one that has it")
         return 2
+    built = build(min(240.0, until - time.monotonic())) if a.device == "cuda" else {}
+    if built:
+        print(f"the CUDA kernels: {built}")
     about = header(a.device, a.commit)
     out = a.out or ROOT / "benchmarks" / "results" / f"{slug(about['device'])}-tests"
     record: dict[str, Any] = {"header": about, "matrix": [], "files": [], "sanitizer": []}
-    record["problems"] = []
+    record |= {"build": built, "first": [], "problems": []}
+    if built.get("result") == "failed":
+        record["problems"].append(f"the CUDA kernels were not built: {built['text']}")
+    save(record, out)
 
     if not a.no_matrix:
+        record["first"] = first_results(a.device, min(90.0, until - time.monotonic()))
+        for row in record["first"]:
+            print(row)
         command = [sys.executable, __file__, "--matrix", "--device", a.device]
-        code, output = run(command, min(180.0, until - time.monotonic()))
+        longest = 180.0 if a.device == "cuda" else 600.0  # Triton's interpreter is slow
+        code, output = run(command, min(longest, until - time.monotonic()))
         lines = output.splitlines()
         if code == 0 and lines and lines[-1].startswith("["):
             record["matrix"] = json.loads(lines[-1])

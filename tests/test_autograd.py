@@ -12,14 +12,15 @@ from torch.autograd import gradcheck
 
 import lolkernels as lk
 from lolkernels import objectives, testing
+from lolkernels.backends import TABLE
 from lolkernels.objectives import PerSequence
 from lolkernels.testing import eager, peaky
 
 LENGTHS = [2, 3, 1]
 N, D, V = 6, 3, 7
 HALF = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ["cpu", "triton", "reference"]
-DTYPES = {"cpu": HALF, "triton": (torch.float32, torch.float16), "reference": HALF}
+BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
+DTYPES = dict.fromkeys(BACKENDS, HALF) | {"triton": (torch.float32, torch.float16)}
 
 
 def smooth_objective(
@@ -301,7 +302,9 @@ def test_every_requires_grad_pattern(
         if not wanted:
             assert leaf.grad is None
         elif name == "linear_loss":  # another path may form the same gradient in another order
-            testing.accept_gradient(leaf.grad, whole, whole.double(), size=10.0)
+            # Over whole rows the gradients of half-precision logits are rounded on the way.
+            size = 100.0 if TABLE[backend].WHOLE_ROWS and dtype != torch.float32 else 10.0
+            testing.accept_gradient(leaf.grad, whole, whole.double(), size=size)
         else:
             assert torch.equal(leaf.grad, whole)
 

@@ -16,18 +16,28 @@ from lolkernels.testing import LAYOUTS, LOGPROB_ATOL, VOCABULARIES, RedZones, ea
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 CORPUS = 500
 BLOCK = 25
-# These have the row functions of triton and cuda: they differ in whole calls alone.
-ROWS = [name for name in TABLE if name not in ("triton_onchip", "cuda_hopper")]
+# Those that take the CPU's tensors; triton_onchip has triton's row functions: it differs in whole
+# calls alone.
+ROWS = [
+    name
+    for name, m in TABLE.items()
+    if name != "triton_onchip" and (m.DEVICES is None or "cpu" in m.DEVICES)
+]
+WHOLE_ROWS = {name for name, module in TABLE.items() if module.WHOLE_ROWS}
 
 
-def corpus(pairs: list[tuple[str, str]]) -> list[Any]:
-    """Pairs of backends by blocks of the corpus; Triton's interpreter is slow."""
+def corpus(pairs: list[tuple[str, str]], both: int = 0) -> list[Any]:
+    """Pairs of backends by blocks of the corpus; those of a GPU are slow on a CPU.
+
+    Of a pair of two such backends ``both`` cases are for every run.
+    """
+    quick = (150, 50, both)
     return [
         pytest.param(
             first,
             second,
             start,
-            marks=() if start < (50 if "triton" in first + second else 150) else pytest.mark.slow,
+            marks=() if start < quick[len({first, second} & WHOLE_ROWS)] else pytest.mark.slow,
             id=f"{first}-{second}-{start}",
         )
         for first, second in pairs
@@ -59,7 +69,7 @@ def row_case(seed: int) -> tuple[Tensor, Tensor, list[Tensor], dict[str, float],
     return logits.to(r.choice(HALF)), labels, abc, options, r
 
 
-@pytest.mark.parametrize(("first", "second", "start"), corpus(PAIRS))
+@pytest.mark.parametrize(("first", "second", "start"), corpus(PAIRS, both=BLOCK))
 def test_row_functions(first: str, second: str, start: int) -> None:
     for seed in range(start, start + BLOCK):
         logits, labels, abc, options, r = row_case(seed)
@@ -186,7 +196,7 @@ def test_whole_calls(first: str, second: str, start: int) -> None:
             # Each may be rounded once, and each knows what cancels to its statistics' accuracy.
             top = float(b.abs().max())
             # Where tiles are whole rows the gradients of the logits are rounded as well.
-            roundings = 4 if "triton" in first + second else 2
+            roundings = 4 if {first, second} & WHOLE_ROWS else 2
             atol = roundings * testing.GRADIENT_TOL[b.dtype] * top + 4e-5 * size + 1.2e-7
 
             def judge(x: Tensor, b: Tensor = b, atol: float = atol) -> list[str]:

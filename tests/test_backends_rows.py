@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import cuda_host_backend as cuda_host
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +20,13 @@ needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu
 needs_triton = pytest.mark.skipif(
     triton.why_unavailable() is not None, reason=str(triton.why_unavailable())
 )
+needs_host = pytest.mark.skipif(
+    cuda_host.why_unavailable() is not None, reason=str(cuda_host.why_unavailable())
+)
 BACKENDS = [
     pytest.param(cpu, marks=needs_cpu, id="cpu"),
     pytest.param(triton, marks=needs_triton, id="triton"),
+    pytest.param(cuda_host, marks=needs_host, id="cuda_host"),
     pytest.param(reference, id="reference"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,7 +202,7 @@ def test_a_wrong_result_is_noticed() -> None:
             fuzz_case(rewriting(change), seed=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", BACKENDS[:3])
 @pytest.mark.parametrize("v", [50257, 262144])
 def test_the_error_does_not_grow_with_the_vocabulary(v: int, backend: ModuleType) -> None:
     for shift in (0.0, 100.0):

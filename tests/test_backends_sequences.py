@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from types import ModuleType
 
+import cuda_host_backend as cuda_host
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu
 needs_triton = pytest.mark.skipif(
     triton.why_unavailable() is not None, reason=str(triton.why_unavailable())
 )
+needs_host = pytest.mark.skipif(
+    cuda_host.why_unavailable() is not None, reason=str(cuda_host.why_unavailable())
+)
 BACKENDS = [
     pytest.param(cpu, marks=needs_cpu, id="cpu"),
     pytest.param(triton, marks=needs_triton, id="triton"),
+    pytest.param(cuda_host, marks=needs_host, id="cuda_host"),
     pytest.param(reference, id="reference"),
 ]
 INF, NAN = math.inf, math.nan

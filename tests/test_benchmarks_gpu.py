@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,3 +262,73 @@ def test_the_runner_reads_the_sanitizer(
     assert [row["result"] for row in found.values()] == ["passed", "failed", "failed", "not run"]
     assert "2 hazards" in found["racecheck"]["text"] and "0 errors" in found["memcheck"]["text"]
     assert "stopped after" in found["initcheck"]["text"]
+
+
+SETUP = """
+import os, pathlib, sys
+assert sys.argv[1:] == ["build_ext", "--inplace"]
+{action}
+"""
+
+
+def test_the_runner_builds_the_cuda_kernels_for_its_device(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(runner.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    library = tmp_path / "lolkernels" / "_CUDA.abi3.so"
+    for folder in ("csrc/cuda", "lolkernels"):
+        (tmp_path / folder).mkdir(parents=True)
+    source = tmp_path / "csrc" / "cuda" / "ops.cu"
+    source.write_text("")
+
+    def outcome(action: str) -> dict[str, Any]:
+        (tmp_path / "setup.py").write_text(SETUP.format(action=action))
+        found: dict[str, Any] = runner.build(60.0)
+        return found
+
+    none = outcome("print('lolkernels is built without its CUDA kernels (there is no nvcc)')")
+    assert none["result"] == "not built" and "no nvcc" in none["text"]
+    bad = outcome("print('lolkernels is built without its CUDA kernels (nvcc failed: x)')")
+    assert bad["result"] == "failed" and "nvcc failed: x" in bad["text"]
+    assert outcome("raise SystemExit('no setuptools')")["result"] == "failed"
+    made = outcome(f"pathlib.Path({str(library)!r}).write_text(os.environ['TORCH_CUDA_ARCH_LIST'])")
+    assert made["result"] == "built" and library.read_text() == "9.0a"
+    assert runner.build(60.0)["result"] == "there"
+    later = library.stat().st_mtime + 9
+    os.utime(source, (later, later))
+    assert outcome("pass")["result"] == "failed"  # the object is older than its source
+
+
+def test_the_runner_measures_the_first_result(
+    runner: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", runner.FIRST, "cpu", "reference"]
+    code, output = runner.run(command, 120.0)
+    assert code == 0, output
+    seconds = json.loads(output.splitlines()[-1])
+    assert len(seconds) == len(runner.STEPS) and min(seconds) >= 0 and seconds[0] > 0.01
+
+    module = SimpleNamespace(DEVICES=("cpu",))
+    monkeypatch.setattr(runner.lk.backends, "TABLE", {"cuda": module, "triton": module})
+    monkeypatch.setattr(runner.lk, "available_backends", lambda: {"cuda": None, "triton": "gone"})
+    monkeypatch.setattr(runner, "FIRST", "print([1.0, 2.0, 3.0, 4.0, 5.0])")
+    rows = runner.first_results("cpu", 60.0)
+    assert [row["process"] for row in rows] == ["first", "second", ""]
+    assert rows[0]["seconds"]["first loss"] == 4.0 and rows[2]["skipped"] == "gone"
+    monkeypatch.setattr(runner, "FIRST", "raise SystemExit('no device')")
+    assert "no device" in runner.first_results("cpu", 60.0)[0]["skipped"]
+
+
+def test_the_sanitizers_report_names_the_backends_that_ran(
+    runner: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(
+        '<s><testcase name="test_rows[0.0-1-dtype0-triton]"/>'
+        '<testcase name="test_rows[0.0-1-dtype0-cuda]"><skipped/></testcase>'
+        '<testcase name="test_x[cpu]"><failure/></testcase></s>'
+    )
+    assert runner.passed_backends(path) == ["triton"]

@@ -16,10 +16,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import test_cuda_host
 import torch
+from cuda_host_backend import CODES, CXX, ROOT, compile_host
 from test_backends_rows import close, logit_map, true_gradient, true_stats, zoned
-from test_cuda_host import CXX, FLAGS, NORESERVE, ROOT, SANITIZE
+from test_cuda_host import NORESERVE, SANITIZE
 from test_whole_rows import LiveBytes
 from torch import Tensor
 
@@ -41,11 +41,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
 
 
 def compile_spans(library: Path, *flags: str) -> Path:
-    source = ROOT / "tests" / "cuda_host" / "spans.cpp"
-    command = [CXX, *FLAGS, *flags, "-shared", f"-I{source.parent}", "-o", library, source]
-    done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return library
+    return compile_host(ROOT, library, *flags, name="spans.cpp")
 
 
 def backend(library: Path) -> ModuleType:
@@ -58,7 +54,7 @@ def backend(library: Path) -> ModuleType:
 
     def held(x: Tensor | None, dtype: torch.dtype, n: int, v: int) -> Any:
         data, stride = (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-        return (ctypes.c_int64 * 5)(data, test_cuda_host.CODES[dtype], n, v, stride)
+        return (ctypes.c_int64 * 5)(data, CODES[dtype], n, v, stride)
 
     def scaling(scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0) -> Any:
         return (ctypes.c_double * 3)(scale, softcap, temperature)

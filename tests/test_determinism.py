@@ -11,7 +11,7 @@ import lolkernels as lk
 from lolkernels import objectives
 from lolkernels.testing import eager, peaky
 
-BACKENDS = ["cpu", "triton", "reference"]
+BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
 OFTEN = ["cpu", "reference"]  # Triton's interpreter is slow: 20 runs, in test_triton
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,7 +75,7 @@ def run(call: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", OFTEN)
+@pytest.mark.parametrize("backend", [*OFTEN, pytest.param("cuda_host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_250_forwards_and_50_backwards_are_bit_equal(
     name: str, backend: str, dtype: torch.dtype

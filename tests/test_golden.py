@@ -51,7 +51,7 @@ KEPT_DIFFERENCES = {"hh.a_lol_ref_free.c3"}  # trains on a negative advantage; o
 FAMILY = {e["key"]: e for e in ENTRIES if e["source"] in ("hh", "pg")}
 AGREEING = [key for key in FAMILY if key not in KEPT_DIFFERENCES]
 # Triton's interpreter is slow: one case of each objective in every run, all in the exhaustive one.
-KERNELS = [("cpu", key) for key in AGREEING] + [
+KERNELS = [(backend, key) for backend in ("cpu", "cuda_host") for key in AGREEING] + [
     pytest.param("triton", key, marks=() if re.fullmatch(r"hh\..*\.c0", key) else pytest.mark.slow)
     for key in AGREEING
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives, testing
+from lolkernels.backends import TABLE
 from lolkernels.objectives import PerSequence, PerToken
 from lolkernels.testing import LAYOUTS, Problem, RedZones, eager, fuzz, peaky
 
@@ -21,12 +22,18 @@ HALF = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {
     "cpu": HALF,
     "triton": (torch.float32, torch.float16),  # the interpreter cuts bfloat16 off: see test_triton
+    "cuda_host": HALF,
     "reference": (*HALF, torch.float64),
 }
 REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
 BLOCK = 25
-# Triton's interpreter is slow: fewer cases, and most of those in the exhaustive run.
-COUNTS = {"cpu": (300, 2000), "triton": (25, 300), "reference": (300, 2000)}
+# Kernels in an interpreter are slow: fewer cases, and most of those in the exhaustive run.
+COUNTS = {
+    "cpu": (300, 2000),
+    "triton": (25, 300),
+    "cuda_host": (75, 300),
+    "reference": (300, 2000),
+}
 CASES = [
     pytest.param(
         backend, start, marks=() if start < quick else pytest.mark.slow, id=f"{backend}-{start}"
@@ -134,20 +141,25 @@ def unfused(problem: Problem, drawn: Drawn, kind: torch.dtype | None) -> dict[st
 def rounded_sizes(sizes: dict[str, float], problem: Problem, drawn: Drawn) -> dict[str, float]:
     """Sizes (see gradient_sizes) for a walk that rounds the gradients of the logits.
 
-    Over whole rows they are rounded to float16, in units of the largest weight that the reduction
-    gives: an error of half a unit in the last place of each of n terms, which shows where the terms
-    cancel, and of half of float16's smallest number where coefficients are far below that weight.
+    Over whole rows they are rounded to the operands' dtype, of float16 in units of the largest
+    weight that the reduction gives: an error of half a unit in the last place of each of n terms,
+    which shows where the terms cancel, and of half of float16's smallest number where coefficients
+    are far below that weight. In dhidden one term, the label's, is most of the sum; of bfloat16 its
+    rounding is as large as that of the result.
     """
-    if not problem.hidden.dtype == problem.weight.dtype == torch.float16:
+    dtype = problem.hidden.dtype
+    if dtype != problem.weight.dtype or dtype not in (torch.bfloat16, torch.float16):
         return sizes
     h, w = float(problem.hidden.abs().max()), float(problem.weight.abs().max())
     (n, _), v = problem.hidden.shape, problem.weight.shape[0]
     weights = objectives.reduction_weights(drawn.seq, drawn.reduction)
-    tiny = 2.0**-25 * abs(drawn.upstream) * float(weights.max())
-    last = torch.finfo(torch.float16).eps / 2 / n**0.5
-    known = testing.STATISTICS_TOL[torch.float16]
+    bf16 = dtype == torch.bfloat16
+    tiny = 0.0 if bf16 else 2.0**-25 * abs(drawn.upstream) * float(weights.max())
+    last = torch.finfo(dtype).eps / 2 / n**0.5
+    known = testing.STATISTICS_TOL[dtype]
+    own = torch.finfo(dtype).eps / 4 if bf16 else 0.0
     return {
-        "hidden": sizes["hidden"] + tiny * v**0.5 * w / known,
+        "hidden": sizes["hidden"] * (1 + own / known) + tiny * v**0.5 * w / known,
         "weight": sizes["weight"] * (1 + last / known) + tiny * n**0.5 * h / known,
         "bias": sizes["bias"] * (1 + last / known) + tiny * n**0.5 / known,
     }
@@ -213,7 +225,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
 
     sizes = testing.gradient_sizes(problem, {"logps": true["coef"]})
-    if backend == "triton":
+    if TABLE[backend].WHOLE_ROWS:
         sizes = rounded_sizes(sizes, problem, drawn)
     # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
     longest = max(1, int(seq.lengths.max()))

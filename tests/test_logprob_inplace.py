@@ -14,7 +14,7 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight.requires_grad_(), torch.randint(V, (N,))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda_host", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_is_that_of_the_copying_backward(backend: str, dtype: torch.dtype) -> None:
     hidden, weight, labels = problem(dtype)

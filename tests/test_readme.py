@@ -75,9 +75,8 @@ def test_every_objective_of_the_table_exists_and_none_is_left_out() -> None:
 
 def test_every_backend_and_only_those_is_in_the_table() -> None:
     section = README.split("## Backends")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == set(
-        lk.available_backends()
-    )
+    offered = set(lk.available_backends()) - {"cuda_host"}  # the tests' own
+    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == offered
 
 
 def test_links_make_targets_and_verbs_exist(capsys: pytest.CaptureFixture[str]) -> None:

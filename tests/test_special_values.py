@@ -14,7 +14,7 @@ from lolkernels.backends import TABLE
 from lolkernels.testing import peaky
 
 INF, NAN = math.inf, math.nan
-BACKENDS = ["cpu", "triton", "reference"]
+BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
 HALF = [torch.float32, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Triton's interpreter is slow: its longest tables belong to the exhaustive run.

@@ -1,7 +1,8 @@
 """The driver's GPU walk, on the CPU: tiles as wide as the vocabulary, and checks that do not wait.
 
-The reference backend stands in for a GPU's: it is told to take whole rows. (What Triton's kernels
-compute is in test_backends_*.py and test_backends_agree.py.)
+The reference backend stands in for a GPU's: it is told to take whole rows. The first tests walk
+with the CUDA kernels too, as g++ compiles them. (What Triton's kernels compute is in
+test_backends_*.py and test_backends_agree.py.)
 """
 
 import math
@@ -46,7 +47,9 @@ def problem(dtype: torch.dtype = torch.float32, *, frozen: bool = False, bias: b
     return SimpleNamespace(hidden=hidden, weight=weight, bias=b, labels=labels, leaves=leaves)
 
 
-def a_lol(p: Any, lengths: list[int] = LENGTHS, **options: Any) -> tuple[Any, ...]:
+def a_lol(
+    p: Any, lengths: list[int] = LENGTHS, backend: str = "reference", **options: Any
+) -> tuple[Any, ...]:
     seq = lk.Sequences.from_lengths(lengths)
     advantages = torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7])[: len(lengths)]
     out = lk.linear_loss(
@@ -58,7 +61,7 @@ def a_lol(p: Any, lengths: list[int] = LENGTHS, **options: Any) -> tuple[Any, ..
         bias=p.bias,
         ref_logps=torch.linspace(-9, -5, sum(lengths)),
         advantages=advantages,
-        backend="reference",
+        backend=backend,
         return_outputs=True,
         **options,
     )
@@ -77,18 +80,31 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 BUDGETS = {"rows": 2 * V * 4, "groups": 14 * V * 4, "default": None}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+WALKERS = [
+    pytest.param(backend, dtype, id=f"{backend}-{dtype}")
+    for backend in ("reference", "cuda_host")
+    for dtype in TOLERANCE
+    if dtype in TABLE[backend].DTYPES
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), WALKERS)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_linear_loss_is_that_of_the_panels(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frozen: bool, bias: bool, budget: str
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtype: torch.dtype,
+    frozen: bool,
+    bias: bool,
+    budget: str,
 ) -> None:
     p = problem(dtype, frozen=frozen, bias=bias)
     options = {"memory_budget": BUDGETS[budget], "softcap": 20.0, "temperature": 0.8}
     want, want_grads = a_lol(p, **options)
     monkeypatch.setattr(reference, "WHOLE_ROWS", True)
-    got, got_grads = a_lol(p, **options)
+    got, got_grads = a_lol(p, backend=backend, **options)
     for a, b in zip(got, want, strict=True):
         close(a, b, min(TOLERANCE[dtype], 1e-5))  # the forward rounds nothing
     for a, b in zip(got_grads, want_grads, strict=True):
@@ -96,30 +112,30 @@ def test_linear_loss_is_that_of_the_panels(
         close(a, b, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), WALKERS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_linear_logprob_is_that_of_the_panels(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, budget: str
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, budget: str
 ) -> None:
     p = problem(dtype, bias=True)
     mask = torch.rand(N) < 0.7
 
-    def run() -> list[Tensor]:
+    def run(backend: str) -> list[Tensor]:
         out = lk.linear_logprob(
             p.hidden,
             p.weight,
             p.labels,
             bias=p.bias,
             mask=mask,
-            backend="reference",
+            backend=backend,
             memory_budget=BUDGETS[budget],
         )
         total = out.logps.sum() + 0.3 * out.entropy.sum() - 0.2 * out.lse.sum()
         return [*out, *torch.autograd.grad(total, p.leaves)]
 
-    want = run()
+    want = run("reference")
     monkeypatch.setattr(reference, "WHOLE_ROWS", True)
-    got = run()
+    got = run(backend)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         close(a, b, min(TOLERANCE[dtype], 1e-5) if i < 4 else TOLERANCE[dtype])
 
@@ -151,21 +167,23 @@ def test_without_fp32_products_of_half_precision_the_panels_serve(
     assert calls and set(calls) == {torch.float32}
 
 
+@pytest.mark.parametrize("backend", ["reference", "cuda_host"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_rows_are_aligned_and_their_gradients_lie_over_them(
-    whole_rows: None, monkeypatch: pytest.MonkeyPatch
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str
 ) -> None:
     seen = []
 
     def spy(x: Tensor, *args: Any, out: Tensor | None = None, **options: Any) -> Tensor:
-        assert out is not None and out.dtype == torch.bfloat16 and out.shape == x.shape
+        assert out is not None and out.dtype == dtype and out.shape == x.shape
         assert out.data_ptr() == x.data_ptr() and out.stride() == (2 * x.stride(0), 1)
         assert x.dtype == torch.float32 and x.stride(0) % 16 == 0 and x.shape[1] == V
         seen.append(x.shape[0])
         return real(x, *args, out=out, **options)
 
-    real = reference.dlogits_
-    monkeypatch.setattr(reference, "dlogits_", spy)
-    a_lol(problem(torch.bfloat16))
+    real = TABLE[backend].dlogits_
+    monkeypatch.setattr(TABLE[backend], "dlogits_", spy)
+    a_lol(problem(dtype), backend=backend)
     assert sum(seen) == 28  # the tokens of sequences with an advantage
 
 

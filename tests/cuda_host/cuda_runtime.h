@@ -5,6 +5,7 @@
 // threads cannot all go on is a deadlock and ends the process.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -44,9 +46,29 @@ namespace cuda_host {
 constexpr int kWarpSize = 32;
 inline bool host_reverse = false;
 
-struct Fiber {
+// Where a stack goes on. swapcontext sets the signal mask, which takes two calls of the system: it
+// enters a fiber, and what follows are jumps (but where AddressSanitizer watches, which sees each
+// jump as the end of a function).
+struct Context {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  jmp_buf place;
+  bool entered = false;
+};
+
+inline void switch_to(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);
+#else
+  if (_setjmp(from.place)) return;
+  if (to.entered) _longjmp(to.place, 1);
+  to.entered = true;
+  setcontext(&to.context);
+#endif
+}
+
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
   bool done = false;
   int waits_for = 0;  // the generation of its meeting point that it has to see
   int* generation = nullptr;
@@ -63,13 +85,22 @@ struct Block {
   Meeting all;
   std::vector<Meeting> warps;
   std::vector<uint64_t> lanes;  // two rounds of one word a thread
-  ucontext_t scheduler;
+  Context scheduler;
   int current = 0;
   std::function<void()> body;
 };
 inline Block* block = nullptr;
 
 constexpr size_t kStack = 64 * 1024;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // the next block uses them again
+
+inline char* stack_of(size_t thread) {
+  if (thread == stacks.size()) stacks.emplace_back(new char[kStack]);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks[thread].get(), kStack);
+#endif
+  return stacks[thread].get();
+}
 
 inline const void* scheduler_stack;
 inline size_t scheduler_size;
@@ -87,7 +118,7 @@ inline void yield() {
   __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack,
                                  scheduler_size);
 #endif
-  swapcontext(&fiber.context, &block->scheduler);
+  switch_to(fiber.context, block->scheduler);
   enter_fiber(fiber);
 }
 
@@ -134,12 +165,15 @@ inline void run_block(int threads, const std::function<void()>& body) {
   here.lanes.resize(2 * threads);
   here.body = body;
   block = &here;
-  for (Fiber& fiber : here.fibers) {
-    fiber.stack.reset(new char[kStack]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, trampoline, 0);
+  here.scheduler.entered = true;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = here.fibers[i];
+    fiber.stack = stack_of(i);
+    ucontext_t& start = fiber.context.context;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fiber.stack;
+    start.uc_stack.ss_size = kStack;
+    makecontext(&start, trampoline, 0);
   }
   for (int left = threads; left > 0;) {
     bool moved = false;
@@ -150,9 +184,9 @@ inline void run_block(int threads, const std::function<void()>& body) {
       here.current = thread;
       threadIdx = dim3(static_cast<unsigned>(thread), 0, 0);
 #if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack.get(), kStack);
+      __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, kStack);
 #endif
-      swapcontext(&here.scheduler, &fiber.context);
+      switch_to(here.scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
 #endif

@@ -23,11 +23,10 @@ extern "C" {
 
 void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
 
-int host_row_stats(const int64_t* logits, const int64_t* labels, const double* map, float* out) {
-  const Matrix x = matrix(logits);
-  const int64_t n = x.rows;
-  return cuda::row_stats({x, vector<int64_t>(labels), make_logit_map(map[0], map[1], map[2]), out,
-                          out + n, out + 2 * n, out + 3 * n},
+int host_row_stats(const int64_t* logits, const int64_t* labels, const double* map, float* target,
+                   float* lse, float* expected, float* largest) {
+  return cuda::row_stats({matrix(logits), vector<int64_t>(labels),
+                          make_logit_map(map[0], map[1], map[2]), target, lse, expected, largest},
                          nullptr);
 }
 

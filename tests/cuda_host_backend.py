@@ -1,0 +1,181 @@
+"""A backend of the tests: csrc/cuda compiled by g++ (see tests/cuda_host), on CPU tensors.
+
+The conftest enters it in the table of backends as ``cuda_host``: the tests of every backend judge
+the CUDA kernels too where there is no GPU. It is built at the first call and kept in build/, named
+by what it is made of.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = shutil.which("g++")
+FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+DEVICES = ("cpu",)
+DTYPES = tuple(CODES)
+WHOLE_ROWS = True  # as the cuda backend
+
+
+def why_unavailable() -> str | None:
+    return None if CXX and sys.platform == "linux" else "needs g++ on Linux: install it"
+
+
+def compile_host(tree: Path, library: Path, *flags: str, name: str = "kernels.cpp") -> Path:
+    source = tree / "tests" / "cuda_host" / name
+    command = [CXX, *FLAGS, *flags, "-shared", f"-I{source.parent}", "-o", library, source]
+    done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def build() -> Path:
+    """The library of this source tree, compiled unless it is there already."""
+    digest = hashlib.sha256(" ".join([str(CXX), *FLAGS]).encode())
+    for folder in ("csrc", "csrc/cuda", "tests/cuda_host"):
+        for path in sorted((ROOT / folder).glob("*.*")):
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    library = ROOT / "build" / "cuda_host" / f"{digest.hexdigest()[:24]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for older in library.parent.glob("*.so"):
+            older.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            os.replace(compile_host(ROOT, Path(folder) / "host.so", "-O2"), library)
+    return library
+
+
+def _words(*values: int) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _numbers(*values: float) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def _matrix(t: Tensor) -> Any:
+    return _words(t.data_ptr(), CODES[t.dtype], *t.shape, *t.stride())
+
+
+def _vectors(size: int, dtype: torch.dtype, *tensors: Tensor) -> Any:
+    for t in tensors:
+        assert t.dtype == dtype and t.shape == (size,), (t.dtype, t.shape)
+    return _words(*(word for t in tensors for word in (t.data_ptr(), t.stride(0))))
+
+
+def _address(t: Tensor) -> Any:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+class Host:
+    """The row functions of one compiled library, with what csrc/cuda/ops.cu does around them."""
+
+    def __init__(self, library: Path | None = None) -> None:
+        self.library = library
+
+    @cached_property
+    def kernels(self) -> Any:
+        # Fibers share one state: PyDLL keeps Python's lock, so that one thread at a time is there.
+        return ctypes.PyDLL(str(self.library or build()))
+
+    def order(self, last_first: int) -> None:
+        self.kernels.host_order(last_first)
+
+    def threads(self, cols: int, columns: int) -> int:
+        found: int = self.kernels.host_threads(ctypes.c_int64(cols), ctypes.c_int64(columns))
+        return found
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, ...]:
+        n = len(logits)
+        result = tuple(torch.empty(n) for _ in range(4))
+        if n:
+            status = self.kernels.host_row_stats(
+                _matrix(logits),
+                _vectors(n, torch.int64, labels),
+                _numbers(scale, softcap, temperature),
+                *map(_address, result),
+            )
+            assert status == 0
+        return result
+
+    def dlogits_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        target, n = logits if out is None else out, len(logits)
+        assert target.shape == logits.shape
+        narrower = target.element_size() < logits.element_size()
+        aliased = narrower and target.data_ptr() == logits.data_ptr()
+        if logits.numel():
+            status = self.kernels.host_dlogits(
+                _matrix(logits),
+                _matrix(target),
+                _vectors(n, torch.int64, labels),
+                _vectors(n, torch.float32, lse, a, b, c),
+                _numbers(scale, softcap, temperature),
+                int(aliased),
+            )
+            assert status == 0
+        return target
+
+    def sequence_coef(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        cu_seqlens: Tensor,
+        weight: Tensor,
+        *,
+        ratio: int,
+        log_low: float,
+        log_high: float,
+        beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, s, wide = len(logps), len(weight), torch.float32
+        result = (torch.empty(s), torch.empty(n), torch.empty(s), torch.empty(s))
+        if s:
+            status = self.kernels.host_sequence_coef(
+                _vectors(n, wide, logps),
+                _words(0, 0) if ref_logps is None else _vectors(n, wide, ref_logps),
+                _vectors(s + 1, torch.int64, cu_seqlens),
+                _vectors(s, wide, weight),
+                ctypes.c_int64(s),
+                ctypes.c_int64(ratio),
+                _numbers(log_low, log_high, beta),
+                *map(_address, result),
+            )
+            assert status == 0
+        return result
+
+
+_host = Host()
+row_stats, dlogits_, sequence_coef = _host.row_stats, _host.dlogits_, _host.sequence_coef
