@@ -216,14 +216,13 @@ def fuzz(library: Path, seeds: int) -> None:
     print("clean")
 
 
-def test_under_the_sanitizers(tmp_path: Path) -> None:
-    """Every tensor is a heap block of its own: past its borders AddressSanitizer sees it too."""
-    library = compile_host(ROOT, tmp_path / "host.so", "-O1", *SANITIZE)
+def fuzz_sanitized(file: str, library: Path, seeds: int) -> None:
+    """Runs the ``fuzz`` of a test file on a library that was built with SANITIZE."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     query = [[str(CXX), f"-print-file-name={name}"] for name in names]
     found = [subprocess.check_output(command, text=True).strip() for command in query]
     done = subprocess.run(
-        [sys.executable, __file__, str(library), "12"],
+        [sys.executable, file, str(library), str(seeds)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests")),
@@ -235,6 +234,12 @@ def test_under_the_sanitizers(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.stdout.strip() == "clean", done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def test_under_the_sanitizers(tmp_path: Path) -> None:
+    """Every tensor is a heap block of its own: past its borders AddressSanitizer sees it too."""
+    library = compile_host(ROOT, tmp_path / "host.so", "-O1", *SANITIZE)
+    fuzz_sanitized(__file__, library, 12)
 
 
 # file, text, what a fault makes of it

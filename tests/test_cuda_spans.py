@@ -8,8 +8,6 @@ Then linear_loss and scoring on top: the driver's path of the cuda_hopper backen
 import ctypes
 import math
 import mmap
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,8 +17,7 @@ import pytest
 import torch
 from cuda_host_backend import CODES, CXX, ROOT, compile_host
 from test_backends_rows import close, logit_map, true_gradient, true_stats, zoned
-from test_cuda_host import NORESERVE, SANITIZE
-from test_whole_rows import LiveBytes
+from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized
 from torch import Tensor
 
 import lolkernels as lk
@@ -285,23 +282,7 @@ def fuzz(library: Path, seeds: int) -> None:
 
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:
-    library = compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE)
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    query = [[str(CXX), f"-print-file-name={name}"] for name in names]
-    found = [subprocess.check_output(command, text=True).strip() for command in query]
-    done = subprocess.run(
-        [sys.executable, __file__, str(library), "24"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests")),
-            "LD_PRELOAD": " ".join(found),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        },
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-    assert done.stdout.strip() == "clean", done.stdout[-2000:] + done.stderr[-6000:]
+    fuzz_sanitized(__file__, compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE), 24)
 
 
 # --- through the driver ---------------------------------------------------------------------------
@@ -443,6 +424,8 @@ def test_operands_it_cannot_take(
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("op", ["linear_loss", "score"])
 def test_the_memory_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, op: str) -> None:
+    from test_whole_rows import LiveBytes  # it needs the conftest, which a sanitized run has not
+
     n, d, v, rows = 1024, 96, 20_001, 300
     dtype, parts = torch.bfloat16, 3 * -(-v // SPAN)
 
