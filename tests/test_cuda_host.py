@@ -278,15 +278,20 @@ def judge(tree: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "old", "new"), MUTANTS)
-def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
+def seed_fault(tmp_path: Path, file: str, old: str, new: str) -> None:
+    """Copies the kernels, one of them changed."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "tests" / "cuda_host", tmp_path / "tests" / "cuda_host")
     source = tmp_path / "csrc" / "cuda" / file
     text = source.read_text()
     assert old in text, f"{file} no longer holds {old!r}"
     source.write_text(text.replace(old, new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new"), MUTANTS)
+def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
+    seed_fault(tmp_path, file, old, new)
     assert judge(tmp_path, tmp_path).returncode != 0
 
 

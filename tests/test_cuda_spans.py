@@ -17,7 +17,7 @@ import pytest
 import torch
 from cuda_host_backend import CODES, CXX, ROOT, compile_host
 from test_backends_rows import close, logit_map, true_gradient, true_stats, zoned
-from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized
+from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized, seed_fault
 from torch import Tensor
 
 import lolkernels as lk
@@ -37,8 +37,8 @@ OPTIONS: tuple[dict[str, float], ...] = (
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
 
 
-def compile_spans(library: Path, *flags: str) -> Path:
-    return compile_host(ROOT, library, *flags, name="spans.cpp")
+def compile_spans(library: Path, *flags: str, tree: Path = ROOT) -> Path:
+    return compile_host(tree, library, *flags, name="spans.cpp")
 
 
 def backend(library: Path) -> ModuleType:
@@ -185,6 +185,10 @@ def test_every_height(host: ModuleType, n: int) -> None:
     check(host, n, 300, HALF[n % 2], with_bias=True)
 
 
+def test_columns_shared_out_among_blocks(host: ModuleType) -> None:
+    check(host, 2, 9001, torch.bfloat16, with_bias=False)
+
+
 def test_labels_outside_have_no_target(compiled: ModuleType) -> None:
     v = 300
     labels = torch.tensor([-100, -1, 0, 255, 256, 299, 300, 511, 512, 2**40])
@@ -274,6 +278,8 @@ def fuzz(library: Path, seeds: int) -> None:
     host = backend(library)
     for reverse in (0, 1):
         host.order(reverse)
+        torch.manual_seed(reverse)
+        check(host, 2, 9001, HALF[reverse], with_bias=False)
         for seed in range(seeds):
             torch.manual_seed(seed)
             v, options = WIDTHS[seed % len(WIDTHS)], OPTIONS[seed // 3 % len(OPTIONS)]
@@ -283,6 +289,33 @@ def fuzz(library: Path, seeds: int) -> None:
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:
     fuzz_sanitized(__file__, compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE), 24)
+
+
+MUTANTS = [
+    ("spans.cuh", "sent = upper ? words[i] : words[i + step]", "sent = words[i]"),
+    ("spans.cuh", "if (rest <= 0) return;", ""),
+    ("spans.cuh", ">= left - 2 * q) x[i]", "> left - 2 * q) x[i]"),
+    ("spans.cuh", "e * (1.0f - t * t)", "e"),
+    ("spans.cuh", "sum + (ones - held(top))", "sum + ones"),
+    ("spans.cuh", "if (inside && column < left)", "if (column < left)"),
+    ("spans.cuh", "dev[i % kQuad] += e * depth(z, base)", "dev[i % kQuad] += e * z"),
+    ("span_rows.cuh", "  __syncthreads();", ""),
+    ("span_rows.cuh", "maximum[span * rows] - lse", "maximum[0] - lse"),
+    ("span_rows.cuh", "label >= column &&", "label > column &&"),
+    ("launch.cuh", "(spans + spans_a_block - 1) / spans_a_block", "1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new"), [("spans.cuh", "", ""), *MUTANTS])
+def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
+    seed_fault(tmp_path, file, old, new)
+    library = compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE, tree=tmp_path)
+    if old == "":  # the control
+        fuzz_sanitized(__file__, library, 24)
+        return
+    with pytest.raises(AssertionError):
+        fuzz_sanitized(__file__, library, 24)
 
 
 # --- through the driver ---------------------------------------------------------------------------
