@@ -154,7 +154,7 @@ def entries_at(shape: Shape, frozen_head: bool, device: torch.device) -> list[En
 
 
 def measure_point(entries: list[Entry], rounds: int) -> list[dict[str, Any]]:
-    """Times in interleaved rounds, then the memory of all but the floor, each in a fresh process."""
+    """Times in interleaved rounds, then all memory but the floor's, each in a fresh process."""
     found = []
     for entry, row in zip(entries, measure.check_and_time(entries, rounds), strict=True):
         if entry.contestant != "gemms":
