@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Shape
+from shapes import CLIP, Shape, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("lolkernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -262,11 +262,71 @@ def worker() -> None:
             reply(error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
+Results = dict[str, torch.Tensor | None]
+
+
+def build_call(op: str, inputs: Any, shape: Shape, frozen_head: bool) -> Callable[[], Results]:
+    """One forward and backward (a forward for `score`); returns log-probs and gradients."""
+    import lolkernels as lk
+
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_(not frozen_head)
+    labels, upstream = inputs.labels, inputs.upstream
+    cu = torch.arange(0, shape.tokens + 1, shape.seq_len, device=labels.device)
+    seq = lk.Sequences.from_cu_seqlens(cu)
+    if op == "logprob":
+        with torch.no_grad():
+            logits = (hidden.float() @ weight.float().T).to(hidden.dtype)
+        logits.requires_grad_()
+
+    def results(logps: torch.Tensor, **leaves: torch.Tensor) -> Results:
+        found: Results = {"logps": logps.detach()}
+        for name, leaf in leaves.items():
+            found[name], leaf.grad = leaf.grad, None
+        return found
+
+    def linear_loss() -> Results:
+        out = lk.linear_loss(
+            lk.objectives.a_lol,
+            hidden,
+            weight,
+            labels,
+            seq,
+            ref_logps=inputs.ref_logps,
+            advantages=inputs.advantages,
+            clip=CLIP,
+            return_outputs=True,
+        )
+        out.loss.backward()
+        return results(out.logps, dhidden=hidden, dweight=weight)
+
+    def linear_logprob() -> Results:
+        logps = lk.linear_logprob(hidden, weight, labels).logps
+        logps.backward(upstream)
+        return results(logps, dhidden=hidden, dweight=weight)
+
+    def score() -> Results:
+        with torch.no_grad():
+            return results(lk.linear_logprob(hidden, weight, labels).logps)
+
+    def logprob() -> Results:
+        logps = lk.logprob(logits, labels).logps
+        logps.backward(upstream)
+        return results(logps, dlogits=logits)
+
+    calls = (linear_loss, linear_logprob, score, logprob)
+    return next(call for call in calls if call.__name__ == op)
+
+
 class Worker:
+    """Uses public names of lolkernels only, so that an older version can be the base."""
+
     def __init__(self, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        self.call: Callable[[], Any] | None = None
+        self.shape: Shape | None = None
+        self.inputs: Any = None
+        self.call: Callable[[], Results] | None = None
 
     def about(self) -> dict[str, Any]:
         import lolkernels as lk
@@ -280,24 +340,21 @@ class Worker:
         return {"seconds": self.time(request["repeats"])}
 
     def prepare(self, case: dict[str, Any], folder: Path) -> dict[str, Any]:
-        import peers
-        from shapes import Inputs, make_inputs
-
+        shape = Shape(**case["shape"])
         self.call = None  # the last case's tensors go first
-        made = make_inputs(Shape(**case["shape"]), frozen_head=case["frozen_head"])
-        moved = [
-            tensor.detach().to(self.device).requires_grad_(tensor.requires_grad) for tensor in made
-        ]
-        self.call = peers.build("lolkernels", case["op"], Inputs(*moved))
+        if shape != self.shape:
+            self.inputs = None
+            place = {"device": self.device} if self.device.type == "cuda" else {}
+            self.inputs, self.shape = make_inputs(shape, **place), shape
+        self.call = build_call(case["op"], self.inputs, shape, case["frozen_head"])
         sizes = {}
-        for name, tensor in self.call()._asdict().items():
+        for name, tensor in self.call().items():
             if tensor is not None:
                 sizes[name] = tensor.numel()
                 path = folder.with_name(f"{folder.name}-{name}")
                 kept = torch.from_file(str(path), shared=True, size=tensor.numel())
                 kept.copy_(tensor.detach().reshape(-1))
-        self.time(1)
-        return {"sizes": sizes, "seconds": self.time(1)}
+        return {"sizes": sizes, "seconds": self.time(2)}
 
     def time(self, repeats: int) -> float:
         """Seconds of the median call."""

@@ -153,11 +153,11 @@ def entries_at(shape: Shape, frozen_head: bool, device: torch.device) -> list[En
     ]
 
 
-def measure_point(entries: list[Entry], rounds: int) -> list[dict[str, Any]]:
-    """Times in interleaved rounds, then all memory but the floor's, each in a fresh process."""
+def measure_point(entries: list[Entry], rounds: int, gpu: list[Any]) -> list[dict[str, Any]]:
+    """Times in interleaved rounds; on a CPU, then the memory of all but the floor."""
     found = []
-    for entry, row in zip(entries, measure.check_and_time(entries, rounds), strict=True):
-        if entry.contestant != "gemms":
+    for entry, row in zip(entries, measure.check_and_time(entries, rounds, *gpu), strict=True):
+        if not gpu and entry.contestant != "gemms":
             row.extra_bytes = measure.peak_memory(entry)
             row.formula_bytes = measure.documented_bytes(entry)
         found.append(asdict(row))
@@ -167,10 +167,11 @@ def measure_point(entries: list[Entry], rounds: int) -> list[dict[str, Any]]:
 def measure_axis(
     name: str, axis: Axis, rounds: int, frozen_head: bool, device: torch.device
 ) -> dict[str, Any]:
+    gpu = [measure.Cuda()] if device.type == "cuda" else []  # a CPU is the measuring's default
     rows = []
     for point, shape in zip(axis.points, axis.shapes(), strict=True):
         full = planner.chunk_rows(shape.vocab, 4, None, device) <= shape.scored
-        for row in measure_point(entries_at(shape, frozen_head, device), rounds):
+        for row in measure_point(entries_at(shape, frozen_head, device), rounds, gpu):
             label = f"{row['contestant']} {axis.field}={point}"
             rows.append({**row, "label": label, "x": point, "full_chunks": full})
         print(f"{name} {point}: {rows[-1]['shape']}", file=sys.stderr, flush=True)
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = sys.argv[1:] if argv is None else argv
     record: dict[str, Any] = {
         "environment": {
-            **report.environment(),
+            **report.environment(*([device] if device.type == "cuda" else [])),
             "command": " ".join(["python", "benchmarks/scaling.py", *shown]),
         },
         "rounds": arguments.rounds,
