@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
 
-.PHONY: demo demo-smollm2 test test-all lint format bench bench-scaling bench-compare plots test-gpu bench-gpu lock clean install
+.PHONY: demo demo-smollm2 test test-all lint format bench test-gpu bench-gpu lock clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -43,17 +43,6 @@ format: $(STAMPS)/requirements
 bench: install
 	$(BIN)/python benchmarks/run.py --suite cpu $(ARGS)
 
-bench-scaling: install
-	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)
-
-# BASE=... a commit: is the working tree faster or slower?
-bench-compare: install
-	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
-
-# Draws benchmarks/results/plots from the JSON beside it.
-plots: install
-	$(BIN)/python benchmarks/plots.py $(ARGS)
-
 # Both run from the source tree with PYTHON as it is, on a machine with a GPU: nothing is installed.
 # They write benchmarks/results/<device>-tests and benchmarks/results/<device>, .json and .md.
 test-gpu:
@@ -61,6 +50,19 @@ test-gpu:
 
 bench-gpu:
 	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+.PHONY: bench-scaling bench-compare plots
+
+bench-scaling: install
+	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)
+
+# BASE=...  a commit: is the working tree faster or slower?
+bench-compare: install
+	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+
+# Draws benchmarks/results/plots from the JSON beside it.
+plots: install
+	$(BIN)/python benchmarks/plots.py $(ARGS)
 
 # The extension is built in place. Without a compiler the install succeeds, the library says that it
 # uses the reference backend, and the stamp is left out so that the next make tries again.

@@ -32,13 +32,8 @@ DEFAULT = [RESULTS / "cpu.json", RESULTS / "cpu-scaling.json"]
 WIDTH, LEFT, RIGHT = 380, 16, 12  # points
 TITLE, BODY, SMALL = 15, 11.5, 10.5
 OURS, FLOOR, EAGER = "lolkernels", "gemms", "eager"
-NAMES = {
-    FLOOR: "bare GEMMs",
-    EAGER: "eager PyTorch",
-    "torch": "torch F.linear_cross_entropy",
-    "reference": "lolkernels, reference backend",
-}
-SHORT = NAMES | {EAGER: "eager", "torch": "torch"}  # at the end of a line
+NAMES = {FLOOR: "bare GEMMs", EAGER: "eager PyTorch", "lol-rl": "the A-LoL authors' way"}
+SHORT = NAMES | {EAGER: "eager"}  # at the end of a line
 SIZE = {"tokens": "Tokens", "vocab": "Vocabulary"}
 SUM_NAT = 1e-3  # the contract's limit for the error of a summed log-prob
 LONGEST_BAR = 3.0  # x the floor; a longer bar is cut and says so
@@ -145,22 +140,36 @@ def _is(row: Row, contestant: str) -> bool:
     return bool(row["contestant"] == contestant)
 
 
+def peer_of(row: Row) -> str:
+    """What a row is a variant of: "cce kahan" and "cce no filter" are both "cce"."""
+    return str(row["contestant"]).split()[0]
+
+
+def best_of_each(rows: list[Row], key: str) -> list[Row]:
+    """For each peer its variant with the least of `key`, the least first."""
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda r: r[key]):
+        best.setdefault(peer_of(row), row)
+    return list(best.values())
+
+
 def peers_case(
     records: list[Record], usable: Callable[[Row], bool], what: str
 ) -> tuple[dict[str, Any], list[Row]]:
-    """The case of one linear_loss shape with a trainable head that has most usable rows."""
+    """The usable rows of the case, and shape, of linear_loss with the most peers."""
     best: tuple[dict[str, Any], list[Row]] | None = None
+    most = 1
     for record in records:
         for case in record["cases"]:
             groups: dict[str, list[Row]] = {}
             for row in timed(case):
                 if row["op"] == "linear_loss" and not row["frozen_head"] and "axis" not in case:
                     groups.setdefault(row["shape"], []).append(row)
-            for rows in groups.values():
-                rows = [row for row in rows if usable(row)]
-                ours = any(_is(row, OURS) for row in rows)
-                if ours and len(rows) >= 2 and (best is None or len(rows) > len(best[1])):
-                    best = case, rows
+            for group in groups.values():
+                rows = [row for row in group if usable(row)]
+                peers = {peer_of(row) for row in rows}
+                if OURS in peers and len(peers) > most:
+                    best, most = (case, rows), len(peers)
     if best is None:
         raise PlotError(
             f"no case of linear_loss has lolkernels and another contestant with {what}: run "
@@ -451,10 +460,11 @@ def named_rows(figure: Figure, rows: int, theme: Theme) -> Axes:
 
 
 def name_text(row: Row) -> str:
-    """The contestant's own label, or its name spelt out where the label is nothing but that."""
-    said, dtype = row["label"], row["shape"].split()[4]
-    plain = said.removesuffix(f" {dtype}") == row["contestant"] or "=" in said
-    return NAMES.get(row["contestant"], row["contestant"]) if plain else row["label"]
+    """A known name, or the row's own label and version."""
+    if (known := NAMES.get(row["contestant"])) or _is(row, OURS):
+        return known or OURS
+    label = row["label"].removesuffix(f" {row['shape'].split()[4]}")  # the dtype
+    return f"{label} {row.get('version', '')}".strip()
 
 
 def mark_name(axes: Axes, row: Row, place: int, theme: Theme) -> None:
@@ -484,7 +494,7 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
         raise PlotError(
             f"the case '{case['title']}' has no row of the bare GEMMs: measure it again"
         )
-    rows = sorted((r for r in rows if not _is(r, FLOOR)), key=lambda r: r["median_ms"])
+    rows = best_of_each([r for r in rows if peer_of(r) not in (FLOOR, "copy")], "median_ms")
     ratio = {row["label"]: row["median_ms"] / floor for row in rows}
     ours = next(row for row in rows if _is(row, OURS))
     other = next(row for row in rows if not _is(row, OURS))
@@ -540,7 +550,7 @@ def error_plot(records: list[Record], theme: Theme) -> Plot:
         _, rows = peers_case(records, half, "sum_error_nat")
     except PlotError:
         _, rows = peers_case(records, known, "sum_error_nat")
-    rows = sorted(rows, key=lambda r: r["sum_error_nat"])
+    rows = best_of_each(rows, "sum_error_nat")
     ours = next(row for row in rows if _is(row, OURS))
     others = [row for row in rows if not _is(row, OURS)]
     peer = next((row for row in others if _is(row, EAGER)), others[-1])

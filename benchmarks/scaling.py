@@ -54,10 +54,10 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
 CPU = {
     "tokens": Axis("tokens", "token", Shape(256, 256, 8192, 128), doubling(256, 131072)),
     "vocab": Axis(
-        "vocab", "column", Shape(1024, 256, 32768, 128), (32768, 65536, 131072, 196608, 262144)
+        "vocab", "column", Shape(512, 256, 32768, 128), (32768, 65536, 131072, 196608, 262144)
     ),
     "hidden": Axis("hidden", "unit", Shape(512, 128, 32768, 128), doubling(128, 2048)),
-    "seq-len": Axis("seq_len", "token", Shape(8192, 256, 8192, 128), doubling(64, 8192)),
+    "seq-len": Axis("seq_len", "token", Shape(4096, 256, 8192, 128), doubling(64, 4096)),
 }
 CUDA = {
     "tokens": Axis("tokens", "token", Shape(256, 4096, 128256, 256, "bf16"), doubling(256, 131072)),

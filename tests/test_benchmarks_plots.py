@@ -84,8 +84,10 @@ def make_records() -> list[dict[str, Any]]:
             row("lolkernels", 108.0, sum_error_nat=7e-6),
             row("gemms", 100.0),
             row("eager", 127.0, sum_error_nat=2e-5),
-            row("torch", 616.0, sum_error_nat=2e-5),
-            row("cut-cross-entropy", 140.0, sum_error_nat=3e-5),
+            row("torch lce", 616.0, sum_error_nat=2e-5),
+            row("cce no filter", 150.0, sum_error_nat=3e-5, version="25.1.1"),
+            row("cce torch_compile", 140.0, sum_error_nat=3e-5, version="25.1.1"),
+            row("trl", 0, median_ms=None, times_ms=[], skipped="not installed"),
         ],
     }
     half = {
@@ -153,6 +155,14 @@ def test_titles_follow_the_records(plots, records) -> None:
     slower = copy.deepcopy(records)
     slower[0]["cases"][0]["rows"][0]["median_ms"] = 250.0
     assert "takes 2.50x" in plots.draw(slower, "floor", light).alt
+
+
+def test_a_peer_is_shown_by_its_fastest_variant_and_only_if_it_ran(plots, records) -> None:
+    figure = plots.draw(records, "floor", plots.THEMES[0]).figure
+    said = {t.get_text() for t in figure.findobj(Text)}
+    assert {"lolkernels", "eager PyTorch", "torch lce", "cce torch_compile 25.1.1"} <= said
+    assert not [text for text in said if "no filter" in text or "trl" in text]
+    assert {"1.08x", "1.27x", "1.40x", "6.16x"} <= said
 
 
 def test_the_readme_gets_both_themes(plots, records, tmp_path: Path, capsys) -> None:
