@@ -380,9 +380,14 @@ def growth(case: dict[str, Any], device: str, theme: Theme, *, logarithmic: bool
         for name, found in with_memory.items()
         if found
     }
-    if OURS not in memory:
-        raise PlotError(f"the case over {axis} has no extra_bytes of lolkernels: measure them")
-    title = growth_title(case, rows, flat=logarithmic)
+    if len(memory.get(OURS, ([], []))[0]) < 2:
+        raise PlotError(
+            f"the case over {axis} has no extra_bytes of lolkernels at two points: measure them"
+        )
+    if logarithmic:
+        title = tokens_title(with_memory[OURS], unit)
+    else:
+        title = vocab_title(with_memory[OURS], with_memory.get(EAGER, []))
     shape = sizes(rows[OURS][0]["shape"], {"tokens": "T=", "vocab": "V="}.get(axis, ""))
     figure, _ = canvas(372, title, f"A-LoL loss, forward + backward, {shape}; {device}", theme)
     left, right = 66, WIDTH - 92
@@ -426,28 +431,26 @@ def growth(case: dict[str, Any], device: str, theme: Theme, *, logarithmic: bool
     return Plot(figure, title)
 
 
-def growth_title(case: dict[str, Any], rows: dict[str, list[Row]], *, flat: bool) -> str:
-    axis = case["axis"]
-    if flat:
-        ours = [r for r in rows[OURS] if r.get("full_chunks", True) and r.get("extra_bytes")]
-        ours = ours if len(ours) > 1 else rows[OURS]
-        more = ours[-1]["x"] / ours[0]["x"]
-        time = ours[-1]["median_ms"] / ours[0]["median_ms"]
-        memory = ours[-1]["extra_bytes"] / ours[0]["extra_bytes"]
-        return (
-            f"{number(more)}x the {case['unit']}s: {number(time)}x the time,\n"
-            f"{memory:.2f}x the memory"
-        )
-    ours, eager = ({r["x"]: r for r in rows.get(name, [])} for name in (OURS, EAGER))
-    both = sorted(set(ours) & set(eager))
-    if not both:
-        last = rows[OURS][-1]
-        return f"{SIZE[axis]} {last['x']:,}: {bytes_text(last['extra_bytes'])} of extra memory"
-    a, b = ours[both[-1]], eager[both[-1]]
+def tokens_title(ours: list[Row], unit: str) -> str:
+    """From the point on where chunks are full: before it, memory grows with the rows."""
+    full = [row for row in ours if row.get("full_chunks", True)]
+    first, *_, last = full if len(full) > 1 else ours
+    more, time, memory = (last[key] / first[key] for key in ("x", "median_ms", "extra_bytes"))
     return (
-        f"{SIZE[axis]} {both[-1]:,}:\n{a['median_ms'] / b['median_ms']:.2f}x eager's time, "
-        f"{a['extra_bytes'] / b['extra_bytes']:.2f}x its memory"
+        f"From {count(first['x'])} to {count(last['x'])} {unit}s, {number(more)}x as many:\n"
+        f"{number(time)}x the time, {memory:.2f}x the memory"
     )
+
+
+def vocab_title(ours: list[Row], eager: list[Row]) -> str:
+    """At the largest vocabulary that both have."""
+    others = {row["x"]: row for row in eager}
+    both = [(row, others[row["x"]]) for row in ours if row["x"] in others]
+    if not both:
+        return f"Vocabulary {ours[-1]['x']:,}: {bytes_text(ours[-1]['extra_bytes'])} extra memory"
+    a, b = both[-1]
+    time, memory = (a[key] / b[key] for key in ("median_ms", "extra_bytes"))
+    return f"Vocabulary {a['x']:,}:\n{time:.2f}x eager's time, {memory:.2f}x its memory"
 
 
 def named_rows(figure: Figure, rows: int, theme: Theme) -> Axes:

@@ -150,7 +150,9 @@ def test_titles_follow_the_records(plots, records) -> None:
     alt = {name: plots.draw(records, name, light).alt for name in NAMES}
     assert alt["floor"] == "lolkernels takes 1.08x the bare matrix products, eager PyTorch 1.27x"
     assert alt["error"].startswith("bf16: summed log-prob off by 8e-6 nat")
-    assert alt["tokens"].startswith("128x the tokens: 125x the time, 1.00x the memory")
+    assert alt["tokens"] == (
+        "From 1k to 131k tokens, 128x as many: 125x the time, 1.00x the memory"
+    )
     assert alt["vocab"].startswith("Vocabulary 196,608: 0.64x eager's time, 0.75x its memory")
     slower = copy.deepcopy(records)
     slower[0]["cases"][0]["rows"][0]["median_ms"] = 250.0
@@ -174,11 +176,23 @@ def test_the_readme_gets_both_themes(plots, records, tmp_path: Path, capsys) -> 
     assert 'alt="lolkernels takes 1.08x' in said and out + "-floor-light.svg" in said
 
 
+def rows_over(records: list[dict[str, Any]], axis: int) -> list[dict[str, Any]]:
+    return records[1]["cases"][axis]["rows"]
+
+
+def test_without_eager_the_vocabulary_plot_shows_ours_alone(plots, records) -> None:
+    case = records[1]["cases"][1]
+    case["rows"] = [r for r in case["rows"] if r["contestant"] != "eager"]
+    alt = plots.draw(records, "vocab", plots.THEMES[0]).alt
+    assert alt == "Vocabulary 262,144: 182 MiB extra memory"
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
         ("tokens", lambda r: r[1]["cases"].pop(0), "--axis tokens"),
         ("vocab", lambda r: r.pop(1), "--axis vocab"),
+        ("tokens", lambda r: [x.pop("extra_bytes") for x in rows_over(r, 0)], "no extra_bytes"),
         ("floor", lambda r: r[0]["cases"][0]["rows"].pop(1), "no row of the bare GEMMs"),
         ("floor", lambda r: r[0]["cases"].clear(), "run.py --suite cpu"),
         ("error", lambda r: [c["rows"].pop(0) for c in r[0]["cases"]], "sum_error_nat"),
