@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib import rc_context
@@ -181,7 +182,9 @@ def peers_case(
 def where(records: list[Record]) -> str:
     found = records[0]["environment"]
     threads = found.get("threads")
-    return found["device"] + (f", {threads} threads" if threads and "cuda" not in found else "")
+    if not threads or "cuda" in found:
+        return str(found["device"])
+    return f"{found['device']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def sizes(shape: str, without: str = "") -> str:
@@ -486,24 +489,28 @@ def mark_name(axes: Axes, row: Row, place: int, theme: Theme) -> None:
 
 
 def floor_plot(records: list[Record], theme: Theme) -> Plot:
-    """Each contestant's time over that of the bare matrix products."""
+    """Each contestant's time over the bare matrix products': the median of the rounds' ratios."""
 
     def usable(row: Row) -> bool:
         return True
 
     case, rows = peers_case(records, usable, "a time")
-    floor = next((r["median_ms"] for r in rows if _is(r, FLOOR)), None)
+    floor = next((r["times_ms"] for r in rows if _is(r, FLOOR)), None)
     if floor is None:
         raise PlotError(
             f"the case '{case['title']}' has no row of the bare GEMMs: measure it again"
         )
-    rows = best_of_each([r for r in rows if peer_of(r) not in (FLOOR, "copy")], "median_ms")
-    ratio = {row["label"]: row["median_ms"] / floor for row in rows}
+    rows = [
+        {**row, "ratio": median(a / b for a, b in zip(row["times_ms"], floor, strict=False))}
+        for row in rows
+        if peer_of(row) != FLOOR
+    ]
+    rows = best_of_each(rows, "ratio")
     ours = next(row for row in rows if _is(row, OURS))
     other = next(row for row in rows if not _is(row, OURS))
     title = (
-        f"lolkernels takes {ratio[ours['label']]:.2f}x the bare\nmatrix products, "
-        f"{name_text(other)} {ratio[other['label']]:.2f}x"
+        f"lolkernels takes {ours['ratio']:.2f}x the bare matrix products, "
+        f"{name_text(other)} {other['ratio']:.2f}x"
     )
     figure, _ = canvas(
         38 * len(rows) + 64,
@@ -512,13 +519,12 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
         theme,
     )
     axes = named_rows(figure, len(rows), theme)
-    end = min(LONGEST_BAR, max(*ratio.values(), 1.2))
+    end = min(LONGEST_BAR, max(1.2, rows[-1]["ratio"]))
     axes.set_xlim(0, end)
     ticks = [0, 1, 2, 3][: int(end) + 1]
     axes.set_xticks(ticks, [f"{t}x" + ("\nbare GEMMs" if t == 1 else "") for t in ticks])
     for place, row in enumerate(rows):
-        value = ratio[row["label"]]
-        strong = _is(row, OURS)
+        value, strong = row["ratio"], _is(row, OURS)
         color = theme.colors[OURS] if strong else theme.muted
         axes.barh(place + 0.2, min(value, end), 0.36, color=color, alpha=1 if strong else 0.75)
         if value > end:  # cut: a gap near its end

@@ -254,15 +254,17 @@ def markdown(record: dict[str, Any]) -> str:
     facts = [
         f"{key.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else value}"
         for key, value in where.items()
-        if key not in ("device", "command") and isinstance(value, (str, int, float, list))
+        if key not in ("device", "command", "dirty") and isinstance(value, (str, int, float, list))
     ]
+    facts += ["with local changes"] if where.get("dirty") else []
     head = [
         f"# Scaling on {where['device']}",
         "",
         "; ".join(facts) + ".",
         f"Medians of {record['rounds']} interleaved rounds (contestants that take seconds: 3). The "
         "bare GEMMs and eager hold all logits and stop where these pass a sixteenth of the memory. "
-        "Extra memory: the peak above inputs and returned gradients. The lines are fitted by least "
+        "`x GEMMs` is a ratio of medians. Extra memory: the peak above inputs and returned "
+        "gradients. The lines are fitted by least "
         "squares of the relative errors.",
         "",
         f"    {where['command']}",
