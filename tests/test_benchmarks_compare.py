@@ -125,10 +125,11 @@ def test_errors_name_the_fix(flags: list[str], message: str) -> None:
     assert done.returncode == 2 and message in done.stderr
 
 
-def worktrees() -> str:
-    return subprocess.run(
-        ["git", "worktree", "list"], cwd=ROOT, text=True, capture_output=True
-    ).stdout
+def worktrees() -> set[str]:
+    listed = subprocess.run(
+        ["git", "worktree", "list", "--porcelain"], cwd=ROOT, text=True, capture_output=True
+    )
+    return {line for line in listed.stdout.splitlines() if "bench-compare-" in line}
 
 
 @needs_git
