@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -134,7 +135,7 @@ def copy_head(tree: Path) -> None:
     """The working tree's sources as they are: uncommitted and new files too, ignored ones not."""
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *SOURCES)
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # deleted, but not yet in git
+        if (ROOT / name).is_file():  # a deleted file is still listed
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, tree / name)
 
@@ -163,7 +164,8 @@ def build(name: str, tree: Path, device: str) -> None:
     )
     if not done.returncode and any((tree / "lolkernels").glob("_C*.so")):
         return
-    said = "\n".join(done.stdout.strip().splitlines()[-15:])
+    lines = [text for text in done.stdout.splitlines() if not re.match(r"\[\d+/\d+\]", text)]
+    said = "\n".join(text[:200] for text in lines[-15:])  # without the compiler's command lines
     if device == "cpu":
         raise CompareError(f"{name} cannot be built; the compiler's last lines:\n{said}")
     print(f"{name} has no compiled CPU kernels:\n{said}", file=sys.stderr)
