@@ -170,10 +170,14 @@ def measure_axis(
     gpu = [measure.Cuda()] if device.type == "cuda" else []  # a CPU is the measuring's default
     rows = []
     for point, shape in zip(axis.points, axis.shapes(), strict=True):
-        full = planner.chunk_rows(shape.vocab, 4, None, device) <= shape.scored
+        held = planner.chunk_rows(shape.vocab, 4, None, device)
+        whole = shape.seq_len <= held  # a longer sequence goes tile by tile, without a chunk
+        full = whole and held <= shape.scored
         for row in measure_point(entries_at(shape, frozen_head, device), rounds, gpu):
             label = f"{row['contestant']} {axis.field}={point}"
             rows.append({**row, "label": label, "x": point, "full_chunks": full})
+            if not whole:
+                rows[-1]["formula_bytes"] = None
         print(f"{name} {point}: {rows[-1]['shape']}", file=sys.stderr, flush=True)
     head = ", frozen head" if frozen_head else ""
     fixed = {k: v for k, v in asdict(axis.base).items() if k in ("tokens", "hidden", "vocab")}
@@ -264,7 +268,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"Medians of {record['rounds']} interleaved rounds (contestants that take seconds: 3). The "
         "bare GEMMs and eager hold all logits and stop where these pass a sixteenth of the memory. "
         "`x GEMMs` is a ratio of medians. Extra memory: the peak above inputs and returned "
-        "gradients. The lines are fitted by least "
+        "gradients; its formula is that of chunks of whole sequences, and is left out where one "
+        "sequence is longer than a chunk. The lines are fitted by least "
         "squares of the relative errors.",
         "",
         f"    {where['command']}",

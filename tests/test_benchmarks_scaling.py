@@ -152,3 +152,21 @@ def test_a_tiny_run_writes_json_and_markdown(tmp_path: Path) -> None:
 def test_bad_flags_say_what_to_change(flags: list[str], message: str) -> None:
     done = script(*flags)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> None:
+    seen = []
+
+    def measured(entries, rounds, gpu):
+        seen.append(entries[0].shape.seq_len)
+        made = row("lolkernels", 0, 1.0, 2**20)
+        return [{**made, "shape": str(entries[0].shape)}]
+
+    monkeypatch.setattr(scaling, "measure_point", measured)
+    base = scaling.Shape(4096, 8, 8192, 64)  # 48 MiB hold 1536 rows of 8192 logits
+    axis = scaling.Axis("seq_len", "token", base, (64, 1024, 2048))
+    case = scaling.measure_axis("seq-len", axis, 1, False, scaling.torch.device("cpu"))
+    assert seen == [64, 1024, 2048]
+    assert [r["full_chunks"] for r in case["rows"]] == [True, True, False]
+    assert [r["formula_bytes"] for r in case["rows"]] == [2**20, 2**20, None]
+    assert case["flatness"] == {"from": 64, "to": 1024, "ratio": 1.0}
