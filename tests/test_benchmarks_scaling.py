@@ -170,3 +170,28 @@ def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> 
     assert [r["full_chunks"] for r in case["rows"]] == [True, True, False]
     assert [r["formula_bytes"] for r in case["rows"]] == [2**20, 2**20, None]
     assert case["flatness"] == {"from": 64, "to": 1024, "ratio": 1.0}
+
+
+def test_a_failing_eager_goes_out_and_a_failing_lolkernels_ends_the_run(
+    scaling, monkeypatch, capsys
+) -> None:
+    shape = scaling.Shape(64, 8, 500, 16)
+    entries = scaling.entries_at(shape, False, scaling.torch.device("cpu"))
+    honest = scaling.measure.check_and_time
+
+    def fails(contestant):
+        def check_and_time(entries, rounds):
+            if contestant in {entry.contestant for entry in entries}:
+                raise RuntimeError(f"{contestant} is off by 7 nat")
+            return honest(entries, rounds)
+
+        return check_and_time
+
+    monkeypatch.setattr(scaling.measure, "peak_memory", lambda entry: 1)
+    monkeypatch.setattr(scaling.measure, "check_and_time", fails("eager"))
+    rows = scaling.measure_point(entries, 2, [])
+    assert [r["contestant"] for r in rows] == ["lolkernels", "gemms"]
+    assert "without eager: eager is off by 7 nat" in capsys.readouterr().err
+    monkeypatch.setattr(scaling.measure, "check_and_time", fails("lolkernels"))
+    with pytest.raises(RuntimeError, match="lolkernels is off by 7 nat"):
+        scaling.measure_point(entries, 2, [])
