@@ -218,7 +218,10 @@ def _mib(row: dict[str, Any] | None, key: str = "extra_bytes") -> str:
 
 
 def _slope(nanoseconds: float) -> str:
-    return f"{nanoseconds / 1e3:.3f} µs" if abs(nanoseconds) >= 1e3 else f"{nanoseconds:.2f} ns"
+    for unit, size in (("ms", 1e6), ("µs", 1e3)):
+        if abs(nanoseconds) >= size:
+            return f"{nanoseconds / size:.3f} {unit}"
+    return f"{nanoseconds:.2f} ns"
 
 
 def table(case: dict[str, Any]) -> str:
