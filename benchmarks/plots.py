@@ -113,11 +113,12 @@ def timed(case: dict[str, Any]) -> list[Row]:
     return [row for row in case["rows"] if row.get("median_ms") is not None]
 
 
-def growth_case(records: list[Record], axis: str) -> dict[str, Any]:
+def growth_case(records: list[Record], axis: str) -> tuple[dict[str, Any], str]:
+    """The case over an axis, and where it was measured."""
     for record in records:
         for case in record["cases"]:
             if case.get("axis") == axis and len([r for r in timed(case) if _is(r, OURS)]) >= 2:
-                return case
+                return case, where(record)
     raise PlotError(
         f"no record has two points or more of lolkernels over {axis}: run "
         f"`python benchmarks/scaling.py --axis {axis} --out ...` and give its JSON"
@@ -143,9 +144,9 @@ def best_of_each(rows: list[Row], key: str) -> list[Row]:
 
 def peers_case(
     records: list[Record], usable: Callable[[Row], bool], what: str
-) -> tuple[dict[str, Any], list[Row]]:
-    """The usable rows of the case, and shape, of linear_loss with the most peers."""
-    best: tuple[dict[str, Any], list[Row]] | None = None
+) -> tuple[list[Row], str]:
+    """The usable rows of the linear_loss case with the most peers, and where it was measured."""
+    best: tuple[list[Row], str] | None = None
     most = 1
     for record in records:
         for case in record["cases"]:
@@ -157,7 +158,7 @@ def peers_case(
                 rows = [row for row in group if usable(row)]
                 peers = {peer_of(row) for row in rows}
                 if OURS in peers and len(peers) > most:
-                    best, most = (case, rows), len(peers)
+                    best, most = (rows, where(record)), len(peers)
     if best is None:
         raise PlotError(
             f"no case of linear_loss has lolkernels and another contestant with {what}: run "
@@ -166,8 +167,8 @@ def peers_case(
     return best
 
 
-def where(records: list[Record]) -> str:
-    found = records[0]["environment"]
+def where(record: Record) -> str:
+    found = record["environment"]
     threads = found.get("threads")
     if not threads or "cuda" in found:
         return str(found["device"])
@@ -316,11 +317,12 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
     def usable(row: Row) -> bool:
         return True
 
-    case, rows = peers_case(records, usable, "a time")
+    rows, device = peers_case(records, usable, "a time")
     floor = next((r["times_ms"] for r in rows if _is(r, FLOOR)), None)
     if floor is None:
         raise PlotError(
-            f"the case '{case['title']}' has no row of the bare GEMMs: measure it again"
+            f"no row of the bare GEMMs stands beside {rows[0]['label']}, {rows[0]['shape']}: run "
+            "`python benchmarks/run.py --suite cpu --out ...` and give its JSON"
         )
     rows = [
         {**row, "ratio": median(a / b for a, b in zip(row["times_ms"], floor, strict=False))}
@@ -337,7 +339,7 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
     figure = canvas(
         38 * len(rows) + 64,
         title,
-        f"A-LoL loss, forward + backward, {sizes(ours['shape'])}; {where(records)}",
+        f"A-LoL loss, forward + backward, {sizes(ours['shape'])}; {device}",
         theme,
     )
     axes = named_rows(figure, len(rows), theme)
@@ -378,9 +380,9 @@ def error_plot(records: list[Record], theme: Theme) -> Plot:
         return bool(row.get("sum_error_nat"))
 
     try:
-        _, rows = peers_case(records, half, "sum_error_nat")
+        rows, _ = peers_case(records, half, "sum_error_nat")
     except PlotError:
-        _, rows = peers_case(records, known, "sum_error_nat")
+        rows, _ = peers_case(records, known, "sum_error_nat")
     rows = best_of_each(rows, "sum_error_nat")
     ours = next(row for row in rows if _is(row, OURS))
     others = [row for row in rows if not _is(row, OURS)]
@@ -431,11 +433,11 @@ def error_plot(records: list[Record], theme: Theme) -> Plot:
 
 
 def tokens_plot(records: list[Record], theme: Theme) -> Plot:
-    return growth(growth_case(records, "tokens"), where(records), theme, logarithmic=True)
+    return growth(*growth_case(records, "tokens"), theme, logarithmic=True)
 
 
 def vocab_plot(records: list[Record], theme: Theme) -> Plot:
-    return growth(growth_case(records, "vocab"), where(records), theme, logarithmic=False)
+    return growth(*growth_case(records, "vocab"), theme, logarithmic=False)
 
 
 PLOTS = {"tokens": tokens_plot, "vocab": vocab_plot, "floor": floor_plot, "error": error_plot}

@@ -228,3 +228,11 @@ def test_colours_stand_out_from_the_paper(plots) -> None:
         for color in (theme.ink, theme.muted, *theme.colors.values()):
             low, high = sorted([paper, luminance(color)])
             assert (high + 0.05) / (low + 0.05) >= 4.5, (theme.name, color)
+
+
+def test_a_plot_names_the_threads_of_its_own_record(plots, records) -> None:
+    records[1]["environment"] = {"device": "Some CPU", "threads": 1}
+    for name, want in (("floor", "Some CPU, 2 threads"), ("tokens", "Some CPU, 1 thread")):
+        figure = plots.draw(records, name, plots.THEMES[0]).figure
+        said = [" ".join(t.get_text().split()) for t in figure.texts]
+        assert any(text.endswith(want) for text in said), said
