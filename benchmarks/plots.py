@@ -1,7 +1,7 @@
 """Draws the README's plots from the JSON of run.py and scaling.py, each light and dark.
 
 python benchmarks/plots.py
-python benchmarks/plots.py benchmarks/results/cpu.json --plots floor error --out /tmp/cpu
+python benchmarks/plots.py benchmarks/results/cpu.json --plots floor error --format png
 
 Every number in a plot, its title included, comes from the records. The same records give the same
 bytes. A plot is 380 points wide, with type that stays readable where a phone shows all of it.
