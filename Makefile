@@ -51,6 +51,19 @@ test-gpu:
 bench-gpu:
 	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
 
+.PHONY: bench-scaling bench-compare plots
+
+bench-scaling: install
+	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)
+
+# BASE=...  a commit: is the working tree faster or slower?
+bench-compare: install
+	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+
+# Draws benchmarks/results/plots from the JSON beside it.
+plots: install
+	$(BIN)/python benchmarks/plots.py $(ARGS)
+
 # The extension is built in place. Without a compiler the install succeeds, the library says that it
 # uses the reference backend, and the stamp is left out so that the next make tries again.
 install: $(STAMPS)/extension

@@ -1,0 +1,381 @@
+"""How the cost grows with tokens, vocabulary, hidden size and sequence length.
+
+python benchmarks/scaling.py --axis all --out benchmarks/results/cpu-scaling
+python benchmarks/scaling.py --axis vocab --shape 512,256,32768,64 --points 32768 65536 131072
+
+One size of a shape changes, the others stay. At each point lolkernels runs in interleaved rounds
+with the bare GEMMs (the floor) and eager PyTorch, as far as these two, which hold all logits, fit
+into the device's memory. Memory is measured too, beside the library's formula. Over the points of
+an axis a line is fitted: time = intercept + slope * size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import report
+import torch
+from measure import Entry
+from shapes import Shape
+
+from lolkernels import planner
+
+OP = "linear_loss"
+CONTESTANTS = ("lolkernels", "gemms", "eager")
+NAMES = {"gemms": "bare GEMMs"}
+WHOLE_LOGITS = ("gemms", "eager")
+LOGITS_SHARE = 1 / 16  # of the device's memory: eager needs the fp32 logits several times over
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Axis:
+    field: str  # of Shape
+    unit: str  # one step of it
+    base: Shape
+    points: tuple[int, ...]
+
+    def shapes(self) -> list[Shape]:
+        return [replace(self.base, **{self.field: point}) for point in self.points]
+
+
+def doubling(first: int, last: int) -> tuple[int, ...]:
+    return tuple(first << k for k in range((last // first).bit_length()))
+
+
+# On a CPU a narrow head, so that 131072 tokens take seconds and not minutes.
+CPU = {
+    "tokens": Axis("tokens", "token", Shape(256, 256, 8192, 128), doubling(256, 131072)),
+    "vocab": Axis(
+        "vocab", "column", Shape(512, 256, 32768, 128), (32768, 65536, 131072, 196608, 262144)
+    ),
+    "hidden": Axis("hidden", "unit", Shape(512, 128, 32768, 128), doubling(128, 2048)),
+    "seq-len": Axis("seq_len", "token", Shape(4096, 256, 8192, 128), doubling(64, 4096)),
+}
+CUDA = {
+    "tokens": Axis("tokens", "token", Shape(256, 4096, 128256, 256, "bf16"), doubling(256, 131072)),
+    "vocab": Axis(
+        "vocab",
+        "column",
+        Shape(8192, 4096, 32768, 256, "bf16"),
+        (32768, 65536, 131072, 196608, 262144),
+    ),
+    "hidden": Axis("hidden", "unit", Shape(8192, 512, 128256, 256, "bf16"), doubling(512, 8192)),
+    "seq-len": Axis(
+        "seq_len", "token", Shape(16384, 4096, 128256, 256, "bf16"), doubling(64, 16384)
+    ),
+}
+AXES = {"cpu": CPU, "cuda": CUDA}
+
+
+# --- what is made of the measurements -------------------------------------------------------------
+
+
+def fit(sizes: list[float], times: list[float]) -> dict[str, float]:
+    """Least squares of the relative errors: time = intercept + slope * size.
+
+    Each point is weighted by 1 / time^2, since a measured time is off by a share of itself: without
+    it the largest point alone would decide. R^2 is weighted alike.
+
+    Raises:
+        ValueError: fewer than two sizes.
+    """
+    if len(set(sizes)) < 2:
+        raise ValueError(f"a line needs two sizes or more; got {sorted(set(sizes))}")
+    weights = [1 / time**2 for time in times]
+    total = sum(weights)
+    x0 = sum(w * x for w, x in zip(weights, sizes, strict=True)) / total
+    t0 = sum(w * t for w, t in zip(weights, times, strict=True)) / total
+    points = list(zip(weights, sizes, times, strict=True))
+    spread = sum(w * (x - x0) ** 2 for w, x, _ in points)
+    slope = sum(w * (x - x0) * (t - t0) for w, x, t in points) / spread
+    intercept = t0 - slope * x0
+    left = sum(w * (t - intercept - slope * x) ** 2 for w, x, t in points)
+    whole = sum(w * (t - t0) ** 2 for w, _, t in points)
+    return {"slope": slope, "intercept": intercept, "r2": 1 - left / whole if whole else 1.0}
+
+
+def of(case: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
+    return [row for row in case["rows"] if row["contestant"] == contestant]
+
+
+def lines(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """A fitted line for each contestant with two points or more; milliseconds and nanoseconds."""
+    found = []
+    for name in CONTESTANTS:
+        rows = of(case, name)
+        if len(rows) < 2:
+            continue
+        line = fit([row["x"] for row in rows], [row["median_ms"] for row in rows])
+        found.append(
+            {
+                "contestant": name,
+                "points": len(rows),
+                "slope_ns": 1e6 * line["slope"],
+                "intercept_ms": line["intercept"],
+                "r2": line["r2"],
+            }
+        )
+    return found
+
+
+def flatness(case: dict[str, Any]) -> dict[str, Any] | None:
+    """The largest extra memory over the smallest, from the point on where chunks are full."""
+    rows = [r for r in of(case, "lolkernels") if r["full_chunks"] and r["extra_bytes"] is not None]
+    if len(rows) < 2:
+        return None
+    extra = [row["extra_bytes"] for row in rows]
+    return {"from": rows[0]["x"], "to": rows[-1]["x"], "ratio": max(extra) / max(1, min(extra))}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def entries_at(shape: Shape, frozen_head: bool, device: torch.device) -> list[Entry]:
+    fits = 4 * shape.tokens * shape.vocab <= LOGITS_SHARE * memory_of(device)
+    return [
+        Entry(name, name, OP, shape, frozen_head)
+        for name in CONTESTANTS
+        if fits or name not in WHOLE_LOGITS
+    ]
+
+
+def measure_point(entries: list[Entry], rounds: int, gpu: list[Any]) -> list[dict[str, Any]]:
+    """Times in interleaved rounds; on a CPU, then the memory of all but the floor.
+
+    Eager goes out where it fails its check (bf16 logits of a long sequence) or its memory.
+
+    Raises:
+        RuntimeError: lolkernels or the floor fails.
+    """
+    try:
+        rows = measure.check_and_time(entries, rounds, *gpu)
+    except RuntimeError as error:
+        entries = [entry for entry in entries if entry.contestant != "eager"]
+        rows = measure.check_and_time(entries, rounds, *gpu)
+        print(f"without eager: {error}", file=sys.stderr)
+    found = []
+    for entry, row in zip(entries, rows, strict=True):
+        if not gpu and entry.contestant != "gemms":
+            row.extra_bytes = measure.peak_memory(entry)
+            row.formula_bytes = measure.documented_bytes(entry)
+        found.append(asdict(row))
+    return found
+
+
+def measure_axis(
+    name: str, axis: Axis, rounds: int, frozen_head: bool, device: torch.device
+) -> dict[str, Any]:
+    gpu = [measure.Cuda()] if device.type == "cuda" else []  # a CPU is the measuring's default
+    rows = []
+    for point, shape in zip(axis.points, axis.shapes(), strict=True):
+        held = planner.chunk_rows(shape.vocab, 4, None, device)
+        whole = shape.seq_len <= held  # a longer sequence goes tile by tile, without a chunk
+        full = whole and held <= shape.scored
+        for row in measure_point(entries_at(shape, frozen_head, device), rounds, gpu):
+            label = f"{row['contestant']} {axis.field}={point}"
+            rows.append({**row, "label": label, "x": point, "full_chunks": full})
+            if not whole:
+                rows[-1]["formula_bytes"] = None
+        print(f"{name} {point}: {rows[-1]['shape']}", file=sys.stderr, flush=True)
+    head = ", frozen head" if frozen_head else ""
+    fixed = {k: v for k, v in asdict(axis.base).items() if k in ("tokens", "hidden", "vocab")}
+    case: dict[str, Any] = {
+        "title": f"Cost against {name}: {OP} (A-LoL), forward + backward{head}",
+        "axis": name,
+        "field": axis.field,
+        "unit": axis.unit,
+        "base": {**fixed, "seq_len": axis.base.seq_len, "dtype": axis.base.dtype},
+        "frozen_head": frozen_head,
+        "floor": f"gemms {axis.field}={axis.points[0]}",
+        "rows": rows,
+    }
+    return {**case, "lines": lines(case), "flatness": flatness(case)}
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def _ms(row: dict[str, Any] | None) -> str:
+    return f"{row['median_ms']:.1f}" if row else ""
+
+
+def _mib(row: dict[str, Any] | None, key: str = "extra_bytes") -> str:
+    return f"{row[key] / MIB:.1f}" if row and row.get(key) is not None else ""
+
+
+def _slope(nanoseconds: float) -> str:
+    for unit, size in (("ms", 1e6), ("µs", 1e3)):
+        if abs(nanoseconds) >= size:
+            return f"{nanoseconds / size:.3f} {unit}"
+    return f"{nanoseconds:.2f} ns"
+
+
+def table(case: dict[str, Any]) -> str:
+    """One axis: a row a point, then the fitted lines and how flat the memory is."""
+    base = {k: v for k, v in case["base"].items() if k != case["field"]}
+    out = [
+        f"### {case['title']}",
+        "",
+        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in base.items()) + ".",
+        "",
+        f"| {case['axis']} | lolkernels ms | bare GEMMs ms | x GEMMs | eager ms | extra MiB "
+        "| formula MiB | eager extra MiB |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for x in dict.fromkeys(row["x"] for row in case["rows"]):
+        here = {row["contestant"]: row for row in case["rows"] if row["x"] == x}
+        ours, floor, eager = (here.get(name) for name in CONTESTANTS)
+        ratio = f"{ours['median_ms'] / floor['median_ms']:.3f}" if ours and floor else ""
+        cells = [str(x), _ms(ours), _ms(floor), ratio, _ms(eager), _mib(ours)]
+        out.append(f"| {' | '.join([*cells, _mib(ours, 'formula_bytes'), _mib(eager)])} |")
+    floor_slope = next((f["slope_ns"] for f in case["lines"] if f["contestant"] == "gemms"), None)
+    if case["lines"]:
+        out += [
+            "",
+            f"| fitted line | points | a {case['unit']} costs | x GEMMs | intercept ms | R² |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+    for line in case["lines"]:
+        name = NAMES.get(line["contestant"], line["contestant"])
+        ratio = f"{line['slope_ns'] / floor_slope:.3f}" if floor_slope else ""
+        if case["axis"] == "seq-len":  # nothing should depend on it: a ratio of zeros
+            ratio = ""
+        out.append(
+            f"| {name} | {line['points']} | {_slope(line['slope_ns'])} | {ratio} "
+            f"| {line['intercept_ms']:.2f} | {line['r2']:.4f} |"
+        )
+    if case["flatness"]:
+        flat = case["flatness"]
+        out += [
+            "",
+            f"Extra memory from {flat['from']} to {flat['to']} (chunks are full): the largest is "
+            f"{flat['ratio']:.3f} x the smallest.",
+        ]
+    return "\n".join(out)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    where = record["environment"]
+    facts = [
+        f"{key.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else value}"
+        for key, value in where.items()
+        if key not in ("device", "command", "dirty") and isinstance(value, (str, int, float, list))
+    ]
+    facts += ["with local changes"] if where.get("dirty") else []
+    head = [
+        f"# Scaling on {where['device']}",
+        "",
+        "; ".join(facts) + ".",
+        f"Medians of {record['rounds']} interleaved rounds (contestants that take seconds: 3). The "
+        "bare GEMMs and eager hold all logits and stop where these pass a sixteenth of the memory. "
+        "`x GEMMs` is a ratio of medians. Extra memory: the peak above inputs and returned "
+        "gradients; its formula is that of chunks of whole sequences, and is left out where one "
+        "sequence is longer than a chunk. The lines are fitted by least "
+        "squares of the relative errors.",
+        "",
+        f"    {where['command']}",
+    ]
+    return "\n\n".join(["\n".join(head), *(table(case) for case in record["cases"])]) + "\n"
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data, page = (out.with_name(out.name + ending) for ending in (".json", ".md"))
+    data.write_text(json.dumps(record, indent=1) + "\n")
+    page.write_text(markdown(json.loads(data.read_text())))
+    print(f"wrote {data}\nwrote {page}")
+
+
+def axes_of(arguments: argparse.Namespace) -> dict[str, Axis]:
+    """The axes asked for, with the base shape and the points asked for.
+
+    Raises:
+        ValueError: --points for several axes, or points that do not fit the shape.
+    """
+    known = AXES[arguments.device]
+    names = list(known) if arguments.axis == "all" else [arguments.axis]
+    if arguments.points and len(names) > 1:
+        raise ValueError("--points needs one --axis")
+    chosen = {}
+    for name in names:
+        axis = known[name]
+        if arguments.shape:
+            axis = replace(axis, base=replace(arguments.shape, dtype=axis.base.dtype))
+        if arguments.points:
+            axis = replace(axis, points=tuple(sorted(arguments.points)))
+        axis.shapes()  # raises where a point does not fit
+        chosen[name] = axis
+    return chosen
+
+
+def shape_of(text: str) -> Shape:
+    try:
+        return Shape(*(int(size) for size in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"give T,D,V,seq_len; got {text!r} ({error})") from None
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--axis", choices=[*CPU, "all"], default="all")
+    parser.add_argument("--device", choices=list(AXES), default="cpu")
+    parser.add_argument("--shape", type=shape_of, metavar="T,D,V,L", help="the sizes that stay")
+    parser.add_argument("--points", type=int, nargs="+", help="sizes of the axis")
+    parser.add_argument("--frozen-head", action="store_true", help="no gradient for the weight")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a point")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device (try --device cpu)")
+    try:
+        arguments.axes = axes_of(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    shown = sys.argv[1:] if argv is None else argv
+    record: dict[str, Any] = {
+        "environment": {
+            **report.environment(*([device] if device.type == "cuda" else [])),
+            "command": " ".join(["python", "benchmarks/scaling.py", *shown]),
+        },
+        "rounds": arguments.rounds,
+        "cases": [],
+        "goals": [],
+    }
+    for name, axis in arguments.axes.items():
+        case = measure_axis(name, axis, arguments.rounds, arguments.frozen_head, device)
+        record["cases"].append(case)
+        print(table(case), end="\n\n", flush=True)
+        if arguments.out:  # what is there stays, should a later axis fail
+            save(record, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""The scaling benchmark: its fit and its flatness on known numbers, and a run of tiny points."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SIZES = [256.0, 1024.0, 4096.0, 65536.0]
+
+
+@pytest.fixture(scope="module")
+def scaling() -> object:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import scaling
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return scaling
+
+
+def script(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "scaling.py"), *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+
+
+def test_the_fit_finds_a_known_line(scaling) -> None:
+    line = scaling.fit(SIZES, [3.0 + 0.02 * x for x in SIZES])
+    assert line["slope"] == pytest.approx(0.02, rel=1e-9)
+    assert line["intercept"] == pytest.approx(3.0, rel=1e-9)
+    assert line["r2"] == pytest.approx(1.0)
+
+
+def test_the_intercept_survives_noise_of_the_largest_point(scaling) -> None:
+    """5% off at the largest point is 65 ms; unweighted least squares would lose the 3 ms."""
+    times = [3.0 + 0.02 * x for x in SIZES]
+    times[-1] *= 1.05
+    line = scaling.fit(SIZES, times)
+    assert line["slope"] == pytest.approx(0.02, rel=0.06)
+    assert line["intercept"] == pytest.approx(3.0, rel=0.3)
+    assert 0.99 < line["r2"] < 1
+
+
+def test_a_flat_cost_has_no_slope_and_a_line_needs_two_sizes(scaling) -> None:
+    line = scaling.fit(SIZES, [7.0] * 4)
+    assert line["slope"] == pytest.approx(0.0, abs=1e-12) and line["r2"] == 1.0
+    with pytest.raises(ValueError, match="two sizes"):
+        scaling.fit([5.0, 5.0], [1.0, 2.0])
+
+
+def row(contestant: str, x: int, ms: float, extra: int | None, full: bool = True) -> dict:
+    return {
+        "contestant": contestant,
+        "x": x,
+        "median_ms": ms,
+        "extra_bytes": extra,
+        "formula_bytes": extra,
+        "full_chunks": full,
+    }
+
+
+@pytest.fixture
+def case(scaling) -> dict:
+    rows = [
+        row("lolkernels", 100, 12.0, 10 * 2**20, full=False),
+        row("gemms", 100, 10.0, None, full=False),
+        row("lolkernels", 200, 23.0, 40 * 2**20),
+        row("gemms", 200, 20.0, None),
+        row("lolkernels", 400, 45.0, 42 * 2**20),
+        row("eager", 400, 90.0, 900 * 2**20),
+    ]
+    made = {
+        "title": "Cost against tokens",
+        "axis": "tokens",
+        "field": "tokens",
+        "unit": "token",
+        "base": {"tokens": 100, "hidden": 8, "vocab": 50, "seq_len": 4, "dtype": "fp32"},
+        "rows": rows,
+    }
+    return {**made, "lines": scaling.lines(made), "flatness": scaling.flatness(made)}
+
+
+def test_flatness_counts_from_the_first_full_chunk(scaling, case: dict) -> None:
+    assert case["flatness"] == {"from": 200, "to": 400, "ratio": pytest.approx(1.05)}
+    alone = {"rows": [r for r in case["rows"] if r["x"] == 400]}
+    assert scaling.flatness(alone) is None
+
+
+def test_lines_have_units(case: dict) -> None:
+    ours, floor = case["lines"]  # eager has one point: no line
+    assert ours["slope_ns"] == pytest.approx(110_000, rel=1e-6)
+    assert ours["intercept_ms"] == pytest.approx(1.0, rel=1e-6)
+    assert floor["slope_ns"] == pytest.approx(100_000, rel=1e-6)
+
+
+def test_the_page_is_made_from_the_record(scaling, case: dict) -> None:
+    where = {"device": "a CPU", "threads": 2, "vector": ["avx2"], "command": "python x.py"}
+    page = scaling.markdown({"environment": where, "rounds": 5, "cases": [case], "goals": []})
+    assert "# Scaling on a CPU" in page and "threads 2; vector avx2." in page
+    assert "| 200 | 23.0 | 20.0 | 1.150 |  | 40.0 | 40.0 |  |" in page
+    assert "| 400 | 45.0 |  |  | 90.0 | 42.0 | 42.0 | 900.0 |" in page
+    assert "| lolkernels | 3 | 110.000 µs | 1.100 | 1.00 | 1.0000 |" in page
+    assert "from 200 to 400 (chunks are full): the largest is 1.050 x" in page
+
+
+def test_every_default_point_is_a_shape(scaling) -> None:
+    for axes in scaling.AXES.values():
+        assert list(axes) == ["tokens", "vocab", "hidden", "seq-len"]
+        for axis in axes.values():
+            assert len(axis.shapes()) == len(set(axis.points)) >= 5
+        assert (axes["tokens"].points[0], axes["tokens"].points[-1]) == (256, 131072)
+        assert (axes["vocab"].points[0], axes["vocab"].points[-1]) == (32768, 262144)
+
+
+def test_a_tiny_run_writes_json_and_markdown(tmp_path: Path) -> None:
+    out = tmp_path / "tiny"
+    flags = ["--axis", "tokens", "--shape", "64,32,1000,16", "--points", "128", "64"]
+    done = script(*flags, "--rounds", "2", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["environment"]["command"].startswith("python benchmarks/scaling.py --axis tokens")
+    (case,) = record["cases"]
+    assert {(r["contestant"], r["x"]) for r in case["rows"]} == {
+        (name, x) for name in ("lolkernels", "gemms", "eager") for x in (64, 128)
+    }
+    assert all(len(r["times_ms"]) == 2 and min(r["times_ms"]) > 0 for r in case["rows"])
+    ours = [r for r in case["rows"] if r["contestant"] == "lolkernels"]
+    assert all(r["extra_bytes"] > 0 and r["formula_bytes"] > 0 for r in ours)
+    assert all(r["sum_error_nat"] <= 1e-3 for r in ours)
+    assert [line["contestant"] for line in case["lines"]] == ["lolkernels", "gemms", "eager"]
+    assert "### Cost against tokens" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--points", "8"], "--points needs one --axis"),
+        (["--axis", "tokens", "--points", "100"], "must be a multiple of seq_len"),
+        (["--axis", "tokens", "--shape", "64,32"], "give T,D,V,seq_len"),
+        (["--axis", "depth"], "invalid choice"),
+    ],
+)
+def test_bad_flags_say_what_to_change(flags: list[str], message: str) -> None:
+    done = script(*flags)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> None:
+    seen = []
+
+    def measured(entries, rounds, gpu):
+        seen.append(entries[0].shape.seq_len)
+        made = row("lolkernels", 0, 1.0, 2**20)
+        return [{**made, "shape": str(entries[0].shape)}]
+
+    monkeypatch.setattr(scaling, "measure_point", measured)
+    base = scaling.Shape(4096, 8, 8192, 64)  # 48 MiB hold 1536 rows of 8192 logits
+    axis = scaling.Axis("seq_len", "token", base, (64, 1024, 2048))
+    case = scaling.measure_axis("seq-len", axis, 1, False, scaling.torch.device("cpu"))
+    assert seen == [64, 1024, 2048]
+    assert [r["full_chunks"] for r in case["rows"]] == [True, True, False]
+    assert [r["formula_bytes"] for r in case["rows"]] == [2**20, 2**20, None]
+    assert case["flatness"] == {"from": 64, "to": 1024, "ratio": 1.0}
+
+
+def test_a_failing_eager_goes_out_and_a_failing_lolkernels_ends_the_run(
+    scaling, monkeypatch, capsys
+) -> None:
+    shape = scaling.Shape(64, 8, 500, 16)
+    entries = scaling.entries_at(shape, False, scaling.torch.device("cpu"))
+    honest = scaling.measure.check_and_time
+
+    def fails(contestant):
+        def check_and_time(entries, rounds):
+            if contestant in {entry.contestant for entry in entries}:
+                raise RuntimeError(f"{contestant} is off by 7 nat")
+            return honest(entries, rounds)
+
+        return check_and_time
+
+    monkeypatch.setattr(scaling.measure, "peak_memory", lambda entry: 1)
+    monkeypatch.setattr(scaling.measure, "check_and_time", fails("eager"))
+    rows = scaling.measure_point(entries, 2, [])
+    assert [r["contestant"] for r in rows] == ["lolkernels", "gemms"]
+    assert "without eager: eager is off by 7 nat" in capsys.readouterr().err
+    monkeypatch.setattr(scaling.measure, "check_and_time", fails("lolkernels"))
+    with pytest.raises(RuntimeError, match="lolkernels is off by 7 nat"):
+        scaling.measure_point(entries, 2, [])
