@@ -15,7 +15,7 @@ Peak bytes of one training step on T tokens, N of them scored, with b bytes an e
                    b T D of each block and the final norm
     loss, eager    12 N V: three fp32 tensors in the backward of log_softmax, of the scored rows
                    alone; then dweight beside the logits' gradient, if that is more; + b N D
-    loss, full     the same for all T rows, and their logits, which the model returned: b T V
+    loss, full     the same for all T rows
     loss, fused    planner.extra_bytes + dweight + dhidden (b N D) + hidden (b (T + N) D)
 
 D hidden size, I width of the MLP, V vocabulary. It assumes the blocks as transformers runs them,
@@ -279,11 +279,10 @@ def loss_bytes(shape: ModelShape, setup: Setup, sequences: int, loss: str) -> in
     dweight = 0 if setup.lora or setup.frozen_head else b * V * D
     if loss == "fused":
         return fused_extra_bytes(shape, setup, sequences) + dweight + b * (2 * rows + tokens) * D
-    kept = 0  # logits that the model has returned
     if loss == "full logits":
-        rows, kept = tokens, b * tokens * V
+        rows = tokens
     dlogits = rows * V * (4 if b == 4 else 4 + b)
-    return kept + max(12 * rows * V, dlogits + dweight) + b * rows * D
+    return max(12 * rows * V, dlogits + dweight) + b * rows * D
 
 
 def fused_extra_bytes(shape: ModelShape, setup: Setup, sequences: int) -> int:
