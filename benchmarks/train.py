@@ -1,6 +1,6 @@
 """End to end: one optimiser step of A-LoL on a whole model, with eager log-probs and with ours.
 
-python benchmarks/train.py --model tiny --device cpu --rounds 5 --memory 1GiB --out cpu-train
+python benchmarks/train.py --device cpu
 python benchmarks/train.py --model qwen2.5-0.5b llama-3.1-8b --memory 80GiB --deadline 220 --out gpu
 
 The models are transformers' own, of random weights; half of each sequence is prompt. A step is
@@ -37,7 +37,15 @@ from train_cases import GRADIENT_LIMIT, LOSSES, MODELS, MODES, Case, Run, errors
 from lolkernels import plan
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT_OF_MEMORY = "out of memory"
+CASES = {  # what is measured without --model
+    "cpu": [(model, mode) for model in ("tiny", "tiny-qwen") for mode in MODES],
+    "cuda": [
+        ("qwen2.5-0.5b", "full"),
+        ("llama-3.1-8b", "lora"),
+        ("qwen2.5-1.5b", "full"),
+        ("llama-3.2-3b", "lora"),
+    ],
+}
 RESOLUTION = 0.05  # of the largest batch
 
 
@@ -72,7 +80,7 @@ def time_steps(run: Run, rounds: int, until: float) -> dict[str, list[float] | s
                 run.step(name)
                 run.synchronize()
             except torch.OutOfMemoryError:
-                failed[name] = OUT_OF_MEMORY
+                failed[name] = train_report.OUT_OF_MEMORY
                 run.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 continue
@@ -194,7 +202,7 @@ def fill_memory(case: Case, row: dict[str, Any], until: float) -> None:
     row["formula_bytes"], row["formula_peak_bytes"] = step.working, step.peak
     found = measure(case, row["label"], None, until)
     if "oom" in found:
-        row["error"] = OUT_OF_MEMORY
+        row["error"] = train_report.OUT_OF_MEMORY
         return
     row["extra_bytes"] = found["extra"]
     row["peak_bytes"] = found["fixed"] + found["extra"]
@@ -212,8 +220,6 @@ def fill_largest(case: Case, row: dict[str, Any], memory: int, until: float) -> 
 def measure_all(
     record: dict[str, Any],
     cases: list[Case],
-    rounds: int,
-    memory: int | None,
     until: float,
     save: Callable[[], None],
 ) -> None:
@@ -222,38 +228,41 @@ def measure_all(
     Raises:
         DeadlineError: something is lacking still.
     """
+
+    def attempt(rows: list[dict[str, Any]], fill: Callable[[], None]) -> None:
+        """What fails says so in its rows, and the rest goes on."""
+        try:
+            fill()
+        except torch.OutOfMemoryError:
+            failed = train_report.OUT_OF_MEMORY
+        except (ImportError, RuntimeError) as error:  # no peft; a wrong loss; a process that died
+            failed = str(error)
+        else:
+            failed = None
+        if failed:
+            for row in rows:
+                row["error"] = failed
+            print(failed, file=sys.stderr)
+        save()
+
     pairs = list(zip(cases, record["cases"], strict=True))
     for case, shown in pairs:
-        if not any(row["times_ms"] or row["error"] for row in shown["rows"]):
-            try:
-                fill_times(case, shown, rounds, until)
-            except ImportError as error:  # peft
-                for row in shown["rows"]:
-                    row["error"] = str(error)
+        rows = shown["rows"]
+        if not any(row["times_ms"] or row["error"] for row in rows):
+            attempt(rows, partial(fill_times, case, shown, record["rounds"], until))
             gc.collect()
             if case.device == "cuda":
                 torch.cuda.empty_cache()
-            save()
             print(train_report.table(shown), end="\n\n", flush=True)
-    rows = [(case, row) for case, shown in pairs for row in shown["rows"]]
-    for key, fill in (
-        ("extra_bytes", fill_memory),
-        ("largest_tokens", partial(fill_largest, memory=memory)),
-    ):
-        if key == "largest_tokens" and memory is None:
-            continue
-        for case, row in rows:
-            # Who has no memory for this batch has a largest one still.
-            if row[key] is not None or (row["error"] and row["error"] != OUT_OF_MEMORY):
-                continue
-            if key == "extra_bytes" and row["error"]:
-                continue
-            try:
-                fill(case, row, until=until)
-            except RuntimeError as error:
-                row["error"] = str(error)
-            save()
-            print(f"{case.model} {case.mode} {row['label']}: {key} {row[key]}", file=sys.stderr)
+    for case, shown in pairs:
+        for row in shown["rows"]:
+            if row["extra_bytes"] is None and row["error"] is None:
+                attempt([row], partial(fill_memory, case, row, until))
+    memory = record["settings"]["memory"]
+    for case, shown in pairs:
+        for row in shown["rows"]:
+            if train_report.lacks_largest(record, row):
+                attempt([row], partial(fill_largest, case, row, memory, until))
 
 
 def start_record(given: argparse.Namespace, cases: list[Case], argv: list[str]) -> dict[str, Any]:
@@ -290,7 +299,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["tiny"])
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: see CASES")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
@@ -301,9 +310,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--memory", help="find the largest batch in this, like 1GiB")
-    parser.add_argument("--deadline", type=float, default=1e6, help="seconds")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--memory", help="find the largest batch in this, like 1GiB; none: do not")
+    parser.add_argument("--deadline", type=float, help="seconds (default: 450, 225 on a GPU)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train-DEVICE")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
@@ -312,15 +321,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return given
     if given.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no GPU; give --device cpu")
-    if given.out is None:
-        parser.error("--out is missing: where OUT.json and OUT.md are written")
-    given.dtype = given.dtype or ("bf16" if given.device == "cuda" else "fp32")
-    given.seq_len = given.seq_len or (1024 if given.device == "cuda" else 128)
+    on_gpu = given.device == "cuda"
+    given.out = given.out or Path("benchmarks/results") / f"train-{given.device}"
+    given.dtype = given.dtype or ("bf16" if on_gpu else "fp32")
+    given.seq_len = given.seq_len or (1024 if on_gpu else 128)
+    given.deadline = given.deadline or (225 if on_gpu else 450)
+    given.memory = given.memory or ("80GiB" if on_gpu else "600MiB")
+    given.pairs = CASES[given.device]
+    if given.model:
+        given.pairs = [(model, mode) for model in given.model for mode in given.mode]
     for name, least in (("sequences", 2), ("seq_len", 2), ("rounds", 1)):
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be >= {least}")
     try:
-        given.memory = None if given.memory is None else plan.parse_bytes(given.memory)
+        given.memory = None if given.memory == "none" else plan.parse_bytes(given.memory)
     except ValueError as error:
         parser.error(str(error))
     return given
@@ -337,24 +351,13 @@ def main(argv: list[str] | None = None) -> int:
     until = time.monotonic() + given.deadline
     if given.threads:
         torch.set_num_threads(given.threads)
-    cases = [
-        Case(
-            model,
-            mode,
-            given.sequences,
-            given.seq_len,
-            given.dtype,
-            given.device,
-            given.gradient_checkpointing,
-        )
-        for model in given.model
-        for mode in given.mode
-    ]
+    options = (given.sequences, given.seq_len, given.dtype, given.device)
+    cases = [Case(*pair, *options, given.gradient_checkpointing) for pair in given.pairs]
     record = start_record(given, cases, argv)
     record["left"] = []
     save = partial(train_report.save, record, given.out)
     try:
-        measure_all(record, cases, given.rounds, given.memory, until, save)
+        measure_all(record, cases, until, save)
     except DeadlineError:
         record["left"] = train_report.unfinished(record)
     save()
@@ -363,7 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     if record["left"]:
         print("no time was left for:", "; ".join(record["left"]), "(run the same command again)")
     print(f"wrote {given.out.with_suffix('.json')} and .md")
-    return 0
+    rows = [row for case in record["cases"] for row in case["rows"]]
+    return 1 if any(row["error"] not in (None, train_report.OUT_OF_MEMORY) for row in rows) else 0
 
 
 if __name__ == "__main__":

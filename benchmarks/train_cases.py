@@ -21,10 +21,10 @@ from lolkernels.plan import ModelShape, Setup
 
 RANK = 16
 PROMPT = 0.5
-# Errors against fp32 logits, relative: of the loss, and of the whole gradient. Each bf16 gradient
-# of a block is rounded, whoever makes it.
+# Relative errors against fp32 logits: of the loss, and of the whole gradient. The gradients of bf16
+# blocks are rounded whoever makes the first one: there twice eager's own error will do too.
 LOSS_LIMIT = 1e-3
-GRADIENT_LIMIT = {"fp32": 1e-3, "bf16": 3e-2}
+GRADIENT_LIMIT = {"fp32": 1e-3, "bf16": 1e-2}
 TINY = {
     "tiny": ModelShape("llama", 256, 4, 4, 2, 64, 688, 49152, True),
     "tiny-qwen": ModelShape("qwen2", 192, 4, 6, 2, 32, 512, 50257, False),
@@ -149,9 +149,9 @@ def exact_loss(model: Any, batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Any, Batch], Tensor]] = {
-    "fused": fused_loss,
     "eager": eager_loss,
     "full logits": full_logits_loss,
+    "fused": fused_loss,
 }
 
 
@@ -262,10 +262,13 @@ def errors(run: Run) -> dict[str, tuple[float, float]]:
         )
         del got
         found[name] = abs(value - want) / abs(want), math.sqrt(off) / norm
-        gated = name == "fused" or run.case.dtype == "fp32"
-        if gated and not (found[name][0] <= LOSS_LIMIT and found[name][1] <= limit):
+        if run.case.dtype != "fp32":
+            if name != "fused":
+                continue
+            limit = max(limit, 2 * found["eager"][1])
+        if not (found[name][0] <= LOSS_LIMIT and found[name][1] <= limit):
             raise RuntimeError(
                 f"{run.case.title}: {name} is wrong: its loss is off by {found[name][0]:.1e} "
-                f"(limit {LOSS_LIMIT:g}), its gradient by {found[name][1]:.1e} (limit {limit:g})"
+                f"(limit {LOSS_LIMIT:g}), its gradient by {found[name][1]:.1e} (limit {limit:.1g})"
             )
     return found

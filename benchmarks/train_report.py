@@ -11,6 +11,8 @@ import report
 from train_cases import LOSSES, Case
 
 MIB = 2**20
+OUT_OF_MEMORY = "out of memory"
+LARGEST = ("eager", "fused")  # whose largest batch is looked for
 
 
 def new_case(case: Case) -> dict[str, Any]:
@@ -127,12 +129,24 @@ def page(record: dict[str, Any]) -> str:
 
 def unfinished(record: dict[str, Any]) -> list[str]:
     """Titles of the cases that lack a measurement."""
-    keys = ["extra_bytes", *(["largest_tokens"] if record["settings"]["memory"] else [])]
     return [
         case["title"]
         for case in record["cases"]
-        if any(row[key] is None and not row["error"] for row in case["rows"] for key in keys)
+        if any(
+            row["error"] is None and (row["extra_bytes"] is None or lacks_largest(record, row))
+            for row in case["rows"]
+        )
     ]
+
+
+def lacks_largest(record: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Who has no memory for the batch of the case has a largest one still."""
+    return (
+        bool(record["settings"]["memory"])
+        and row["label"] in LARGEST
+        and row["largest_tokens"] is None
+        and row["error"] in (None, OUT_OF_MEMORY)
+    )
 
 
 def save(record: dict[str, Any], out: Path) -> None:

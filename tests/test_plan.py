@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,10 +263,12 @@ def test_each_saving_saves() -> None:
             # The prompt's rows are no less work for who takes the logits of all rows.
             same = loss == "full logits" and "prompt_share" in change
             assert saving.peak < plain.peak or same, (loss, change)
-    fused, eager, full = (
-        plan.step_bytes(shape, base, 8, x).loss for x in ("fused", "eager", "full logits")
-    )
-    assert fused < eager < full
+    for share, same in ((0.0, True), (0.5, False)):
+        setup = replace(base, prompt_share=share)
+        fused, eager, full = (
+            plan.step_bytes(shape, setup, 8, x).loss for x in ("fused", "eager", "full logits")
+        )
+        assert fused < eager and (eager == full if same else eager < full)
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
@@ -356,6 +359,14 @@ def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> Non
     tokens = next(line for line in text.splitlines() if line.startswith("tokens"))
     assert tokens.split()[1:3] == [f"{found.eager_tokens:,}", f"{found.fused_tokens:,}"]
     assert "494,032,768 parameters" in text
+
+
+def test_the_readme_says_what_the_command_does() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "plan --model-shape qwen2.5-0.5b --memory 24GiB" in text
+    found = plan.plan(MODELS["qwen2.5-0.5b"], Setup(), 24 * GIB)
+    said = f"{found.eager_tokens:,} tokens for eager and {found.fused_tokens:,} for lolkernels"
+    assert said in " ".join(text.split())
 
 
 def test_the_command_says_why_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
