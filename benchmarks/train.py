@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -311,6 +312,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--memory", help="find the largest batch in this, like 1GiB; none: do not")
+    parser.add_argument("--memory-budget", help="of linear_loss (default: the library's own)")
     parser.add_argument("--deadline", type=float, help="seconds (default: 450, 225 on a GPU)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train-DEVICE")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -330,11 +332,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     given.pairs = CASES[given.device]
     if given.model:
         given.pairs = [(model, mode) for model in given.model for mode in given.mode]
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("the models are transformers' own: pip install transformers (and peft)")
     for name, least in (("sequences", 2), ("seq_len", 2), ("rounds", 1)):
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be >= {least}")
     try:
         given.memory = None if given.memory == "none" else plan.parse_bytes(given.memory)
+        if given.memory_budget is not None:
+            given.memory_budget = plan.parse_bytes(given.memory_budget, "--memory-budget")
     except ValueError as error:
         parser.error(str(error))
     return given
@@ -351,8 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     until = time.monotonic() + given.deadline
     if given.threads:
         torch.set_num_threads(given.threads)
-    options = (given.sequences, given.seq_len, given.dtype, given.device)
-    cases = [Case(*pair, *options, given.gradient_checkpointing) for pair in given.pairs]
+    sizes = (given.sequences, given.seq_len, given.dtype, given.device)
+    options = (given.gradient_checkpointing, given.memory_budget)
+    cases = [Case(*pair, *sizes, *options) for pair in given.pairs]
     record = start_record(given, cases, argv)
     record["left"] = []
     save = partial(train_report.save, record, given.out)

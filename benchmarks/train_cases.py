@@ -45,6 +45,7 @@ class Case:
     dtype: str
     device: str
     checkpointing: bool = False
+    memory_budget: int | None = None  # of linear_loss
 
     @property
     def shape(self) -> ModelShape:
@@ -70,6 +71,7 @@ class Case:
             seq_len=self.seq_len,
             prompt_share=PROMPT,
             checkpointing=self.checkpointing,
+            memory_budget=self.memory_budget,
             device=self.device,
         )
         return plan.step_bytes(self.shape, setup, self.sequences, contestant)
@@ -192,7 +194,8 @@ def build_model(case: Case) -> Any:
     if case.checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return lk.fuse_lm_head(model.train())  # calls without completion_mask are what they were
+    # Calls without completion_mask are what they were.
+    return lk.fuse_lm_head(model.train(), memory_budget=case.memory_budget)
 
 
 class Run:

@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from lolrl.losscost import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--model", "test", "--device", "cpu", "--sequences", "4", "--seq-len", "16"]
@@ -200,6 +203,35 @@ def test_out_of_memory_is_a_row_and_the_search_goes_on(
     assert "| eager | out of memory |" in page
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_formula_is_what_the_allocator_gives(
+    train: ModuleType, dtype: str, mode: str, checkpointing: bool
+) -> None:
+    tried = train.Case("test", mode, 64, 32, dtype, "cpu", checkpointing)
+    run = train.Run(tried)
+    run.step("fused", run.batch.first(2))  # the optimiser's states
+    for name in train.LOSSES:
+        taken = peak_bytes(partial(run.step, name))
+        # What a block's backward takes, which counts with checkpointing, is an estimate.
+        rel = 0.12 if checkpointing and name == "fused" else 0.03
+        assert taken == pytest.approx(tried.step(name).working, rel=rel), name
+    fixed = tried.step("fused").weights + tried.step("fused").states
+    assert run.fixed_bytes() == fixed
+
+
+def test_a_smaller_budget_takes_less_memory(train: ModuleType) -> None:
+    taken = []
+    for budget in (None, 2**17):
+        tried = train.Case("test", "lora", 64, 32, "fp32", "cpu", memory_budget=budget)
+        run = train.Run(tried)
+        run.step("fused", run.batch.first(2))
+        taken.append(peak_bytes(partial(run.step, "fused")))
+        assert taken[-1] == pytest.approx(tried.step("fused").working, rel=0.03)
+    assert taken[1] < taken[0] - 2**20
+
+
 def test_memory_is_measured_in_a_process_of_its_own(train: ModuleType) -> None:
     asked = case(train, sequences=512)  # 4096 scored rows of 1000 logits: 47 MiB for eager
     before = time.monotonic()
@@ -225,6 +257,7 @@ def test_a_process_that_fails_or_has_no_time(train: ModuleType) -> None:
         (["--sequences", "1"], "--sequences must be >= 2"),
         (["--rounds", "0"], "--rounds must be >= 1"),
         (["--memory", "lots"], "--memory must be like 24GiB"),
+        (["--memory-budget", "some"], "--memory-budget must be like 24GiB"),
         (["--model", "gpt2"], "invalid choice"),  # its blocks are not built here
     ],
 )
