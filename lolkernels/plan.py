@@ -9,7 +9,8 @@ Peak bytes of one training step on T tokens, N of them scored, with b bytes an e
         loss       activations + what the loss holds
         backward   activations + b V D (dweight, where the head is trained) + one block's backward:
                    b T (2 I + D), with checkpointing also the block's activations
-        update     gradients, + b V D for a tied trained embedding (two gradients are added)
+        update     gradients, + b V D for a tied trained embedding, to whose gradient the head's is
+                   added; with eager + 2 b V D, as autograd adds them into a third tensor
 
     activations    T times :func:`block_bytes` of each block and the final norm; with checkpointing
                    b T D of each block and the final norm
@@ -341,7 +342,7 @@ def step_bytes(shape: ModelShape, setup: Setup, sequences: int, loss: str = "fus
         + dweight
         + backward
         + (tokens * block if setup.checkpointing else 0),
-        at_update=gradients + (dweight if shape.tied else 0),
+        at_update=gradients + (dweight * (1 if loss == "fused" else 2) if shape.tied else 0),
     )
 
 

@@ -221,6 +221,20 @@ def test_the_formula_is_what_the_allocator_gives(
     assert run.fixed_bytes() == fixed
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_formula_where_the_update_is_the_peak(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, tied: bool
+) -> None:
+    monkeypatch.setitem(train.MODELS, "small", replace(train.MODELS["test"], tied=tied))
+    tried = train.Case("small", "full", 2, 2, dtype, "cpu")
+    run = train.Run(tried)
+    run.step("fused")
+    for name in ("fused", "eager"):
+        taken = peak_bytes(partial(run.step, name))
+        assert taken == pytest.approx(tried.step(name).working, rel=0.01), name
+
+
 def test_a_smaller_budget_takes_less_memory(train: ModuleType) -> None:
     taken = []
     for budget in (None, 2**17):
