@@ -300,7 +300,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: see CASES")
+    models = "default: tiny and tiny-qwen, all weights and LoRA; on a GPU four of 0.5B to 8B"
+    parser.add_argument("--model", nargs="+", choices=MODELS, help=models)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"

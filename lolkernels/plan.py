@@ -12,8 +12,8 @@ Peak bytes of one training step on T tokens, N of them scored, with b bytes an e
         update     gradients, + b V D for a tied trained embedding, to whose gradient the head's is
                    added; with eager + 2 b V D, as autograd adds them into a third tensor
 
-    activations    T times :func:`block_bytes` of each block and the final norm; with checkpointing
-                   b T D of each block and the final norm
+    activations    T times what autograd saves in each block (block_bytes in this module) and in
+                   the final norm; with checkpointing b T D of each block, and the final norm
     loss, eager    12 N V: three fp32 tensors in the backward of log_softmax, of the scored rows
                    alone; then dweight beside the logits' gradient, if that is more; + b N D
     loss, full     the same for all T rows
@@ -23,10 +23,11 @@ D hidden size, I width of the MLP, V vocabulary. It assumes the blocks as transf
 not compiled, without dropout; attention that stores no scores (SDPA; gpt-oss and Gemma 2 need a
 flash kernel for that); gradients and AdamW's two states in the dtype of the weights (no fp32 master
 copy), its update fused; LoRA on every linear layer of the blocks, in fp32 as peft makes it, with
-the head frozen. Not in it: what the CUDA
-context, the allocator's fragments and other libraries take (leave 1 to 2 GiB of a card), a softcap
-or a bias of the logits, sharding over several cards. benchmarks/train.py measures it: on a CPU it
-is within 5%, with checkpointing, where a block's backward is an estimate, within 12%.
+the head frozen. Not in it: what the CUDA context, the allocator's fragments and other libraries
+take (leave 1 to 2 GiB of a card), a softcap or a bias of the logits, sharding over several cards.
+
+benchmarks/train.py measures it: on a CPU within 5%; with checkpointing, where a block's backward is
+an estimate, within 12%. On a GPU nobody has measured it yet.
 """
 
 from __future__ import annotations
