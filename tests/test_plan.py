@@ -246,6 +246,15 @@ def test_the_largest_batch_is_the_largest_and_grows_with_memory(name: str, lora:
     assert (found.eager_tokens, found.fused_tokens) == (512 * last[0], 512 * last[1])
 
 
+def test_states_of_eight_bits() -> None:
+    """Two states of one byte a parameter, and for each 256 of them an fp32 scale."""
+    shape = small("llama")
+    count = shape.parameters()
+    states = [plan.step_bytes(shape, Setup(optimizer="8bit", device="cpu"), 1).states]
+    states += [plan.step_bytes(shape, Setup(optimizer="none", device="cpu"), 1).states]
+    assert states[1] == 0 and 0 <= states[0] - 2 * count - 2 * 4 * (count // 256) < 8
+
+
 def test_each_saving_saves() -> None:
     shape, base = MODELS["qwen2.5-1.5b"], Setup(seq_len=512, card=80 * GIB)
     changes: list[dict[str, Any]] = [
