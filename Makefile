@@ -1,5 +1,6 @@
 # `make demo` and `make test` set everything up by themselves. The rest is for developers.
-# `make test-gpu` and `make bench-gpu` test and measure on a GPU (ARGS=--help says what they do).
+# `make test-gpu` and `make bench-gpu` test and measure on a GPU, `make bench-train` times whole
+# training steps on a GPU or the CPU (ARGS=--help says what they do).
 #   PYTHON=...  the interpreter that makes .venv (3.10 or later)
 #   ARGS=...    extra flags, for instance: make demo ARGS="--seeds 3", make test ARGS="-k sequences"
 
@@ -12,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
 
-.PHONY: demo demo-smollm2 test test-all lint format bench test-gpu bench-gpu lock clean install
+.PHONY: demo demo-smollm2 test test-all lint format bench bench-train bench-scaling bench-compare plots test-gpu
+.PHONY: bench-gpu lock clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -43,15 +45,17 @@ format: $(STAMPS)/requirements
 bench: install
 	$(BIN)/python benchmarks/run.py --suite cpu $(ARGS)
 
-# Both run from the source tree with PYTHON as it is, on a machine with a GPU: nothing is installed.
-# They write benchmarks/results/<device>-tests and benchmarks/results/<device>, .json and .md.
+# These run from the source tree with PYTHON as it is: nothing is installed. They write
+# benchmarks/results/<device>-tests, <device> and train-<cuda or cpu>, .json and .md.
 test-gpu:
 	PYTHONPATH=.:python $(PYTHON) tests/run_gpu.py $(ARGS)
 
 bench-gpu:
 	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-.PHONY: bench-scaling bench-compare plots
+# Whole training steps, the largest batch, memory beside the formula.
+bench-train: install
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 bench-scaling: install
 	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)

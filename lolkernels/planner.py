@@ -107,15 +107,19 @@ def chunk_rows(
     return max(1, memory_budget // (vocab * itemsize))
 
 
-def default_budget(vocab: int, itemsize: int = 4, device: torch.device = CPU) -> int:
+def default_budget(
+    vocab: int, itemsize: int = 4, device: torch.device = CPU, card: int | None = None
+) -> int:
     """On a CPU 48 MiB; on a GPU a 64th of its memory, 256 MiB to 2 GiB; at least 256 rows.
 
     It is a 64th of what the card has, not of what is free: a run does not depend on its neighbours.
+    ``card`` stands for the bytes of a GPU that is not here.
     """
     budget = DEFAULT_BUDGET
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        budget = min(max(total // 64, 2**28), 2**31)
+        if card is None:
+            card = torch.cuda.get_device_properties(device).total_memory
+        budget = min(max(card // 64, 2**28), 2**31)
     return max(budget, MIN_ROWS * vocab * itemsize)
 
 

@@ -36,6 +36,7 @@ INTERNAL: dict[str, set[str]] = {
     "functional": {"backends", "checks", "chunked", "loss_op", "objectives", "ops", "sequences"},
     "head": {"backends", "checks", "functional", "objectives", "sequences"},
     "info": {"", "backends", "backends.*", "chunked", "planner"},
+    "plan": {"planner"},
     "testing": {"", "backends", "objectives", "sequences"},
 }
 TOOLCHAINS: dict[str, set[str]] = {
