@@ -21,7 +21,7 @@ ROUNDS = 5
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lolkernels")
-    group.addoption("--shape", default="256,768,50257,64", help="a name, or T,D,V,seq_len")
+    group.addoption("--shape", default="256,512,16384,64", help="a name, or T,D,V,seq_len")
     group.addoption("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
 
 

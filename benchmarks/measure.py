@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels
+import objectives
 import peers
 import torch
 from peers import Contestant, UnavailableError
@@ -294,7 +295,7 @@ def _truth(op: str, inputs: Inputs) -> Truth:
 
 def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | None:
     """The library's own statement of the memory a call takes beyond inputs and gradients."""
-    if entry.contestant != "lolkernels" or entry.op == "logprob" or entry.phase != "both":
+    if entry.contestant != "lolkernels" or entry.op not in peers.OPS or entry.phase != "both":
         return None
     shape, device = entry.shape, device or torch.device("cpu")
     lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
@@ -338,14 +339,14 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
         found.flops, found.work = flops, work
         return found
     ours = entry.contestant == "lolkernels"
-    call = peers.build(
-        entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget
-    )
+    build = objectives.build if entry.op in objectives.OPS else peers.build
+    call = build(entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget)
+    scalar = not ours and peers.PEERS[entry.contestant].scalar_only
 
     def check() -> Check:
         peers.gradients(inputs)
         strict = ours or shape.dtype == "fp32"
-        return judge(call(), _truth(entry.op, inputs), inputs, strict=strict)
+        return judge(call(), _truth(entry.op, inputs), inputs, strict=strict, scalar=scalar)
 
     state: list[Any] = []
 

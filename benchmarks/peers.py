@@ -72,7 +72,7 @@ def gemm_count(op: str, inputs: Inputs) -> int:
     """GEMMs of 2 N V D flops that the op needs (linear_logprob makes its logits twice)."""
     if op == "score":
         return 1
-    return {"linear_loss": 2, "linear_logprob": 3}[op] + inputs.weight.requires_grad
+    return 2 + (op == "linear_logprob") + inputs.weight.requires_grad
 
 
 # --- lolkernels -----------------------------------------------------------------------------------
@@ -308,6 +308,7 @@ PEERS = {
     "cce torch_compile": Peer(partial(_cce, impl="torch_compile"), "cut-cross-entropy"),
     "quack": Peer(_quack, "quack-kernels", gpu_only=True),
     "quack chunked": Peer(None, "quack-kernels"),
+    "liger chunked": Peer(None, "liger-kernel"),  # its own losses: objectives.py
     "fla": Peer(None, "flash-linear-attention"),
 }
 

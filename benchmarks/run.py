@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import objectives
 import peers
 import report
 import torch
@@ -23,15 +24,18 @@ from measure import Device, Entry
 from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
 
-OPS = (*peers.OPS, "logprob")
+OPS = (*peers.OPS, *objectives.OPS, "logprob")
 TITLES = {
     "linear_loss": "linear_loss (A-LoL)",
     "linear_logprob": "linear_logprob",
     "score": "linear_logprob without gradient",
+    "dpo": "DPO without a reference",
+    "grpo": "GRPO",
     "logprob": "logprob on given logits, forward + backward",
 }
 PASSES = {"both": ", forward + backward", "forward": ", forward", "backward": ", backward"}
-USUAL = ["eager", "torch lce"]  # beside lolkernels and its floor
+USUAL = {op: ["eager", "torch lce"] for op in peers.OPS}  # beside lolkernels and its floor
+USUAL |= {op: ["eager", "liger chunked"] for op in objectives.OPS} | {"logprob": ["eager"]}
 
 
 @dataclass
@@ -60,7 +64,7 @@ def single(
 ) -> Case:
     """One op at one shape: lolkernels beside its floor and peers."""
     floors = ["copy"] if op == "logprob" else floors or ["gemms"]
-    names = (["eager"] if op == "logprob" else USUAL) if names is None else names
+    names = USUAL[op] if names is None else names
     make = partial(Entry, op=op, shape=shape, frozen_head=frozen_head, phase=phase)
     ours = [(f"lolkernels {b}", b) for b in backends] if backends else [("lolkernels", None)]
     entries = [make(label, "lolkernels", memory=memory, backend=b) for label, b in ours]
@@ -88,7 +92,7 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
         formula("linear_loss"),
     ]
     yield case
-    few = ["eager", "lol-rl", "torch.compile", "verl recompute"]
+    few = ["eager", "lol-rl", "verl recompute"]
     case = single("linear_loss", shape, frozen_head=True, memory=True, names=few)
     case.goals = [
         Goal("frozen head against two bare GEMMs", "lolkernels", 1.05, "gemms"),
@@ -114,8 +118,11 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
     yield prompt_case(shape)
     mixed = replace(shape, shortest=max(1, shape.seq_len // 8), seq_len=2 * shape.seq_len)
     yield single("linear_loss", mixed, names=["eager"])
-    for name in ("smollm2", "qwen3-0.6b"):  # half the rows: their heads are as large or larger
-        yield single("linear_loss", replace(SHAPES[name], tokens=512), names=["eager"], memory=True)
+    for name, tokens in (("smollm2", 512), ("qwen3-0.6b", 256)):
+        other = replace(SHAPES[name], tokens=tokens)
+        yield single("linear_loss", other, names=["eager"], memory=True)
+    for op in objectives.OPS:
+        yield single(op, replace(shape, tokens=512), memory=True)
     yield single("logprob", shape)
 
 
@@ -175,12 +182,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="*",
         choices=["all", *peers.PEERS],
         metavar="NAME",
-        help=f"all, or some of {', '.join(peers.PEERS)} (default: {', '.join(USUAL)})",
+        help=f"all, or some of {', '.join(peers.PEERS)} (default: a few)",
     )
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--suite", choices=["cpu"], help="every CPU row instead of one op")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds a case")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a case")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     arguments = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from torch import Tensor
 SUM_NAT = 1e-3  # the contract: nat a sequence
 # Relative errors of a whole gradient. bf16 rounds each logit's gradient once and the result once.
 GRADIENT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+BETA, EPSILON = 0.1, 0.2  # of the ops dpo and grpo
 ROW = 4  # the worst row's error, over the largest row, may be this many times that
 LOOSE_NAT, LOOSE_GRADIENT = 5.0, 0.05  # for a peer in half precision, see judge
 
@@ -42,22 +43,45 @@ class Check:
     gradients: dict[str, float] = field(default_factory=dict)  # relative errors, Frobenius norm
 
 
+def coefficient(op: str, inputs: Inputs, s: int, here: Tensor, picked: Tensor) -> Tensor:
+    """d loss / d l_t of the s-th sequence (of the s-th pair for dpo), S in all.
+
+    linear_loss (A-LoL)  -A w / S, w = clip(exp(sum_t (l_t - r_t)), 1 - eps, 1 + eps)
+    dpo                  -+ 2 beta / S sigmoid(-beta (S_chosen - S_rejected))
+    grpo                 -A rho_t / (n S), zero where rho_t = exp(l_t - r_t) > 1 + eps (A > 0)
+    otherwise            the upstream gradient
+    """
+    if op == "dpo":
+        chosen, rejected = picked.view(2, -1).sum(1)
+        pairs, n = inputs.seq.num_sequences // 2, len(picked) // 2
+        coef = BETA / pairs * torch.sigmoid(-BETA * (chosen - rejected))
+        return torch.cat([-coef.expand(n), coef.expand(n)])
+    if op not in ("linear_loss", "grpo"):
+        return inputs.upstream[here].double()
+    log_ratio = picked - inputs.ref_logps[here].double()
+    weight = -inputs.advantages[s].double() / inputs.seq.num_sequences
+    if op == "linear_loss":
+        return (weight * log_ratio.sum().exp().clamp(1 - CLIP, 1 + CLIP)).expand_as(picked)
+    ratio = log_ratio.exp()
+    return weight / len(picked) * ratio * (ratio <= 1 + EPSILON)
+
+
 def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
     """The result of `op` in float64, one sequence at a time, from the formulas alone.
 
-    With z = h W^T, l_t = z[y] - lse, w = clip(exp(sum_t (l_t - r_t)), 1 - eps, 1 + eps) and c_t the
-    coefficient (-A w / S for the fused A-LoL loss, the upstream gradient otherwise):
+    With z = h W^T, l_t = z[y] - lse and c_t the coefficient d loss / d l_t (see `coefficient`):
     dz_t = c_t ([v = y_t] - softmax(z_t)),  dh = dz W,  dW = dz^T h.
 
     Of more than `most_rows` rows, only sequences spread evenly over the batch are worked out: their
     log-probs and dhidden, which depend on no other sequence, and no dweight.
     """
-    cu = inputs.seq.cu_seqlens.tolist()
-    sequences, chosen = len(cu) - 1, range(len(cu) - 1)
+    size = 2 if op == "dpo" else 1  # sequences that one coefficient depends on
+    cu = inputs.seq.cu_seqlens.tolist()[::size]
+    groups, chosen = len(cu) - 1, range(len(cu) - 1)
     if most_rows is not None and cu[-1] > most_rows:
-        count = max(1, most_rows * sequences // cu[-1])
-        chosen = sorted({sequences - 1 - i * sequences // count for i in range(count)})
-    all_of_them = len(chosen) == sequences
+        count = max(1, most_rows * groups // cu[-1])
+        chosen = sorted({groups - 1 - i * groups // count for i in range(count)})
+    all_of_them = len(chosen) == groups
     weight = inputs.weight.detach().double()
     trains = op != "score"
     dweight = torch.zeros_like(weight) if trains and inputs.weight.requires_grad else None
@@ -73,12 +97,7 @@ def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
         logps.append(picked)
         if not trains:
             continue
-        if op == "linear_loss":
-            log_ratio = (picked - inputs.ref_logps[here].double()).sum()
-            ratio = log_ratio.exp().clamp(1 - CLIP, 1 + CLIP)
-            coef = (-inputs.advantages[s].double() * ratio / sequences).expand_as(picked)
-        else:
-            coef = inputs.upstream[here].double()
+        coef = coefficient(op, inputs, s, here, picked)
         dz = log_p.exp_().mul_(-coef[:, None])
         dz.scatter_add_(-1, labels, coef[:, None])
         dhidden.append(dz @ weight)
@@ -87,7 +106,7 @@ def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
     return Truth(
         torch.cat(which),
         torch.cat(logps),
-        [len(part) for part in which],
+        [len(part) // size for part in which for _ in range(size)],
         torch.cat(dhidden) if trains else None,
         dweight,
     )
@@ -101,22 +120,26 @@ def relative_error(got: Tensor, want: Tensor) -> tuple[float, float]:
     return float(off.norm() / size.norm()), float(off.max() / size.max())
 
 
-def judge(got: Result, want: Truth, inputs: Inputs, *, strict: bool = True) -> Check:
+def judge(
+    got: Result, want: Truth, inputs: Inputs, *, strict: bool = True, scalar: bool = False
+) -> Check:
     """Summed log-probs within 1e-3 nat a sequence of float64 on the same (rounded) inputs, and
     gradients within a few roundings of their dtype, plus what the ratio passes on: it is the
     exponential of a summed log-ratio, so an error of the sum is a relative error of the gradient.
 
     Not strict, for a peer in half precision: a fault only where the result is no log-prob of these
     inputs at all. One that rounds logits to bf16 misses the contract by its design, and its row
-    says by how much.
+    says by how much. ``scalar``, for a peer that returns no log-probs: gradients alone.
     """
-    if got.logps is None or got.logps.shape != inputs.ref_logps.shape:
-        return Check(["log-probs are missing or misshapen"])
-    off = (got.logps[want.which].double() - want.logps).split(want.lengths)
-    check = Check(sum_nat=max(float(part.sum().abs()) for part in off))
-    if not check.sum_nat <= (SUM_NAT if strict else LOOSE_NAT):
-        check.faults.append(f"summed log-prob off by {check.sum_nat:.2e} nat")
-    passed_on = math.expm1(min(check.sum_nat, LOOSE_NAT))
+    check, sum_nat = Check(), SUM_NAT
+    if not scalar:
+        if got.logps is None or got.logps.shape != inputs.ref_logps.shape:
+            return Check(["log-probs are missing or misshapen"])
+        off = (got.logps[want.which].double() - want.logps).split(want.lengths)
+        sum_nat = check.sum_nat = max(float(part.sum().abs()) for part in off)
+        if not sum_nat <= (SUM_NAT if strict else LOOSE_NAT):
+            check.faults.append(f"summed log-prob off by {sum_nat:.2e} nat")
+    passed_on = math.expm1(min(sum_nat, LOOSE_NAT))
     for name, exact in (("dhidden", want.dhidden), ("dweight", want.dweight)):
         if exact is None:
             continue
