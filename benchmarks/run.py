@@ -154,7 +154,10 @@ def run_case(case: Case, rounds: int, device: Device) -> dict[str, Any]:
     rows = measure.time_entries(case.entries, rounds, device)
     for entry, row in zip(case.entries, rows, strict=True):
         if device.kind == "cpu" and entry.memory and row.times_ms:
-            row.extra_bytes = measure.peak_memory(entry)
+            try:
+                row.extra_bytes = measure.peak_memory(entry)
+            except RuntimeError as error:  # killed for its memory, say: the times stand
+                row.error = measure.short(error)
     found = report.case(case.title, rows, case.floors, goals=case.goals)
     print(report.table(found), end="\n\n", flush=True)
     return found
