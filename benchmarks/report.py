@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -140,7 +141,7 @@ def environment(
         "commit": commit or git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "source": source(),
-        "command": command or " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": command or shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 

@@ -9,6 +9,8 @@ python benchmarks/run.py --suite cpu --out benchmarks/results/cpu
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -129,8 +131,9 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
 def bf16_case(shape: Shape) -> Case:
     half = replace(shape, dtype="bf16")
     op = "linear_loss"
-    entries = [Entry("lolkernels bf16", "lolkernels", op, half, memory=True)]
-    entries += [Entry(f"{n} bf16", n, op, half, memory=True) for n in ("eager", "lol-rl")]
+    others = ("lol-rl", "torch lce", "verl recompute", "trl", "liger scaled")
+    entries = [Entry(f"{n} bf16", n, op, half, memory=True) for n in ("lolkernels", "eager")]
+    entries += [Entry(f"{n} bf16", n, op, half) for n in others]
     entries += [Entry(f"{n} fp32", n, op, shape) for n in ("lolkernels", "eager")]
     entries.append(Entry("gemms", "gemms", op, shape))
     goals = [
@@ -223,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         floors = list(peers.FLOORS) if wide else ["gemms"]
         made = single(a.op, a.shape, names=a.peer, backends=a.backend, floors=floors, **options)
         cases = [made]
-    record = report.new(report.environment(device.device), a.rounds)
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "benchmarks/run.py", *given])
+    record = report.new(report.environment(device.device, command), a.rounds)
     for case in cases:
         record["cases"].append(run_case(case, a.rounds, device))
         report.judge_all(record)

@@ -71,6 +71,22 @@ def test_one_op_writes_json_and_the_markdown_made_from_it(
         assert f" {row['median_ms']:.3f} |" in line and row["work"] in line
 
 
+def test_backends_peers_passes_and_mixed_lengths_by_flag(
+    b: SimpleNamespace, tmp_path: Path
+) -> None:
+    flags = ["linear_loss", "--shape", "tiny", "--tokens", "70", "--lengths", "3-16"]
+    flags += ["--dtype", "bf16", "--frozen-head", "--pass", "forward", "--rounds", "2"]
+    flags += ["--backend", "reference", "cpu", "--peer", "torch lce", "lol-rl", "fla"]
+    assert b.run.main([*flags, "--out", str(tmp_path / "x")]) == 0
+    record = json.loads((tmp_path / "x.json").read_text())
+    (case,) = record["cases"]
+    labels = ["lolkernels reference", "lolkernels cpu", "gemms", "torch lce", "lol-rl", "fla"]
+    assert [row["label"] for row in case["rows"]] == labels
+    assert {row["shape"] for row in case["rows"]} == {"T=70 D=32 V=1000 L=3-16 bf16"}
+    assert "forward, frozen head" in case["title"] and case["rows"][-1]["skipped"]
+    assert "--peer 'torch lce' lol-rl fla" in record["environment"]["command"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
