@@ -9,7 +9,7 @@ The schema of every record, CPU or GPU:
       rows       measure.Row as a dict: label, contestant, op, shape, tokens, times_ms (one a
                  round), median_ms, flops, bytes, work, sum_error_nat, gradient_errors, extra_bytes,
                  formula_bytes, version; wrong, skipped or error where there are no times
-    goals        [the goal, measured, met, why]
+    goals        [{text, limit, measured, met, and of a `Goal` here: row, against, of, why}]
     left         titles of cases that there was no time for
 """
 
@@ -297,10 +297,10 @@ def table(case: dict[str, Any]) -> str:
 def goals_table(goals: list[dict[str, Any]]) -> str:
     lines = ["## Goals", "", "| goal | measured | limit | |", "|---|---:|---:|---|"]
     for goal in goals:
-        sign = ">=" if goal["of"] == "bandwidth" else "<="
+        sign = ">=" if goal.get("of") == "bandwidth" else "<="
         value = "–" if goal["measured"] is None else f"{goal['measured']:.3f}"
         verdict = {True: "met", False: "MISSED", None: "not judged"}[goal["met"]]
-        verdict += f" ({goal['why']})" if goal["why"] else ""
+        verdict += f" ({goal['why']})" if goal.get("why") else ""
         lines.append(f"| {goal['text']} | {value} | {sign} {goal['limit']:g} | {verdict} |")
     return "\n".join(lines)
 
