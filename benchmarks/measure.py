@@ -69,6 +69,7 @@ class Row:
     shape: str = ""
     tokens: int = 0
     frozen_head: bool = False
+    phase: str = "both"
     version: str = ""
     times_ms: list[float] = field(default_factory=list)  # one a round
     median_ms: float | None = None
@@ -379,7 +380,8 @@ def time_entries(
     device = device or Cpu()
     build: list[tuple[Row, Callable[[], Contestant]]] = []
     for e in entries:
-        row = Row(e.label, e.contestant, e.op, str(e.shape), e.shape.tokens, e.frozen_head)
+        shape, tokens = str(e.shape), e.shape.tokens
+        row = Row(e.label, e.contestant, e.op, shape, tokens, e.frozen_head, e.phase)
         build.append((row, partial(contestant, e, device.device)))
     return measure(build, device, rounds=rounds, until=until)
 

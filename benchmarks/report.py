@@ -6,9 +6,10 @@ The schema of every record, CPU or GPU:
     rounds       interleaved rounds that were asked for
     cases        [{name, title, floors, floor (the first of them), rows, goals,
                    facts or error where there are no rows, seconds}]
-      rows       measure.Row as a dict: label, contestant, op, shape, tokens, times_ms (one a
-                 round), median_ms, flops, bytes, work, sum_error_nat, gradient_errors, extra_bytes,
-                 formula_bytes, version; wrong, skipped or error where there are no times
+      rows       measure.Row as a dict: label, contestant, op, shape, tokens, frozen_head, phase,
+                 times_ms (one a round), median_ms, flops, bytes, work, sum_error_nat,
+                 gradient_errors, extra_bytes, formula_bytes, version; wrong, skipped or error
+                 where there are no times
     goals        [{text, limit, measured, met, and of a `Goal` here: row, against, of, why}]
     left         titles of cases that there was no time for
 """
@@ -16,6 +17,7 @@ The schema of every record, CPU or GPU:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -127,8 +129,8 @@ def environment(
             "cores": os.cpu_count(),
         }
     try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+        triton = importlib.import_module("triton").__version__  # its package has several names
+    except ImportError:
         triton = None
     return {
         **found,
