@@ -90,6 +90,8 @@ def row_stats(rows: Rows, backend: str) -> Contestant:
 
 def dlogits(rows: Rows, backend: str, *, narrow: bool) -> Contestant:
     """In place; ``narrow`` writes bf16 into the first half of each fp32 row."""
+    if narrow and backend == "cpu":
+        raise UnavailableError("the cpu backend writes gradients in the logits' dtype")
     kernel, work = TABLE[backend].dlogits_, torch.empty_like(rows.logits)
     out = work.view(torch.bfloat16)[:, : work.shape[1]] if narrow else work
     lse = torch.cat([part.float().logsumexp(-1) for part in rows.logits.split(1024)])

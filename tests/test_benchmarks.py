@@ -87,6 +87,20 @@ def test_backends_peers_passes_and_mixed_lengths_by_flag(
     assert "--peer 'torch lce' lol-rl fla" in record["environment"]["command"]
 
 
+def test_an_op_of_ours_that_fails_is_a_fault_and_a_peer_that_fails_is_not(
+    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    flags = ["score", "--shape", "tiny", "--rounds", "1", "--peer", "eager"]
+    monkeypatch.setitem(b.peers.PEERS, "eager", b.peers.Peer(lambda: fails))
+    assert b.run.main(flags) == 0
+    assert "| eager | failed: RuntimeError: no kernel image |" in capsys.readouterr().out
+    monkeypatch.setattr(b.peers, "build_lolkernels", fails)
+    assert b.run.main(flags) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
