@@ -33,7 +33,7 @@ import torch
 from measure import Device, Entry, Row
 from peers import FLOORS, PEERS, Contestant
 from report import Goal
-from run import title_of
+from run import against, title_of
 from shapes import HEADS, Shape
 
 import lolkernels as lk
@@ -171,11 +171,7 @@ def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
         run = partial(
             _timed, entries("linear_loss", sizes.llama, False, [first], [FLOORS[0], *names])
         )
-        goals = [
-            Goal(f"linear_loss against {name}", first, 1.0, name)
-            for name in names
-            if not PEERS[name].scalar_only
-        ]
+        goals = [replace(goal, row=first) for goal in against(names)]
         tasks.append(Task(f"peers-{family}", title, run, 25, [FLOORS[0]], goals))
     for vocab in sizes.vocabularies:
         goals = []
