@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
 
-.PHONY: demo demo-smollm2 test test-all lint format bench bench-train bench-scaling bench-compare plots test-gpu
+.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots test-gpu
 .PHONY: bench-gpu lock clean install
 .DELETE_ON_ERROR:
 
@@ -42,8 +42,13 @@ format: $(STAMPS)/requirements
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs -r $(BIN)/clang-format -i
 
+# Micro-benchmarks, a few minutes. The published table: python benchmarks/run.py --suite cpu
 bench: install
-	$(BIN)/python benchmarks/run.py --suite cpu $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-disable-gc \
+	  --benchmark-columns=min,median,iqr,max,rounds $(ARGS)
+
+# The other libraries that both compare with, where they are installed.
+peers: $(STAMPS)/peers
 
 # These run from the source tree with PYTHON as it is: nothing is installed. They write
 # benchmarks/results/<device>-tests, <device> and train-<cuda or cpu>, .json and .md.
@@ -102,6 +107,10 @@ $(STAMPS)/cutlass: requirements/cutlass.txt $(STAMPS)/requirements
 	  $(PIP) install -q --no-deps --require-hashes -r $<; fi
 	@touch $@
 
+$(STAMPS)/peers: requirements/peers.txt $(STAMPS)/extension
+	$(PIP) install -q --no-deps --require-hashes -r $<
+	@touch $@
+
 $(STAMPS)/extension: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements $(STAMPS)/triton $(STAMPS)/cutlass
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	@if [ -f $(EXTENSION) ]; then touch $@; else $(BIN)/python -m lolkernels.info; fi
@@ -116,6 +125,7 @@ lock:
 	  -o requirements/triton.txt
 	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
 	$(LOCK) requirements/cutlass.in --no-deps -o requirements/cutlass.txt
+	$(LOCK) requirements/peers.in --no-deps -o requirements/peers.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info lolkernels/*.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

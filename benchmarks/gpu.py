@@ -1,4 +1,4 @@
-"""GPU benchmarks: every op against its bare matrix products or a copy, after a float64 check.
+"""GPU benchmarks: every op against its bare GEMMs or a copy, and the peers, after a float64 check.
 
 python benchmarks/gpu.py --out benchmarks/results/h200
 python benchmarks/gpu.py --only loss --minutes 3
@@ -14,62 +14,70 @@ import argparse
 import gc
 import os
 import re
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from the source tree, not installed
 
-import gpu_cases as cases
-import gpu_measure as gm
-import gpu_report
+import kernels
+import measure
+import report
 import torch
-from gpu_cases import Problem
-from gpu_measure import Contestant, Device
+from measure import Device, Entry, Row
+from peers import FLOORS, PEERS, Contestant
+from report import Goal
+from run import against, title_of
+from shapes import HEADS, Shape
 
 import lolkernels as lk
 
 LONGEST = 150  # seconds of a task: a kernel that hangs costs no more than this
 GRACE = 25  # seconds past the deadline for the task in progress
-BF16, FP32 = "GEMMs bf16", "GEMMs fp32 out"
-TITLES = {
-    "linear_loss": "linear_loss (A-LoL), forward + backward",
-    "linear_logprob": "linear_logprob, forward + backward",
-    "score": "linear_logprob without gradient",
+# One task a family: a peer that hangs or takes the device down costs its family only.
+FAMILIES = {
+    "eager": ["eager", "lol-rl", "torch.compile", "verl recompute"],
+    "torch": [name for name in PEERS if name.startswith("torch lce")],
+    "liger": [name for name in PEERS if name.startswith("liger")],
+    "cce": [name for name in PEERS if name.startswith("cce")],
+    "others": ["trl", "quack", "quack chunked", "fla"],
 }
-Build = list[tuple[str, Callable[[], Contestant]]]
+Build = list[tuple[Row, Callable[[], Contestant]]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    llama: Problem
-    llama_half: Problem
-    qwen: Problem
-    sweep: Problem  # its sequences fit every chunk of the sweep
+    llama: Shape
+    llama_half: Shape
+    qwen: Shape
+    sweep: Shape  # its sequences fit every chunk of the sweep
     chunks: tuple[int, ...]
     vocabularies: tuple[int, ...]
     logits: int  # bytes of the row kernels' logits and of the copy
 
 
+_LLAMA = Shape(8192, *HEADS["llama3-8b"], 1024, "bf16", shortest=128)
 CUDA = Sizes(
-    llama=Problem("llama-8192", 8192, 4096, 128256),
-    llama_half=Problem("llama-4096", 4096, 4096, 128256),
-    qwen=Problem("qwen-8192", 8192, 4096, 151936),
-    sweep=Problem("llama-8192", 8192, 4096, 128256, longest=512),
+    llama=_LLAMA,
+    llama_half=replace(_LLAMA, tokens=4096),
+    qwen=Shape(8192, *HEADS["qwen3-8b"], 1024, "bf16", shortest=128),
+    sweep=replace(_LLAMA, seq_len=512),
     chunks=(512, 1024, 2048, 4096, 8192),
     vocabularies=(32000, 128256, 151936, 262144),
     logits=2**31,
 )
+_TINY = Shape(96, 32, 515, 16, "bf16", shortest=4)
 TINY = Sizes(
-    llama=Problem("llama-8192", 96, 32, 515, 4, 16),
-    llama_half=Problem("llama-4096", 48, 32, 515, 4, 16),
-    qwen=Problem("qwen-8192", 96, 48, 700, 4, 16),
-    sweep=Problem("llama-8192", 96, 32, 515, 4, 8),
+    llama=_TINY,
+    llama_half=replace(_TINY, tokens=48),
+    qwen=Shape(96, 48, 700, 16, "bf16", shortest=4),
+    sweep=replace(_TINY, seq_len=8),
     chunks=(8, 96),
     vocabularies=(129, 500),
     logits=2**16,
@@ -91,117 +99,80 @@ class Task:
     title: str
     run: Callable[[Settings], dict[str, Any]]
     seconds: float  # with less time left it is not begun
-    goals: list[dict[str, Any]] = field(default_factory=list)
+    floors: list[str] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
 
 
-def _goal(text: str, row: str, of: str, limit: float, floor: str | None = None) -> dict[str, Any]:
-    return {"text": text, "row": row, "of": of, "limit": limit, "floor": floor}
-
-
-def _measured(s: Settings, build: Build, floors: list[str]) -> dict[str, Any]:
-    rows = gm.measure(build, s.device, floors=floors, rounds=s.rounds, until=s.until)
-    return {"floors": floors, "rows": rows}
-
-
-@lru_cache(maxsize=1)  # neighbours in the list of tasks share theirs
-def _inputs(problem: Problem, device: torch.device) -> cases.Inputs:
-    return cases.make_inputs(problem, device)
-
-
-def _op(op: str, problem: Problem, frozen: bool, s: Settings) -> dict[str, Any]:
-    inputs = _inputs(problem, s.device.device)
-    inputs = inputs.frozen() if frozen else inputs
-    want, dz = cases.truth(op, inputs), cases.gradient_logits(inputs)
-    names = s.backends if op == "score" else s.backends[:1]
-    build: Build = [(b, partial(cases.ours, b, op, inputs, want, b)) for b in names]
-    for label in (BF16, FP32):
-        build.append((label, partial(cases.gemms, label, op, inputs, dz, wide=label == FP32)))
-    return _measured(s, build, [BF16, FP32])
+def _timed(entries: list[Entry], s: Settings) -> dict[str, Any]:
+    return {"rows": measure.time_entries(entries, s.rounds, s.device, s.until)}
 
 
 def _kernels(vocab: int, s: Settings) -> dict[str, Any]:
     size, device, backend = s.sizes.logits, s.device.device, s.backends[0]
-    wide = cases.make_rows(size, vocab, torch.float32, device)
-    half = cases.make_rows(size, vocab, torch.bfloat16, device)
-    build: Build = [("copy", partial(cases.copy, size, device))]
-    for name, rows in (("fp32", wide), ("bf16", half)):
-        label = f"row_stats {name}"
-        build.append((label, partial(cases.row_stats, label, rows, backend)))
-    for label, rows in (("dlogits_ fp32 to bf16", wide), ("dlogits_ bf16", half)):
-        narrow = rows is wide
-        build.append((label, partial(cases.dlogits, label, rows, backend, narrow=narrow)))
-    for name, rows in (("fp32", wide), ("bf16", half)):
+    build: Build = [(Row("copy", "copy", "copy"), partial(kernels.copy, size, device))]
+
+    def add(label: str, op: str, make: Callable[[], Contestant]) -> None:
+        build.append((Row(label, "lolkernels", op), make))
+
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        n = max(8, size // (vocab * dtype.itemsize))
+        rows = kernels.make_rows(n, vocab, dtype, device)
+        add(f"row_stats {name}", "row_stats", partial(kernels.row_stats, rows, backend))
+        narrow = name == "fp32"
+        label = "dlogits_ fp32 to bf16" if narrow else "dlogits_ bf16"
+        add(label, "dlogits_", partial(kernels.dlogits, rows, backend, narrow=narrow))
         label = f"logprob {name}, forward + backward"
-        build.append((label, partial(cases.logprob, label, rows, backend)))
-    return _measured(s, build, ["copy"])
-
-
-def _sweep(s: Settings) -> dict[str, Any]:
-    problem, backend = s.sizes.sweep, s.backends[0]
-    inputs = _inputs(problem, s.device.device)
-    want, dz = cases.truth("linear_loss", inputs), cases.gradient_logits(inputs)
-    build: Build = []
-    for rows in s.sizes.chunks:
-        label = f"{rows} rows"
-        budget = rows * problem.vocab * 4
-        make = partial(cases.ours, label, "linear_loss", inputs, want, backend, budget)
-        build.append((label, make))
-    build.append(("default", partial(cases.ours, "default", "linear_loss", inputs, want, backend)))
-    build.append((BF16, partial(cases.gemms, BF16, "linear_loss", inputs, dz, wide=False)))
-    return _measured(s, build, [BF16])
-
-
-def _peers(s: Settings) -> dict[str, Any]:
-    inputs, backend = _inputs(s.sizes.llama, s.device.device), s.backends[0]
-    want, dz = cases.truth("linear_loss", inputs), cases.gradient_logits(inputs)
-    build: Build = [
-        (backend, partial(cases.ours, backend, "linear_loss", inputs, want, backend)),
-        (BF16, partial(cases.gemms, BF16, "linear_loss", inputs, dz, wide=False)),
-    ]
-    for name in cases.PEERS:
-        # A first call may compile: at most a third of what is left, and a minute and a half.
-        box = max(1.0, min(90.0, (s.until - time.monotonic()) / 3))
-        build.append((name, partial(cases.peer, name, inputs, want, box)))
-    return _measured(s, build, [BF16])
+        add(label, "logprob", partial(kernels.logprob, rows, backend))
+    return {"rows": measure.measure(build, s.device, rounds=s.rounds, until=s.until)}
 
 
 def _overhead(s: Settings) -> dict[str, Any]:
-    return {"rows": [], "facts": cases.overhead(s.backends[0], s.device)}
+    return {"rows": [], "facts": kernels.overhead(s.backends[0], s.device)}
 
 
 def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
     """All tasks, the most important first."""
     first, tasks = backends[0], []
 
-    def op(op: str, problem: Problem, *, frozen: bool = False) -> None:
-        kind = f"{TITLES[op]}{', frozen head' if frozen else ''}"
-        name = f"{op}{'-frozen' if frozen else ''}-{problem.name}"
-        goals = []
-        if op == "score":
-            goals = [
-                _goal(f"scoring <= 1.10 x one GEMM ({problem.name}, {b})", b, "time", 1.10, BF16)
-                for b in backends
-            ]
-        elif op == "linear_loss":
-            limit, count = (1.12, "two GEMMs") if frozen else (1.10, "three GEMMs")
-            head = "frozen head" if frozen else "trainable head"
-            text = f"linear_loss, {head} <= {limit:.2f} x {count} ({problem.name})"
-            goals = [_goal(text, first, "time", limit, BF16)]
-        text = f"memory within 5% of the formula ({name})"
-        goals += [
-            _goal(f"{text}, {b}" if op == "score" else text, b, "memory", 0.05)
-            for b in (backends if op == "score" else [first])
-        ]
-        run = partial(_op, op, problem, frozen)
-        tasks.append(Task(name, f"{kind}, {problem}", run, 15, goals))
+    def entries(
+        op: str, shape: Shape, frozen: bool, names: list[str], others: list[str]
+    ) -> list[Entry]:
+        make = partial(Entry, op=op, shape=shape, frozen_head=frozen)
+        ours = [make(b, "lolkernels", backend=b) for b in names]
+        return ours + [make(name, name) for name in others]
 
-    op("linear_loss", sizes.llama_half)
-    op("linear_loss", sizes.llama)
-    op("linear_loss", sizes.llama, frozen=True)
-    op("score", sizes.llama)
-    op("linear_loss", sizes.qwen)
-    op("score", sizes.qwen)
-    op("linear_logprob", sizes.llama)
+    def op(op: str, name: str, shape: Shape, *, frozen: bool = False) -> None:
+        task = f"{op}{'-frozen' if frozen else ''}-{name}"
+        ours = backends if op == "score" else [first]
+        goals, limit, count = [], 1.10, "three GEMMs"
+        if op == "score":
+            count = "one GEMM"
+        elif frozen:
+            limit, count = 1.12, "two GEMMs"
+        for b in ours:
+            if op != "linear_logprob":
+                text = f"{task} <= {limit:.2f} x {count} ({b})"
+                goals.append(Goal(text, b, limit, FLOORS[0]))
+            text = f"{task}: memory within 5% of the formula ({b})"
+            goals.append(Goal(text, b, 0.05, of="formula"))
+        run = partial(_timed, entries(op, shape, frozen, ours, list(FLOORS)))
+        title = f"{title_of(op, frozen)}, {shape}"
+        tasks.append(Task(task, title, run, 15, list(FLOORS), goals))
+
+    op("linear_loss", "llama-4096", sizes.llama_half)
+    op("linear_loss", "llama-8192", sizes.llama)
+    op("linear_loss", "llama-8192", sizes.llama, frozen=True)
+    op("score", "llama-8192", sizes.llama)
+    op("linear_loss", "qwen-8192", sizes.qwen)
+    op("score", "qwen-8192", sizes.qwen)
+    op("linear_logprob", "llama-8192", sizes.llama)
+    for family, names in FAMILIES.items():
+        title = f"Peers, {family}: {title_of('linear_loss')}, {sizes.llama}"
+        run = partial(
+            _timed, entries("linear_loss", sizes.llama, False, [first], [FLOORS[0], *names])
+        )
+        goals = [replace(goal, row=first) for goal in against(names)]
+        tasks.append(Task(f"peers-{family}", title, run, 25, [FLOORS[0]], goals))
     for vocab in sizes.vocabularies:
         goals = []
         for label, limit in (
@@ -213,14 +184,20 @@ def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
             ("logprob bf16, forward + backward", 0.85),
         ):
             text = f"{label} >= {limit:.0%} of the copy's bandwidth (V={vocab})"
-            goals.append(_goal(text, label, "rate", limit, "copy"))
+            goals.append(Goal(text, label, limit, "copy", "bandwidth"))
         title = f"Row kernels, V={vocab}, {sizes.logits / 2**20:g} MiB of logits"
-        tasks.append(Task(f"kernels-{vocab}", title, partial(_kernels, vocab), 12, goals))
+        run = partial(_kernels, vocab)
+        tasks.append(Task(f"kernels-{vocab}", title, run, 12, ["copy"], goals))
+    sweep = partial(Entry, op="linear_loss", shape=sizes.sweep)
+    budgets = {f"{n} rows": n * sizes.sweep.vocab * 4 for n in sizes.chunks}
+    chunked = [
+        sweep(label, "lolkernels", backend=first, budget=budget)
+        for label, budget in {**budgets, "default": None}.items()
+    ]
     title = f"linear_loss by rows a chunk (memory_budget), {sizes.sweep}"
-    tasks.append(Task("chunks", title, _sweep, 20))
+    run = partial(_timed, [*chunked, sweep(FLOORS[0], FLOORS[0])])
+    tasks.append(Task("chunks", title, run, 20, [FLOORS[0]]))
     tasks.append(Task("overhead", "What a call costs beside its kernels", _overhead, 10))
-    title = f"Peers: A-LoL, forward + backward, {sizes.llama}"
-    tasks.append(Task("peers", title, _peers, 30))
     return tasks
 
 
@@ -263,22 +240,28 @@ def run(
     """Runs what the record lacks. ``again`` goes on in a new process: a failed or hanging kernel
     takes the CUDA context along."""
 
+    def done() -> set[str]:
+        return {case["name"] for case in record["cases"]}
+
     def keep(task: Task, found: dict[str, Any]) -> None:
-        record["tasks"][task.name] = {"title": task.title, "goals": task.goals, **found}
-        record["left"] = [t.title for t in tasks if t.name not in record["tasks"]]
-        gpu_report.save(record, out)
-        print(gpu_report.table(record["tasks"][task.name]), end="\n\n", flush=True)
+        rows = found.pop("rows")
+        case = report.case(task.title, rows, task.floors, name=task.name, goals=task.goals, **found)
+        record["cases"].append(case)
+        record["left"] = [t.title for t in tasks if t.name not in done()]
+        report.judge_all(record)
+        report.save(record, out)
+        print(report.table(case), end="\n\n", flush=True)
 
     def hangs(task: Task) -> None:
         keep(task, {"rows": [], "error": f"still running after {LONGEST} s, or at the deadline"})
         if s.until > time.monotonic():
             again()
-        print(gpu_report.goals_table(record["goals"]), flush=True)
+        print(report.goals_table(record["goals"]), flush=True)
         os._exit(3)
 
     for task in tasks:
         left = s.until - time.monotonic()
-        if task.name in record["tasks"]:
+        if task.name in done():
             print(f"{task.name}: already measured", file=sys.stderr)
             continue
         if left < (task.seconds if s.device.kind == "cuda" else 0):
@@ -289,7 +272,7 @@ def run(
             with Watch(min(LONGEST, left + GRACE), partial(hangs, task)):
                 found = task.run(s)
         except Exception as error:
-            found = {"rows": [], "error": gm.short(error)}
+            found = {"rows": [], "error": measure.short(error)}
             try:
                 s.device.sync()
             except Exception:
@@ -300,7 +283,7 @@ def run(
         gc.collect()
         if s.device.kind == "cuda":
             torch.cuda.empty_cache()
-    record["left"] = [t.title for t in tasks if t.name not in record["tasks"]]
+    record["left"] = [t.title for t in tasks if t.name not in done()]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -312,7 +295,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", metavar="PATTERN", help="tasks whose name the pattern finds")
     parser.add_argument("--list", action="store_true", help="name the tasks and stop")
-    parser.add_argument("--rounds", type=int, default=12, help="each times a contestant twice")
+    parser.add_argument("--rounds", type=int, default=24, help="interleaved rounds a task")
     parser.add_argument("--backends", help="comma-separated; the first trains, all score")
     parser.add_argument("--commit", help="to record where the tree has no git")
     parser.add_argument("--again", type=float, help=argparse.SUPPRESS)  # epoch of the deadline
@@ -339,15 +322,15 @@ def main(argv: list[str] | None = None) -> int:
     if not backends:
         print("no backend left to measure", file=sys.stderr)
         return 2
-    device: Device = gm.Cuda() if a.device == "cuda" else gm.Cpu()
+    device: Device = measure.Cuda() if a.device == "cuda" else measure.Cpu()
     settings = Settings(device, sizes, backends, a.rounds, time.monotonic() + ends - time.time())
     rest = [arg for arg in argv if not arg.startswith("--again=")]
-    shown = " ".join(["python", "benchmarks/gpu.py", *rest])
-    now = gpu_report.header(device.device, shown, a.commit)
-    out = a.out or Path("benchmarks/results") / gpu_report.slug(now["device"])
-    record = gpu_report.resume(out, now, same_run=a.again is not None)
-    if record["header"] is not now and a.again is None:
-        record["header"].setdefault("then", []).append(shown)
+    shown = shlex.join(["python", "benchmarks/gpu.py", *rest])
+    now = report.environment(device.device, shown, a.commit)
+    out = a.out or Path("benchmarks/results") / report.slug(now["device"])
+    record = report.resume(out, now, a.rounds, same_run=a.again is not None)
+    if record["environment"] is not now and a.again is None:
+        record["environment"].setdefault("then", []).append(shown)
 
     def restart() -> None:
         sys.stdout.flush()
@@ -356,12 +339,12 @@ def main(argv: list[str] | None = None) -> int:
 
     tasks = [t for t in plan(sizes, backends) if a.only is None or re.search(a.only, t.name)]
     run(tasks, settings, record, out, restart)
-    record["header"]["ended"] = gpu_report.clocks(device.device)
-    gpu_report.save(record, out)
-    print(gpu_report.goals_table(record["goals"]))
-    print("wrote", *gpu_report.files(out))
-    bad = [r for t in record["tasks"].values() for r in [t, *t["rows"]] if gpu_report.faulty(r)]
-    return 1 if bad else 0
+    record["environment"]["ended"] = report.clocks(device.device)
+    report.judge_all(record)
+    report.save(record, out)
+    print(report.goals_table(record["goals"]))
+    print("wrote", *report.files(out))
+    return 1 if any(report.faulty(case) for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

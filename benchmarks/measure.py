@@ -1,31 +1,47 @@
-"""Time and peak memory of contestants: interleaved rounds here, memory in a fresh process each.
+"""Check, then time, then memory: interleaved rounds on a CPU or a GPU.
 
-Run as a script, this file is that process: it reads one entry as JSON and prints its bytes.
+A contestant is checked first; what fails its check is never timed. Run as a script, this file is
+the fresh process in which peak memory on a CPU is measured: it reads one entry as JSON and prints
+its bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
+import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
+import kernels
+import objectives
 import peers
 import torch
-from shapes import Inputs, Shape, gate, make_inputs, summed_error, truth
+from peers import Contestant, UnavailableError
+from shapes import Inputs, Shape, make_inputs
+from truth import Check, Result, Truth, judge, truth
 
 from lolkernels import planner
 
-GATED_TOKENS = 2048  # float64 truth above this takes longer than the measurement
-SLOW_SECONDS = 4.0  # a contestant slower than this gets three rounds, not all
-MIB = 2**20
+GATED_ROWS = {"cpu": 2048, "cuda": 1 << 62}  # float64 on a CPU: beyond that, some of the sequences
+MIN_ROUNDS = 3
+SLOW_SECONDS = 3.0  # a contestant slower than this gets the fewest rounds
+BOX = 150.0  # seconds that a first call may take: compilers
+PHASES = ("both", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -38,10 +54,9 @@ class Entry:
     shape: Shape
     frozen_head: bool = False
     memory: bool = False
-
-    @property
-    def ours(self) -> bool:
-        return self.contestant in ("lolkernels", "reference")
+    backend: str | None = None  # of lolkernels
+    budget: int | None = None  # of lolkernels, bytes
+    phase: str = "both"
 
 
 @dataclass
@@ -49,116 +64,354 @@ class Row:
     """What was measured for one entry. Times in milliseconds, memory in bytes, errors in nat."""
 
     label: str
-    contestant: str
-    op: str
-    shape: str
-    tokens: int
-    frozen_head: bool
-    times_ms: list[float]
-    median_ms: float
-    sum_error_nat: float | None
+    contestant: str = ""
+    op: str = ""
+    shape: str = ""
+    tokens: int = 0
+    frozen_head: bool = False
+    phase: str = "both"
+    version: str = ""
+    times_ms: list[float] = field(default_factory=list)  # one a round
+    median_ms: float | None = None
+    flops: int = 0  # that the op needs, whoever computes it
+    bytes: int = 0
+    work: str = ""  # the formula of flops or bytes
+    sum_error_nat: float | None = None
+    gradient_errors: dict[str, float] = field(default_factory=dict)
     extra_bytes: int | None = None
     formula_bytes: int | None = None
+    wrong: list[str] = field(default_factory=list)  # failed its check: not timed
+    skipped: str = ""  # why it cannot run here
+    error: str = ""  # it ran, and failed
 
 
-def documented_bytes(entry: Entry) -> int | None:
-    """The library's own statement of the memory a call takes beyond inputs and gradients."""
-    shape = entry.shape
-    if entry.contestant != "lolkernels" or entry.op == "logprob":
+# --- devices --------------------------------------------------------------------------------------
+
+
+class Cpu:
+    kind = "cpu"
+    device = torch.device("cpu")
+
+    def sync(self) -> None:
+        pass
+
+    def time_ms(self, call: Callable[[], Any]) -> float:
+        gc.collect()
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        del result
+        return 1e3 * seconds
+
+    def extra_bytes(self, c: Contestant) -> int | None:
+        """Not in this process, whose memory holds everybody's: see `peak_memory`."""
         return None
-    scored = shape.scored // shape.sequences
-    held = planner.chunk_rows(shape.vocab, 4, None)
-    per_chunk = max(1, held // scored) if scored else 1
+
+    def launches(self, call: Callable[[], Any]) -> int:
+        """Products, which stand for the launches of a GPU."""
+        with torch.profiler.profile() as profile:
+            call()
+        return sum(e.name in ("aten::mm", "aten::addmm_") for e in profile.events())
+
+    def syncs(self, call: Callable[[], Any]) -> int:
+        call()
+        return 0
+
+
+class Cuda:
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
+        # Far more than the cache: while it is written (0.3 ms) the host gets ahead of the device,
+        # and a launch's own latency stays outside the events.
+        self.scratch = torch.empty(max(2 * l2, 2**30), dtype=torch.uint8, device=self.device)
+
+    def sync(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def time_ms(self, call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scratch.fill_(1)
+        start.record()
+        result = call()
+        end.record()
+        del result
+        self.sync()
+        return float(start.elapsed_time(end))
+
+    def extra_bytes(self, c: Contestant) -> int | None:
+        state = c.prepare() if c.prepare else None
+        gc.collect()
+        self.sync()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = c.call()
+        self.sync()
+        peak = torch.cuda.max_memory_allocated(self.device)
+        kept = c.returned(result) if c.returned else 0
+        del state
+        return peak - before - kept + c.holds
+
+    def launches(self, call: Callable[[], Any]) -> int:
+        """Kernels, copies and fills that the call puts on the device."""
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        for _ in range(2):  # the first one may miss events while the tracer starts
+            with torch.profiler.profile(activities=kinds) as profile:
+                call()
+                self.sync()
+        cuda = torch.autograd.DeviceType.CUDA
+        return sum(e.device_type == cuda for e in profile.events())
+
+    def syncs(self, call: Callable[[], Any]) -> int:
+        """Times the host waited for the device inside the call, as torch's debug mode sees it."""
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum(bool(re.search("synchronizing CUDA operation", str(w.message))) for w in seen)
+
+
+Device = Cpu | Cuda
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+class TimeBoxError(Exception):
+    pass
+
+
+@contextmanager
+def time_box(seconds: float) -> Iterator[None]:
+    """Raises TimeBoxError inside the block after that time (main thread; not inside one C call)."""
+
+    def stop(*_: Any) -> None:
+        raise TimeBoxError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def interleave(
+    contestants: dict[str, Contestant], rounds: int, device: Device, until: float
+) -> dict[str, list[float]]:
+    """Milliseconds by label, one a round. Rounds run a, b, c and c, b, a in turn.
+
+    After ``MIN_ROUNDS`` it stops when ``time.monotonic()`` has passed ``until``.
+    """
+    times: dict[str, list[float]] = {label: [] for label in contestants}
+    for turn in range(rounds):
+        if turn >= MIN_ROUNDS and time.monotonic() > until:
+            break
+        names = list(contestants)
+        for label in names[:: -1 if turn % 2 else 1]:
+            c, seen = contestants[label], times[label]
+            if turn >= MIN_ROUNDS and min(seen) > 1e3 * SLOW_SECONDS:
+                continue
+            if c.prepare:
+                c.prepare()
+            seen.append(device.time_ms(c.call))
+    return times
+
+
+def measure(
+    build: list[tuple[Row, Callable[[], Contestant]]],
+    device: Device,
+    *,
+    rounds: int,
+    until: float = math.inf,
+) -> list[Row]:
+    """Fills the rows, in order: each checked, then timed in rounds; on a GPU, then its memory."""
+    sound: dict[str, Contestant] = {}
+    for row, make in build:
+        box = min(BOX, max(1.0, (until - time.monotonic()) / 3))
+        try:
+            with time_box(box):
+                c = make()
+                check = c.check()
+                device.sync()
+        except (UnavailableError, NotImplementedError) as error:
+            row.skipped = str(error)
+            continue
+        except Exception as error:
+            device.sync()  # raises where the device itself has failed: nothing can follow then
+            row.error = short(error)
+            continue
+        row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
+        row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
+        row.formula_bytes = c.formula
+        if check.faults:
+            row.wrong = check.faults
+            continue
+        if peers.only_interpreted(row.contestant, device.kind):
+            row.skipped = "correct in Triton's interpreter, where a time means nothing"
+            continue
+        try:
+            row.extra_bytes = device.extra_bytes(c)  # warms it, too
+        except Exception as error:
+            device.sync()
+            row.error = short(error)
+            continue
+        sound[row.label] = c
+    gc.collect()
+    gc.freeze()  # so that a collection before each call looks at what the calls left, and no more
+    try:
+        times = interleave(sound, rounds, device, until)
+    finally:
+        gc.unfreeze()
+    for row, _ in build:
+        if row.label in sound:
+            row.times_ms = times[row.label]
+            row.median_ms = statistics.median(row.times_ms)
+    return [row for row, _ in build]
+
+
+def short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+# --- entries --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)  # the entries of a case, and neighbours among cases, share theirs
+def inputs_of(shape: Shape, frozen_head: bool, device: torch.device) -> Inputs:
+    return make_inputs(shape, frozen_head=frozen_head, device=device)
+
+
+@lru_cache(maxsize=2)
+def _truth(op: str, inputs: Inputs) -> Truth:
+    return truth(op, inputs, GATED_ROWS[inputs.hidden.device.type])
+
+
+def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | None:
+    """The library's own statement of the memory a call takes beyond inputs and gradients."""
+    if entry.contestant != "lolkernels" or entry.op not in peers.OPS or entry.phase != "both":
+        return None
+    shape, device = entry.shape, device or torch.device("cpu")
+    lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
+    held = planner.chunk_rows(shape.vocab, 4, entry.budget, device)
+    cu = [0, *itertools.accumulate(lengths)]
+    chunks = planner.plan_chunks(cu, [True] * len(lengths), held)
     return planner.extra_bytes(
         entry.op,
-        longest_chunk=min(per_chunk, shape.sequences) * scored,
+        longest_chunk=max(sum(piece.end - piece.start for piece in c) for c in chunks),
         num_rows=shape.scored,
         hidden_size=shape.hidden,
         vocab=shape.vocab,
         hidden_bytes=shape.itemsize,
         weight_bytes=shape.itemsize,
         frozen_weight=entry.frozen_head,
+        memory_budget=entry.budget,
+        device=device,
     )
 
 
-def check_and_time(entries: Iterable[Entry], rounds: int) -> list[Row]:
-    """Builds all entries, passes ours through the gate, then times them in interleaved rounds.
+def _gradient_bytes(result: Any) -> int:
+    if not isinstance(result, Result):
+        return 0
+    return sum(g.nbytes for g in (result.dhidden, result.dweight) if g is not None)
+
+
+def contestant(entry: Entry, device: torch.device) -> Contestant:
+    """Raises UnavailableError where it cannot run here."""
+    shape = entry.shape
+    if entry.op == "logprob":
+        return kernels.build(entry.contestant, shape, entry.backend, device)
+    inputs = inputs_of(shape, entry.frozen_head, device)
+    gemms = peers.gemm_count(entry.op, inputs)
+    if entry.phase != "both":
+        gemms = 1 if entry.phase == "forward" else gemms - 1
+    flops = gemms * 2 * shape.scored * shape.vocab * shape.hidden
+    work = f"{gemms} x 2 N V D"
+    if entry.contestant in peers.FLOORS:
+        wide = entry.contestant == "gemms fp32 out"
+        found = peers.build_gemms(entry.op, inputs, entry.phase, wide=wide)
+        found.flops, found.work = flops, work
+        return found
+    ours = entry.contestant == "lolkernels"
+    build = objectives.build if entry.op in objectives.OPS else peers.build
+    call = build(entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget)
+    scalar = not ours and peers.PEERS[entry.contestant].scalar_only
+
+    def check() -> Check:
+        peers.gradients(inputs)
+        strict = ours or shape.dtype == "fp32"
+        return judge(call(), _truth(entry.op, inputs), inputs, strict=strict, scalar=scalar)
+
+    state: list[Any] = []
+
+    def prepare() -> None:
+        state[:] = [call.forward()]
+
+    steps: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
+        "both": (call, None),
+        "forward": (call.forward, None),
+        "backward": (lambda: call.backward(state.pop()), prepare),
+    }
+    timed, before = steps[entry.phase]
+    return Contestant(
+        timed,
+        check,
+        before,
+        flops=flops,
+        work=work,
+        returned=_gradient_bytes,
+        holds=call.holds,
+        formula=documented_bytes(entry, device),
+        version="" if ours else peers.version(peers.PEERS[entry.contestant].package),
+    )
+
+
+def time_entries(
+    entries: Iterable[Entry], rounds: int, device: Device | None = None, until: float = math.inf
+) -> list[Row]:
+    """One row an entry. What cannot run here, failed or is wrong says so and has no times."""
+    device = device or Cpu()
+    build: list[tuple[Row, Callable[[], Contestant]]] = []
+    for e in entries:
+        shape, tokens = str(e.shape), e.shape.tokens
+        row = Row(e.label, e.contestant, e.op, shape, tokens, e.frozen_head, e.phase)
+        build.append((row, partial(contestant, e, device.device)))
+    return measure(build, device, rounds=rounds, until=until)
+
+
+def check_and_time(
+    entries: Iterable[Entry], rounds: int, device: Device | None = None, until: float = math.inf
+) -> list[Row]:
+    """As `time_entries`.
 
     Raises:
-        RuntimeError: a result of ours is wrong; nothing is timed.
+        RuntimeError: a result is wrong, or a contestant cannot run; it names which and why.
     """
-    entries = list(entries)
-    made: dict[tuple[Shape, bool], Inputs] = {}
-    for entry in entries:
-        key = (entry.shape, entry.frozen_head)
-        if key not in made:
-            made[key] = make_inputs(entry.shape, frozen_head=entry.frozen_head)
-    calls = {
-        entry.label: peers.build(entry.contestant, entry.op, made[entry.shape, entry.frozen_head])
-        for entry in entries
-    }
-    errors: dict[str, float | None] = {}
-    by_truth: dict[tuple[str, Shape, bool], list[Entry]] = {}
-    for entry in entries:
-        by_truth.setdefault((entry.op, entry.shape, entry.frozen_head), []).append(entry)
-    for same in by_truth.values():
-        errors |= _gate(same, made[same[0].shape, same[0].frozen_head], calls)
-
-    times: dict[str, list[float]] = {entry.label: [] for entry in entries}
-    names = list(calls)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:  # nobody always follows the same neighbour
-            seen = times[name]
-            if len(seen) >= 3 and min(seen) > SLOW_SECONDS:
-                continue
-            gc.collect()
-            start = time.perf_counter()
-            result = calls[name]()
-            seen.append(time.perf_counter() - start)
-            del result
-    return [
-        Row(
-            entry.label,
-            entry.contestant,
-            entry.op,
-            str(entry.shape),
-            entry.shape.tokens,
-            entry.frozen_head,
-            [1e3 * value for value in times[entry.label]],
-            1e3 * statistics.median(times[entry.label]),
-            errors[entry.label],
-        )
-        for entry in entries
-    ]
+    rows = time_entries(entries, rounds, device, until)
+    for row in rows:
+        if why := "; ".join(row.wrong) or row.error or row.skipped:
+            raise RuntimeError(f"{row.label} ({row.op}, {row.shape}): {why}")
+    return rows
 
 
-def _gate(
-    entries: list[Entry], inputs: Inputs, calls: dict[str, peers.Call]
-) -> dict[str, float | None]:
-    """Runs each call once (its warm-up); returns the errors of the summed log-probs.
-
-    The entries share their op and inputs, and so the truth.
-    """
-    results = {entry.label: calls[entry.label]() for entry in entries}
-    first = entries[0]
-    if first.shape.tokens > GATED_TOKENS or all(r.logps is None for r in results.values()):
-        return dict.fromkeys(results)
-    want = truth(first.op, inputs)
-    if any(entry.ours for entry in entries):
-        eager = peers.build("eager", first.op, inputs)()
-    for entry in entries:
-        faults = gate(inputs, results[entry.label], eager, want) if entry.ours else []
-        if faults:
-            raise RuntimeError(f"{entry.label} ({entry.op}, {entry.shape}): {'; '.join(faults)}")
-    return {
-        label: None if result.logps is None else summed_error(inputs, result, want)
-        for label, result in results.items()
-    }
+# --- memory on a CPU ------------------------------------------------------------------------------
 
 
 def peak_memory(entry: Entry) -> int:
-    """Peak resident bytes of one call above its inputs and the gradients it returns."""
+    """Peak resident bytes of one call above its inputs and the gradients it returns.
+
+    Bytes that a contestant keeps between calls (a second model's head) count as its own.
+
+    Raises:
+        RuntimeError: the call failed in its process.
+    """
     environment = {
         **os.environ,
         # Every large block is mapped and given back, so that the peak is the call's own.
@@ -171,10 +424,11 @@ def peak_memory(entry: Entry) -> int:
         input=json.dumps({**asdict(entry), "threads": torch.get_num_threads()}),
         env=environment,
         text=True,
-        stdout=subprocess.PIPE,
-        check=True,
+        capture_output=True,
     )
-    return int(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"{entry.label}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return int(done.stdout.split()[-1])
 
 
 def _status(name: str) -> int:
@@ -186,18 +440,19 @@ def _status(name: str) -> int:
 
 
 def _measure_here(entry: Entry) -> int:
-    inputs = make_inputs(entry.shape, frozen_head=entry.frozen_head)
-    call = peers.build(entry.contestant, entry.op, inputs)
-    result = call()  # the libraries' own buffers and threads are made here
-    del result
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    result = call()
-    peak = _status("VmHWM")
-    kept = sum(grad.nbytes for grad in (result.dhidden, result.dweight) if grad is not None)
-    return peak - before - kept
+    c = contestant(entry, torch.device("cpu"))
+    for _ in range(2):  # the first one makes the libraries' own buffers and threads
+        if c.prepare:
+            c.prepare()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        result = c.call()
+        peak = _status("VmHWM")
+        kept = c.returned(result) if c.returned else 0
+        del result
+    return peak - before - kept + c.holds
 
 
 if __name__ == "__main__":

@@ -1,192 +1,407 @@
-"""The contestants: lolkernels, eager PyTorch, torch's own fused op, and the bare GEMMs.
+"""The contestants: lolkernels, the bare GEMMs, eager PyTorch, the reference implementation, peers.
 
-A contestant is built from inputs outside the clock and then called: one call is one forward and
-backward (one forward for scoring). Each builder names the GEMMs that its mathematics needs.
+Each is built from inputs outside the clock and is then called; all do the same work: A-LoL with
+dhidden (and dweight), per-token log-probs with a given upstream gradient, or scoring. A peer is one
+function from (hidden, weight, labels) to per-token log-probs with A-LoL on top in plain torch; what
+gives only a sum or a mean cannot weigh a token by its sequence, and says so.
 """
 
 from __future__ import annotations
 
-import math
+import importlib
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from shapes import CLIP, Inputs, Result, make_logits
+from shapes import CLIP, Inputs
 from torch import Tensor
+from truth import Check, Result, relative_error
 
 import lolkernels as lk
 
-Call = Callable[[], Result]
-OPS = ("linear_loss", "linear_logprob", "score", "logprob")
+OPS = ("linear_loss", "linear_logprob", "score")
+FLOORS = ("gemms", "gemms fp32 out")
+TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _gradients(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+class UnavailableError(RuntimeError):
+    """This contestant cannot run here; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward and backward (one forward for scoring), or either half of it."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Result]
+    holds: int = 0  # bytes kept between calls beside the inputs, such as a second model's head
+
+    def __call__(self) -> Result:
+        return self.backward(self.forward())
+
+
+@dataclass
+class Contestant:
+    """What is measured: a call, its check, and how its work was counted."""
+
+    call: Callable[[], Any]
+    check: Callable[[], Check]
+    prepare: Callable[[], Any] | None = None  # before each timing, outside it
+    flops: int = 0
+    bytes: int = 0
+    work: str = ""  # the formula of flops or bytes
+    returned: Callable[[Any], int] | None = None  # bytes of the result that are not extra memory
+    holds: int = 0
+    formula: int | None = None  # documented extra bytes
+    version: str = ""
+
+
+def gradients(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """Takes the gradients off the leaves, so that no call accumulates into the last one's."""
     found = inputs.hidden.grad, inputs.weight.grad
     inputs.hidden.grad = inputs.weight.grad = None
     return found
 
 
-def _rows(inputs: Inputs) -> Tensor | None:
-    return None if bool(inputs.mask.all()) else inputs.mask.view(-1)
+def gemm_count(op: str, inputs: Inputs) -> int:
+    """GEMMs of 2 N V D flops that the op needs (linear_logprob makes its logits twice)."""
+    if op == "score":
+        return 1
+    return 2 + (op == "linear_logprob") + inputs.weight.requires_grad
 
 
-def _select(inputs: Inputs, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows that carry loss; the copy is part of the measured call where rows are left out."""
-    if rows is None:
-        return inputs.hidden, inputs.labels
-    return inputs.hidden[rows], inputs.labels[rows]
+# --- lolkernels -----------------------------------------------------------------------------------
 
 
-def build_lolkernels(op: str, inputs: Inputs, *, backend: str | None = None) -> Call:
-    seq, rows = lk.Sequences.from_mask(inputs.mask), _rows(inputs)
+def build_lolkernels(
+    op: str, inputs: Inputs, *, backend: str | None = None, budget: int | None = None
+) -> Call:
+    settings: dict[str, Any] = {"backend": backend, "memory_budget": budget}
 
-    def linear_loss() -> Result:
-        hidden, labels = _select(inputs, rows)
-        out = lk.linear_loss(
+    def linear_loss() -> Any:
+        hidden, labels = inputs.scored()
+        return lk.linear_loss(
             lk.objectives.a_lol,
             hidden,
             inputs.weight,
             labels,
-            seq,
+            inputs.seq,
             ref_logps=inputs.ref_logps,
             advantages=inputs.advantages,
             clip=CLIP,
-            backend=backend,
             return_outputs=True,
+            **settings,
         )
-        out.loss.backward()
-        return Result(out.logps, *_gradients(inputs))
 
-    def linear_logprob() -> Result:
-        hidden, labels = _select(inputs, rows)
-        out = lk.linear_logprob(hidden, inputs.weight, labels, backend=backend)
-        out.logps.backward(inputs.upstream)
-        return Result(out.logps.detach(), *_gradients(inputs))
+    def logprob() -> Any:
+        hidden, labels = inputs.scored()
+        with torch.set_grad_enabled(op != "score"):
+            return lk.linear_logprob(hidden, inputs.weight, labels, **settings)
 
-    def score() -> Result:
-        with torch.no_grad():
-            hidden, labels = _select(inputs, rows)
-            return Result(lk.linear_logprob(hidden, inputs.weight, labels, backend=backend).logps)
+    def backward(out: Any) -> Result:
+        if op == "linear_loss":
+            out.loss.backward()
+        elif op == "linear_logprob":
+            out.logps.backward(inputs.upstream)
+        return Result(out.logps.detach(), *gradients(inputs))
 
-    return {"linear_loss": linear_loss, "linear_logprob": linear_logprob, "score": score}[op]
+    return Call(linear_loss if op == "linear_loss" else logprob, backward)
 
 
-def token_logps_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+# --- the floor ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _gradient_logits(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """Gradients of logits (N, V): a product runs faster on zeros or ones than on these."""
+    hidden, labels = (t.detach() for t in inputs.scored())
+    wide, rows = inputs.weight.detach().float(), torch.arange(len(labels), device=hidden.device)
+    dz = torch.empty(len(labels), inputs.shape.vocab, dtype=dtype, device=hidden.device)
+    for part in rows.split(1024):
+        p = (hidden[part].float() @ wide.T).softmax(-1)
+        dz[part] = p.scatter_add_(-1, labels[part, None], -torch.ones_like(p[:, :1])).to(dtype)
+    return dz
+
+
+def _mm_wide(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = False) -> Contestant:
+    """The floor: the op's GEMMs over all rows at once, into buffers made outside the clock.
+
+    On a GPU in the inputs' dtype, which is what a user's own code would call; ``wide`` writes fp32.
+    On a CPU in fp32 for every dtype: the log-prob is defined from fp32 logits, and a CPU has no
+    product that takes bf16 and gives fp32. Forward has one of them, backward the rest.
+    """
+    hidden, weight = inputs.scored()[0].detach(), inputs.weight.detach()
+    if not hidden.is_cuda:
+        if wide:
+            raise UnavailableError("a CPU has no product that takes bf16 and gives fp32")
+        hidden, weight = hidden.float(), weight.float()
+    out = torch.float32 if wide else hidden.dtype
+    mm = _mm_wide if wide and hidden.dtype != torch.float32 else _mm
+    dz = _gradient_logits(inputs, hidden.dtype)
+    logits = torch.empty(dz.shape, dtype=out, device=dz.device)
+    dhidden, dweight = torch.empty_like(hidden, dtype=out), torch.empty_like(weight, dtype=out)
+    forwards = (phase != "backward") + (op == "linear_logprob" and phase != "forward")
+    trains = op != "score" and phase != "forward"
+    dweights = trains and inputs.weight.requires_grad
+
+    def call() -> None:
+        for _ in range(forwards):
+            mm(hidden, weight.T, logits)
+        if trains:
+            mm(dz, weight, dhidden)
+        if dweights:
+            mm(dz.T, hidden, dweight)
+
+    def check() -> Check:
+        for t in (logits, dhidden, dweight):
+            t.fill_(torch.nan)
+        call()
+        pairs = {"logits": (logits[:8], hidden[:8].double() @ weight.double().T, forwards)}
+        pairs["dhidden"] = dhidden[:8], dz[:8].double() @ weight.double(), trains
+        pairs["dweight"] = dweight[:8], dz[:, :8].T.double() @ hidden.double(), dweights
+        found = Check()
+        for name, (got, want, used) in pairs.items():
+            error = relative_error(got, want)[0] if used else 0.0
+            if not error <= 1e-2:
+                found.faults.append(f"{name} off by {error:.2e}")
+        return found
+
+    return Contestant(call, check)
+
+
+# --- anything that gives per-token log-probs ------------------------------------------------------
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """What a careful hand-written loop does: logits, fp32, cross entropy without reduction."""
     return -F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
 
 
-def token_logps_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    loss = F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
-    return -loss.float()
+def lol_rl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As in the authors' script: full logits in fp32, log_softmax over all of them, gather."""
+    logp = (hidden @ weight.T).float().log_softmax(-1)
+    return logp.gather(-1, labels[:, None]).squeeze(-1)
 
 
-def _build_from_logps(
-    op: str, inputs: Inputs, token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Call:
-    """A-LoL, or a given upstream gradient, on top of any per-token log-prob, in plain torch."""
-    rows = _rows(inputs)
-    sequences = inputs.mask.shape[0]
-    owner = torch.arange(sequences).repeat_interleave(inputs.mask.sum(1))
-    low, high = math.log1p(-CLIP), math.log1p(CLIP)
+class _Recompute(torch.autograd.Function):
+    """verl's way, from its published algorithm: blocks of 512 rows, made again in the backward.
 
-    def linear_loss() -> Result:
-        hidden, labels = _select(inputs, rows)
-        logps = token_logps(hidden, inputs.weight, labels)
-        total = torch.zeros(sequences).index_add(0, owner, logps)
-        drift = torch.zeros(sequences).index_add(0, owner, logps.detach() - inputs.ref_logps)
-        ratio = drift.clamp(low, high).exp()
-        (-(inputs.advantages * ratio * total).sum() / sequences).backward()
-        return Result(logps.detach(), *_gradients(inputs))
-
-    def linear_logprob() -> Result:
-        hidden, labels = _select(inputs, rows)
-        logps = token_logps(hidden, inputs.weight, labels)
-        logps.backward(inputs.upstream)
-        return Result(logps.detach(), *_gradients(inputs))
-
-    def score() -> Result:
-        with torch.no_grad():
-            hidden, labels = _select(inputs, rows)
-            return Result(token_logps(hidden, inputs.weight, labels))
-
-    return {"linear_loss": linear_loss, "linear_logprob": linear_logprob, "score": score}[op]
-
-
-def build_eager(op: str, inputs: Inputs) -> Call:
-    return _build_from_logps(op, inputs, token_logps_eager)
-
-
-def build_torch(op: str, inputs: Inputs) -> Call:
-    return _build_from_logps(op, inputs, token_logps_torch)
-
-
-def gemm_count(op: str, inputs: Inputs) -> int:
-    """GEMMs of 2 N V D flops that the op cannot do without."""
-    if op == "score":
-        return 1
-    trainable = inputs.weight.requires_grad
-    return {"linear_loss": 2, "linear_logprob": 3}[op] + trainable
-
-
-def build_gemms(op: str, inputs: Inputs) -> Call:
-    """The floor: those GEMMs, fp32, into buffers made outside the clock, and nothing else.
-
-    fp32 for every dtype: the log-prob is defined from fp32 logits, and a CPU has no GEMM that takes
-    bf16 and gives fp32.
+    Logits have the inputs' dtype and are widened afterwards; dweight adds up in the weight's dtype.
     """
-    rows = _rows(inputs)
-    hidden = inputs.hidden.detach() if rows is None else inputs.hidden.detach()[rows]
-    hidden, weight = hidden.float(), inputs.weight.detach().float()
-    logits = torch.ones(hidden.shape[0], weight.shape[0])
-    dhidden, dweight = torch.ones_like(hidden), torch.ones_like(weight)
-    forwards = {"score": 1, "linear_loss": 1, "linear_logprob": 2}[op]
-    trainable = inputs.weight.requires_grad
 
-    def run() -> Result:
-        for _ in range(forwards):
-            torch.mm(hidden, weight.T, out=logits)
-        if op != "score":
-            torch.mm(logits, weight, out=dhidden)
-            if trainable:
-                torch.mm(logits.T, hidden, out=dweight)
-        return Result(None)
+    BLOCK = 512
 
-    return run
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        step = _Recompute.BLOCK
+        pairs = zip(hidden.split(step), labels.split(step), strict=True)
+        return torch.cat([lol_rl(h, weight, y) for h, y in pairs])
 
-
-def build_logits_op(name: str, inputs: Inputs) -> Call:
-    """`logprob` on logits that are already there: ours, eager, or one copy of the logits."""
-    logits = make_logits(inputs).requires_grad_()
-    out = torch.empty_like(logits)
-
-    def run() -> Result:
-        if name == "copy":
-            out.copy_(logits.detach())
-            return Result(None)
-        if name == "lolkernels":
-            logps = lk.logprob(logits, inputs.labels).logps
-        else:
-            logps = -F.cross_entropy(logits.float(), inputs.labels, reduction="none")
-        logps.backward(inputs.upstream)
-        gradient, logits.grad = logits.grad, None
-        return Result(logps.detach(), gradient)
-
-    return run
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, labels = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(labels), _Recompute.BLOCK):
+            rows = slice(start, start + _Recompute.BLOCK)
+            coef = upstream[rows, None]
+            dz = (hidden[rows] @ weight.T).float().softmax(-1).mul_(-coef)
+            dz = dz.scatter_add_(-1, labels[rows, None], coef).to(hidden.dtype)
+            dhidden[rows] = dz @ weight
+            if dweight is not None:
+                dweight += dz.T @ hidden[rows]
+        return dhidden, dweight, None
 
 
-def build(contestant: str, op: str, inputs: Inputs) -> Call:
-    """Builds one contestant: lolkernels, reference, eager, torch, gemms, or copy for `logprob`."""
-    if op == "logprob":
-        return build_logits_op(contestant, inputs)
-    if contestant == "reference":
-        return build_lolkernels(op, inputs, backend="reference")
-    builders: dict[str, Callable[[str, Inputs], Call]] = {
-        "lolkernels": build_lolkernels,
-        "eager": build_eager,
-        "torch": build_torch,
-        "gemms": build_gemms,
-    }
-    return builders[contestant](op, inputs)
+def _torch(policy: str | None) -> TokenLogps:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnavailableError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)  # type: ignore[arg-type]
+
+    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -F.linear_cross_entropy(
+            hidden, weight, labels, reduction="none", options=options
+        ).float()
+
+    return logps
+
+
+def _liger(**options: Any) -> TokenLogps:
+    module = importlib.import_module("liger_kernel.transformers")
+    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", **options)
+    return lambda hidden, weight, labels: -loss(weight, hidden, labels).float()
+
+
+def _liger_scaled() -> TokenLogps:
+    function = importlib.import_module(
+        "liger_kernel.ops"
+    ).LigerFusedLinearScaledCrossEntropyFunction
+    return lambda hidden, weight, labels: -function.apply(hidden, weight, labels).float()
+
+
+def _cce(**options: Any) -> TokenLogps:
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda hidden, weight, labels: (
+        -loss(hidden, weight, labels, reduction="none", **options).float()
+    )
+
+
+def _trl() -> TokenLogps:
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    columns = 32768  # what its trainers pass
+    return lambda hidden, weight, labels: function.apply(
+        hidden, weight, None, labels, 1.0, columns, None, 1.0, ()
+    )[0]
+
+
+def _quack() -> TokenLogps:
+    loss = importlib.import_module("quack.linear_cross_entropy").linear_cross_entropy_func
+    return lambda hidden, weight, labels: (
+        -loss(hidden, weight, None, labels, reduction="none").float()
+    )
+
+
+@dataclass(frozen=True)
+class Peer:
+    load: Callable[[], TokenLogps] | None  # None: there is no log-prob of a token to load
+    package: str = "torch"  # whose version is printed
+    gpu_only: bool = False
+
+    @property
+    def scalar_only(self) -> bool:
+        return self.load is None
+
+
+PEERS = {
+    "eager": Peer(lambda: eager),
+    "torch.compile": Peer(lambda: torch.compile(eager, dynamic=False)),
+    "lol-rl": Peer(lambda: lol_rl),
+    "torch lce": Peer(partial(_torch, "auto")),
+    "torch lce accurate": Peer(partial(_torch, "accurate")),
+    "torch lce balanced": Peer(partial(_torch, "balanced")),
+    "torch lce compact": Peer(partial(_torch, "compact")),
+    "torch lce no options": Peer(partial(_torch, None)),
+    "verl recompute": Peer(lambda: _Recompute.apply),
+    "trl": Peer(_trl, "trl"),
+    "liger": Peer(_liger, "liger-kernel", gpu_only=True),
+    "liger fp32 dweight": Peer(
+        partial(_liger, accum_dtype=torch.float32), "liger-kernel", gpu_only=True
+    ),
+    "liger scaled": Peer(_liger_scaled, "liger-kernel"),
+    "cce": Peer(_cce, "cut-cross-entropy", gpu_only=True),
+    "cce no filter": Peer(partial(_cce, filter_eps=None), "cut-cross-entropy", gpu_only=True),
+    "cce kahan": Peer(partial(_cce, impl="cce_kahan_full_c"), "cut-cross-entropy", gpu_only=True),
+    "cce torch_compile": Peer(partial(_cce, impl="torch_compile"), "cut-cross-entropy"),
+    "quack": Peer(_quack, "quack-kernels", gpu_only=True),
+    "quack chunked": Peer(None, "quack-kernels"),
+    "liger chunked": Peer(None, "liger-kernel"),  # its own losses: objectives.py
+    "fla": Peer(None, "flash-linear-attention"),
+}
+
+
+def version(package: str) -> str:
+    """Its version; empty for torch, which the record's head names.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    if package == "torch":
+        return ""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise UnavailableError(f"{package} is not installed (make peers)") from None
+
+
+def interpreted() -> bool:
+    """Triton's interpreter stands in for a GPU: right for a check, meaningless for a time."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def only_interpreted(name: str, device: str) -> bool:
+    return device == "cpu" and interpreted() and name in PEERS and PEERS[name].gpu_only
+
+
+def build_peer(name: str, op: str, inputs: Inputs) -> Call:
+    peer = PEERS[name]
+    if peer.load is None:
+        raise UnavailableError("returns a sum or a mean: no token can have its sequence's weight")
+    version(peer.package)
+    if peer.gpu_only and not inputs.hidden.is_cuda and not interpreted():
+        raise UnavailableError("its kernels need a GPU")
+    try:
+        token_logps = peer.load()
+    except ImportError as error:
+        raise UnavailableError(f"needs more than is installed: {error}") from error
+    head = inputs.weight.detach().clone() if name == "lol-rl" else None  # its deepcopy of the model
+
+    def ref_logps() -> Tensor:
+        """Given to all, but for the script: it runs the reference model's head in each step."""
+        if head is None:
+            return inputs.ref_logps
+        with torch.no_grad():
+            return token_logps(inputs.ref_hidden, head, inputs.labels)[inputs.rows]
+
+    def logps() -> Tensor:
+        if name == "lol-rl":  # all rows, prompts too
+            return token_logps(inputs.hidden, inputs.weight, inputs.labels)[inputs.rows]
+        hidden, labels = inputs.scored()
+        return token_logps(hidden, inputs.weight, labels)
+
+    def forward() -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(op != "score"):
+            found = logps()
+        if op != "linear_loss":
+            return found, None
+        objective = lk.objectives.a_lol
+        loss = objective(found, ref_logps(), inputs.advantages, inputs.seq, clip=CLIP)
+        return found, lk.aggregate(loss, inputs.seq)
+
+    def backward(state: tuple[Tensor, Tensor | None]) -> Result:
+        found, loss = state
+        if loss is not None:
+            loss.backward()
+        elif op == "linear_logprob":
+            found.backward(inputs.upstream)
+        return Result(found.detach(), *gradients(inputs))
+
+    return Call(forward, backward, 0 if head is None else head.nbytes)
+
+
+def build(
+    contestant: str,
+    op: str,
+    inputs: Inputs,
+    *,
+    backend: str | None = None,
+    budget: int | None = None,
+) -> Call:
+    """Builds "lolkernels" (``backend`` and memory ``budget`` as in the library), "gemms" or a peer.
+
+    Raises:
+        UnavailableError: it cannot run here, and why.
+        ValueError: no such contestant.
+    """
+    if contestant == "lolkernels":
+        return build_lolkernels(op, inputs, backend=backend, budget=budget)
+    if contestant in FLOORS:
+        floor = build_gemms(op, inputs, wide=contestant != "gemms")
+        return Call(floor.call, lambda _: Result(None))
+    if contestant not in PEERS:
+        names = ", ".join(["lolkernels", *FLOORS, *PEERS])
+        raise ValueError(f"contestant must be one of {names}; got {contestant!r}")
+    return build_peer(contestant, op, inputs)

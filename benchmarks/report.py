@@ -1,21 +1,51 @@
-"""Where a result was measured, its JSON, and the Markdown made from the JSON."""
+"""Where a result was measured, its goals, its JSON, and the Markdown made from the JSON.
+
+The schema of every record, CPU or GPU:
+
+    environment  device, versions, commit, source (a hash of the code), clocks, command, date
+    rounds       interleaved rounds that were asked for
+    cases        [{name, title, floors, floor (the first of them), rows, goals,
+                   facts or error where there are no rows, seconds}]
+      rows       measure.Row as a dict: label, contestant, op, shape, tokens, frozen_head, phase,
+                 times_ms (one a round), median_ms, flops, bytes, work, sum_error_nat,
+                 gradient_errors, extra_bytes, formula_bytes, version; wrong, skipped or error
+                 where there are no times
+    goals        [{text, limit, measured, met, and of a `Goal` here: row, against, of, why}]
+    left         titles of cases that there was no time for
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
+import statistics
 import subprocess
 import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
+from measure import Row
 
 import lolkernels as lk
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
+# What decides a measured number: another run may go on with a record only where these agree.
+SAME = ("device", "torch", "triton", "lolkernels", "commit", "source")
+
+
+# --- where ----------------------------------------------------------------------------------------
 
 
 def git(*arguments: str) -> str:
@@ -27,117 +57,350 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and command of this run."""
-    cpu = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        cpu.setdefault(key.strip(), value.strip())
+def slug(device: str) -> str:
+    """A file name for a device: "NVIDIA H200" -> "h200"."""
+    words = re.sub("nvidia|geforce|tesla", "", device.lower())
+    return re.sub("[^a-z0-9]+", "-", words).strip("-") or "device"
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    query = [
+        f"--id={device.index or 0}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+    ]
+    done = subprocess.run(["nvidia-smi", *query], text=True, capture_output=True, timeout=60)
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def source() -> str:
+    """A hash of the code that is measured and of the code that measures."""
+    digest = hashlib.sha256()
+    folders = [ROOT / name for name in ("lolkernels", "csrc", "benchmarks")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Of the peers' packages that are installed."""
+    found = {}
+    for package in sorted({peer.package for peer in peers.PEERS.values()} - {"torch"}):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(
+    device: torch.device | None = None, command: str | None = None, commit: str | None = None
+) -> dict[str, Any]:
+    """Device, versions, commit and command of this run. ``commit`` names it without git."""
+    cpu: dict[str, str] = {}
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            cpu.setdefault(key.strip(), value.strip())
     flags = set(cpu.get("flags", "").split())
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "device": cpu.get("model name", platform.processor()),
+    vector = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    found: dict[str, Any] = {
+        "device": cpu.get("model name") or platform.processor() or "cpu",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "vector": [
-            name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags
-        ],
+        "vector": [name for name in vector if name in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+    if device is not None and device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        found = {
+            "device": about.name,
+            "capability": f"{about.major}.{about.minor}",
+            "multiprocessors": about.multi_processor_count,
+            "memory_gib": round(about.total_memory / 2**30, 1),
+            "l2_mib": round(about.L2_cache_size / MIB, 1),
+            "cuda": torch.version.cuda,
+            **clocks(device),
+            "cores": os.cpu_count(),
+        }
+    try:
+        triton = importlib.import_module("triton").__version__  # its package has several names
+    except ImportError:
+        triton = None
+    return {
+        **found,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton,
         "lolkernels": lk.__version__,
         "backends": [name for name, why in lk.available_backends().items() if why is None],
-        "commit": git("rev-parse", "--short", "HEAD") + (" with local changes" if changed else ""),
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "peers": versions(),
+        "commit": commit or git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "source": source(),
+        "command": command or shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
+
+
+# --- goals ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a row must reach against the row ``against``; see `measured` for each kind of ``of``."""
+
+    text: str
+    row: str
+    limit: float
+    against: str | None = None
+    of: str = "time"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Least, quartiles and greatest."""
+    q1, median, q3 = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {"min": min(values), "q1": q1, "median": median, "q3": q3, "max": max(values)}
+
+
+def ratios(row: dict[str, Any], floor: dict[str, Any]) -> dict[str, float] | None:
+    """The spread of the rounds' own ratios of times; of bandwidths where both counted bytes."""
+    pairs = list(zip(row["times_ms"], floor["times_ms"], strict=False))
+    if not pairs:
+        return None
+    if row["bytes"] and floor["bytes"]:
+        share = row["bytes"] / floor["bytes"]
+        return spread([share * b / a for a, b in pairs])
+    return spread([a / b for a, b in pairs])
+
+
+def measured(goal: dict[str, Any], row: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """time: median of the rounds' ratios, at most the limit; bandwidth: the same, at least it.
+    per row: ratio of the medians per row of hidden states. memory: ratio of extra bytes. formula:
+    distance of the extra bytes from the documented ones, as a share of these.
+    """
+    if goal["of"] in ("time", "bandwidth", "per row"):
+        found = ratios(row, other)
+        if found is None:
+            return None
+        per = other["tokens"] / row["tokens"] if goal["of"] == "per row" else 1.0
+        return found["median"] * per
+    if row["extra_bytes"] is None:
+        return None
+    if goal["of"] == "memory":
+        return row["extra_bytes"] / max(1, other["extra_bytes"]) if other["extra_bytes"] else None
+    return abs(row["extra_bytes"] / row["formula_bytes"] - 1) if row["formula_bytes"] else None
+
+
+def judge(goal: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The goal with what was measured; a row that is missing, wrong or untimed misses it.
+
+    Against a peer that cannot run here there is nothing to judge: met is None.
+    """
+    by_label = {row["label"]: row for row in rows}
+    row, other = (by_label.get(name) for name in (goal["row"], goal["against"] or goal["row"]))
+    if row is None or other is None:
+        return {**goal, "measured": None, "met": False, "why": "not measured"}
+    value = measured(goal, row, other)
+    if value is None:
+        why = reason_of(row) or reason_of(other) or "not measured"
+        met = None if other["skipped"] and not reason_of(row) else False
+        return {**goal, "measured": None, "met": met, "why": why}
+    met = value >= goal["limit"] if goal["of"] == "bandwidth" else value <= goal["limit"]
+    return {**goal, "measured": value, "met": met, "why": None}
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+BLANK = asdict(Row(""))
+
+
+def rows_of(case: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**BLANK, **row} for row in case["rows"]]
+
+
+def reason_of(row: dict[str, Any]) -> str:
+    """Why a row has no time; empty where it has one."""
+    if row["wrong"]:
+        return "WRONG: " + "; ".join(row["wrong"])
+    if row["error"]:
+        return "failed: " + row["error"]
+    return "not run: " + row["skipped"] if row["skipped"] else ""
 
 
 def _mib(value: int | None) -> str:
     return "" if value is None else f"{value / MIB:.1f}"
 
 
-def table(case: dict[str, Any]) -> str:
-    """One case as a Markdown table; `x floor` is the ratio of medians to the bare GEMMs."""
-    floor = next((r["median_ms"] for r in case["rows"] if r["label"] == case["floor"]), None)
-    lines = [
-        f"### {case['title']}",
-        "",
-        "| | shape | median ms | fastest ms | x floor | extra MiB | formula MiB | sum error nat |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in case["rows"]:
-        ratio = f"{row['median_ms'] / floor:.3f}" if floor else ""
-        error = "" if row["sum_error_nat"] is None else f"{row['sum_error_nat']:.1e}"
-        lines.append(
-            f"| {row['label']} | {row['shape']} | {row['median_ms']:.1f} "
-            f"| {min(row['times_ms']):.1f} | {ratio} | {_mib(row['extra_bytes'])} "
-            f"| {_mib(row['formula_bytes'])} | {error} |"
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.3f}"
+
+
+def _counted(row: dict[str, Any]) -> tuple[str, str]:
+    """(rate, count): "1.2 TFLOP/s", "3 x 2 N V D = 237.1 GFLOP", or the same in bytes."""
+    seconds = row["median_ms"] / 1e3
+    if row["flops"]:
+        rate, count = row["flops"] / seconds, f"{row['work']} = {row['flops'] / 1e9:.4g} GFLOP"
+        return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s", count
+    if row["bytes"]:
+        count = f"{row['work']} = {row['bytes'] / 1e9:.3g} GB"
+        return f"{row['bytes'] / seconds / 1e9:.3g} GB/s", count
+    return "", ""
+
+
+def _line(row: dict[str, Any], floors: dict[str, dict[str, Any] | None], *, shapes: bool) -> str:
+    cells = [f"{row['label']} {row['version']}".strip()]
+    cells += [row["shape"]] if shapes else []
+    width = len(cells) + 7 + len(floors)
+    if not row["times_ms"]:
+        cells.append(reason_of(row))
+        return "| " + " | ".join(cells) + " |" + " |" * (width - len(cells))
+    seen = spread(row["times_ms"])
+    cells += [_ms(seen["median"]), f"{_ms(seen['q1'])} - {_ms(seen['q3'])}"]
+    for floor in floors.values():
+        ratio = ratios(row, floor) if floor else None
+        cells.append(
+            f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})" if ratio else ""
         )
-    return "\n".join(lines)
+    rate, count = _counted(row)
+    cells += [rate, count, _mib(row["extra_bytes"]), _mib(row["formula_bytes"])]
+    errors = [] if row["sum_error_nat"] is None else [f"sum {row['sum_error_nat']:.1e} nat"]
+    errors += [f"{name} {value:.1e}" for name, value in row["gradient_errors"].items()]
+    return "| " + " | ".join([*cells, ", ".join(errors)]) + " |"
+
+
+def table(case: dict[str, Any]) -> str:
+    lines = [f"### {case['title']}", ""]
+    if case.get("error"):
+        return "\n".join([*lines, f"Not measured: {case['error']}"])
+    if case.get("facts"):
+        lines += ["| | measured |", "|---|---:|"]
+        lines += [f"| {f['label']} | {f['value']:.4g} {f['unit']} |" for f in case["facts"]]
+        return "\n".join(lines)
+    rows = rows_of(case)
+    shapes = len({row["shape"] for row in rows}) > 1
+    by_label = {row["label"]: row for row in rows}
+    floors = {name: by_label.get(name) for name in case.get("floors") or [case["floor"]]}
+    heads = ["", *(["shape"] if shapes else []), "median ms", "quartiles ms"]
+    heads += [f"x {name} (quartiles)" for name in floors]
+    heads += ["rate", "counted", "extra MiB", "formula MiB", "error against float64"]
+    lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
+    return "\n".join(lines + [_line(row, floors, shapes=shapes) for row in rows])
 
 
 def goals_table(goals: list[dict[str, Any]]) -> str:
-    lines = ["### Goals", "", "| goal | limit | measured | met |", "|---|---:|---:|---|"]
-    lines += [
-        f"| {goal['text']} | {goal['limit']:g} | {goal['measured']:.3f} "
-        f"| {'yes' if goal['met'] else 'no'} |"
-        for goal in goals
-    ]
+    lines = ["## Goals", "", "| goal | measured | limit | |", "|---|---:|---:|---|"]
+    for goal in goals:
+        sign = ">=" if goal.get("of") == "bandwidth" else "<="
+        value = "–" if goal["measured"] is None else f"{goal['measured']:.3f}"
+        verdict = {True: "met", False: "MISSED", None: "not judged"}[goal["met"]]
+        verdict += f" ({goal['why']})" if goal.get("why") else ""
+        lines.append(f"| {goal['text']} | {value} | {sign} {goal['limit']:g} | {verdict} |")
     return "\n".join(lines)
 
 
 def markdown(record: dict[str, Any]) -> str:
+    """The page of a record, from the record alone."""
     where = record["environment"]
+    names = ("cores", "threads", "capability", "multiprocessors", "memory_gib", "l2_mib")
+    names += ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "cuda")
+    facts = [f"{name.replace('_', ' ')} {where[name]}" for name in names if where.get(name)]
+    facts += where.get("vector", [])
+    known = {name: where[name] for name in ("python", "torch", "triton", "lolkernels")}
+    known |= where.get("peers", {})
+    commit = where["commit"] + (" with local changes" if where["dirty"] else "")
     head = [
-        f"# {where['device']}, {where['cores']} cores",
+        f"# {where['device']}",
         "",
-        f"{where['threads']} threads, {', '.join(where['vector'])}, {where['memory_gib']} GiB; "
-        f"Python {where['python']}, torch {where['torch']}, lolkernels {where['lolkernels']} "
-        f"({', '.join(where['backends'])}), commit {where['commit']}.",
-        f"Medians of {record['rounds']} interleaved rounds. Extra memory is the peak above inputs "
-        "and returned gradients, measured in a process of its own.",
+        ", ".join(facts) + ".",
+        ", ".join(f"{name} {value}" for name, value in known.items() if value)
+        + f"; backends {', '.join(where['backends'])}; commit {commit}, source {where['source']}; "
+        f"{where['date']}.",
         "",
-        f"    {where['command']}",
+        *(f"    {command}" for command in [where["command"], *where.get("then", [])]),
+        "",
+        f"Up to {record['rounds']} interleaved rounds. A row has passed its check against float64",
+        "first; one that has not says WRONG and has no time. A ratio is the median of the rounds'",
+        "own; `x copy` is the share of the copy's bandwidth. Flops are those that the op needs,",
+        "whoever computes it (lolkernels' linear_loss makes its gradients in the forward). Extra",
+        "memory is the peak above inputs and returned gradients: on a CPU measured in a process of",
+        "its own, on a GPU by torch's allocator.",
     ]
     parts = ["\n".join(head), *(table(case) for case in record["cases"])]
+    for name in record.get("left", []):
+        parts.append(f"### {name}\n\nNot measured: no time was left.")
     if record["goals"]:
         parts.append(goals_table(record["goals"]))
     return "\n\n".join(parts) + "\n"
 
 
+# --- files ----------------------------------------------------------------------------------------
+
+
+def case(title: str, rows: list[Any], floors: list[str], **more: Any) -> dict[str, Any]:
+    """One case of a record; ``more`` may hold name, goals (of `Goal`), facts, error, seconds."""
+    goals = [asdict(goal) for goal in more.pop("goals", [])]
+    first = floors[0] if floors else None
+    found = {"title": title, "floors": floors, "floor": first, "rows": [asdict(r) for r in rows]}
+    return {**found, "goals": goals, **more}
+
+
+def new(where: dict[str, Any], rounds: int) -> dict[str, Any]:
+    return {"environment": where, "rounds": rounds, "cases": [], "goals": [], "left": []}
+
+
+def files(out: Path) -> tuple[Path, Path]:
+    return out.with_name(out.name + ".json"), out.with_name(out.name + ".md")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all: a run that is killed leaves the last complete record."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def judge_all(record: dict[str, Any]) -> None:
+    pairs = [(goal, case) for case in record["cases"] for goal in case.get("goals", [])]
+    record["goals"] = [judge(goal, rows_of(case)) for goal, case in pairs]
+
+
 def save(record: dict[str, Any], out: Path) -> list[Path]:
     """Writes `out`.json, and `out`.md from it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    data, page = out.with_suffix(".json"), out.with_suffix(".md")
-    data.write_text(json.dumps(record, indent=1) + "\n")
-    page.write_text(markdown(json.loads(data.read_text())))
+    data, page = files(out)
+    _replace(data, json.dumps(record, indent=1) + "\n")
+    _replace(page, markdown(json.loads(data.read_text())))
     return [data, page]
 
 
-def figure(sweep: dict[str, Any], where: dict[str, Any], out: Path) -> Path:
-    """Draws peak extra memory and time against rows, one line a contestant, to `out`.png."""
-    from matplotlib.figure import Figure
+def resume(out: Path, now: dict[str, Any], rounds: int, *, same_run: bool) -> dict[str, Any]:
+    """The record to go on with: what is there, where code and device are the same.
 
-    canvas = Figure(figsize=(9, 3.6), layout="constrained")
-    memory, speed = canvas.subplots(1, 2)
-    for name in dict.fromkeys(row["contestant"] for row in sweep["rows"]):
-        rows = [row for row in sweep["rows"] if row["contestant"] == name]
-        tokens = [row["tokens"] for row in rows]
-        shown = {"marker": "o", "label": "torch linear_cross_entropy" if name == "torch" else name}
-        memory.plot(tokens, [row["extra_bytes"] / MIB for row in rows], **shown)
-        speed.plot(tokens, [row["median_ms"] / 1e3 for row in rows], **shown)
-    for axes, label in (
-        (memory, "extra memory, MiB"),
-        (speed, "forward + backward, s"),
-    ):
-        axes.set(xscale="log", yscale="log", xlabel="rows (tokens with loss)", ylabel=label)
-        ticks = sorted({row["tokens"] for row in sweep["rows"]})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    memory.legend()
-    shape = sweep["rows"][0]["shape"].split(maxsplit=1)[1]
-    canvas.suptitle(f"linear_loss, {shape}; {where['device']}, {where['threads']} threads")
-    path = out.with_suffix(".png")
-    canvas.savefig(path, dpi=120)
-    return path
+    Cases that failed are tried again, though not in a later process of the same run.
+    """
+    data, _ = files(out)
+    if data.exists():
+        record: dict[str, Any] = json.loads(data.read_text())
+        before = record.get("environment", {})
+        if same_run or all(before.get(key) == now[key] for key in SAME):
+            if not same_run:
+                record["cases"] = [c for c in record["cases"] if not c.get("error")]
+            return record
+        print(f"{data}: another commit, device or version; starting anew", file=sys.stderr)
+    return new(now, rounds)
+
+
+def faulty(case: dict[str, Any]) -> bool:
+    """A case or a row of ours that failed, or a wrong result. A peer that fails is no fault."""
+    ours = [row for row in rows_of(case) if row["contestant"] == "lolkernels"]
+    wrong = any(row["wrong"] for row in rows_of(case))
+    return bool(case.get("error")) or wrong or any(row["error"] for row in ours)

@@ -1,56 +1,56 @@
-"""Benchmarks of the kernels: time, floor, peers and peak memory, after a correctness gate.
+"""Benchmarks of the kernels: time, floor, peers and peak memory, after a check against float64.
 
-python benchmarks/run.py --op linear_loss --shape gpt2 --dtype fp32
-python benchmarks/run.py --op score --shape 1024,768,50257,128 --memory
+python benchmarks/run.py linear_loss --shape gpt2 --peer eager lol-rl "torch lce" --memory
+python benchmarks/run.py linear_loss --shape qwen3-0.6b --lengths 16-256 --dtype bf16 --pass forward
+python benchmarks/run.py score --shape 1024,768,50257,128 --backend cpu reference
 python benchmarks/run.py --suite cpu --out benchmarks/results/cpu
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
+import objectives
 import peers
 import report
 import torch
-from measure import Entry, Row
+from measure import Device, Entry
+from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
 
+OPS = (*peers.OPS, *objectives.OPS, "logprob")
 TITLES = {
-    "linear_loss": "linear_loss (A-LoL), forward + backward",
-    "linear_logprob": "linear_logprob, forward + backward",
+    "linear_loss": "linear_loss (A-LoL)",
+    "linear_logprob": "linear_logprob",
     "score": "linear_logprob without gradient",
+    "dpo": "DPO without a reference",
+    "grpo": "GRPO",
     "logprob": "logprob on given logits, forward + backward",
 }
-SWEEP = f"{TITLES['linear_loss']}, time and memory over T"
-
-
-@dataclass
-class Goal:
-    """A ratio of two rows of a case that must not exceed `limit`.
-
-    time: medians. rate: medians per row of hidden states. memory: extra bytes. formula: distance
-    of one row's extra bytes from the documented formula, as a share of the formula.
-    """
-
-    text: str
-    over: str
-    under: str
-    limit: float
-    of: str = "time"
+PASSES = {"both": ", forward + backward", "forward": ", forward", "backward": ", backward"}
+USUAL = {op: ["eager", "torch lce"] for op in peers.OPS}  # beside lolkernels and its floor
+USUAL |= {op: ["eager", "liger chunked"] for op in objectives.OPS} | {"logprob": ["eager"]}
 
 
 @dataclass
 class Case:
     title: str
     entries: list[Entry]
-    floor: str = "gemms"
+    floors: list[str] = field(default_factory=lambda: ["gemms"])
     goals: list[Goal] = field(default_factory=list)
-    rounds: int | None = None
+
+
+def title_of(op: str, frozen_head: bool = False, phase: str = "both") -> str:
+    passes = "" if op in ("score", "logprob") else PASSES[phase]
+    return f"{TITLES[op]}{passes}{', frozen head' if frozen_head else ''}"
 
 
 def single(
@@ -59,168 +59,161 @@ def single(
     *,
     frozen_head: bool = False,
     memory: bool = False,
-    against: list[str] | None = None,
+    names: list[str] | None = None,
+    backends: list[str] | None = None,
+    phase: str = "both",
+    floors: list[str] | None = None,
 ) -> Case:
-    """One op at one shape: lolkernels beside its floor, eager and torch's own op."""
-    if against is None:
-        against = ["copy", "eager"] if op == "logprob" else ["gemms", "eager", "torch"]
-    names = ["lolkernels", *against]
-    measured = ("lolkernels", "eager", "torch") if memory else ()
-    entries = [Entry(n, n, op, shape, frozen_head, memory=n in measured) for n in names]
-    title = f"{TITLES[op]}{', frozen head' if frozen_head else ''}, {shape}"
-    return Case(title, entries, floor="copy" if op == "logprob" else "gemms")
+    """One op at one shape: lolkernels beside its floor and peers."""
+    floors = ["copy"] if op == "logprob" else floors or ["gemms"]
+    names = USUAL[op] if names is None else names
+    make = partial(Entry, op=op, shape=shape, frozen_head=frozen_head, phase=phase)
+    ours = [(f"lolkernels {b}", b) for b in backends] if backends else [("lolkernels", None)]
+    entries = [make(label, "lolkernels", memory=memory, backend=b) for label, b in ours]
+    entries += [make(name, name) for name in floors]
+    entries += [make(name, name, memory=memory) for name in names]
+    return Case(f"{title_of(op, frozen_head, phase)}, {shape}", entries, floors)
 
 
-def cpu_suite(shape: Shape, longest: int) -> Iterator[Case]:
-    """The CPU rows: each op against its floor, bf16, prompt rows, and the sweep over T."""
-    case = single("linear_loss", shape, memory=True)
+def formula(text: str, row: str = "lolkernels") -> Goal:
+    return Goal(f"{text}: memory, distance from the formula", row, 0.05, of="formula")
+
+
+def against(names: list[str]) -> list[Goal]:
+    """To be faster than each of these peers."""
+    timed = [name for name in names if not peers.PEERS[name].scalar_only]
+    return [Goal(f"linear_loss against {name}", "lolkernels", 1.0, name) for name in timed]
+
+
+def cpu_suite(shape: Shape) -> Iterator[Case]:
+    """The CPU rows: each op against its floor and the peers, bf16, prompt rows, mixed lengths."""
+    on_cpu = [name for name, peer in peers.PEERS.items() if not peer.gpu_only]
+    policies = [name for name in on_cpu if name.startswith("torch lce ")]  # seconds a call
+    everyone = [name for name in on_cpu if name not in policies]
+    case = single("linear_loss", shape, memory=True, names=everyone)
     case.goals = [
-        Goal("linear_loss against three bare GEMMs", "lolkernels", "gemms", 1.05),
-        Goal("linear_loss against eager", "lolkernels", "eager", 1.0),
-        Goal("its memory against eager's", "lolkernels", "eager", 0.12, "memory"),
-        Goal("its memory, distance from the formula", "lolkernels", "lolkernels", 0.05, "formula"),
+        Goal("linear_loss against three bare GEMMs", "lolkernels", 1.05, "gemms"),
+        *against(everyone),
+        Goal("linear_loss: memory against eager's", "lolkernels", 0.12, "eager", "memory"),
+        formula("linear_loss"),
     ]
     yield case
-    case = single("linear_loss", shape, frozen_head=True, memory=True)
+    case = single("linear_loss", replace(shape, tokens=2 * shape.seq_len), names=policies)
+    case.goals = against(policies)
+    yield case
+    few = ["eager", "lol-rl"]
+    case = single("linear_loss", shape, frozen_head=True, memory=True, names=few)
     case.goals = [
-        Goal("frozen head against two bare GEMMs", "lolkernels", "gemms", 1.05),
-        Goal("its memory against eager's", "lolkernels", "eager", 0.12, "memory"),
-        Goal("its memory, distance from the formula", "lolkernels", "lolkernels", 0.05, "formula"),
+        Goal("frozen head against two bare GEMMs", "lolkernels", 1.05, "gemms"),
+        Goal("frozen head: memory against eager's", "lolkernels", 0.12, "eager", "memory"),
+        formula("frozen head"),
     ]
     yield case
-    case = single("score", shape, memory=True)
+    case = single("score", shape, memory=True, names=few)
     case.goals = [
-        Goal("scoring against one bare GEMM", "lolkernels", "gemms", 1.10),
-        Goal("its memory, distance from the formula", "lolkernels", "lolkernels", 0.05, "formula"),
+        Goal("scoring against one bare GEMM", "lolkernels", 1.10, "gemms"),
+        formula("scoring"),
     ]
     yield case
-    case = single("linear_logprob", shape, memory=True)
+    case = single("linear_logprob", shape, memory=True, names=few)
     case.goals = [
-        Goal("linear_logprob against four bare GEMMs", "lolkernels", "gemms", 1.10),
-        Goal("its memory, distance from the formula", "lolkernels", "lolkernels", 0.05, "formula"),
+        Goal("linear_logprob against four bare GEMMs", "lolkernels", 1.10, "gemms"),
+        formula("linear_logprob"),
     ]
     yield case
+    for phase in ("forward", "backward"):
+        yield single("linear_loss", shape, names=["eager", "lol-rl"], phase=phase)
     yield bf16_case(shape)
     yield prompt_case(shape)
-    yield sweep_case(shape, longest)
+    mixed = replace(shape, shortest=max(1, shape.seq_len // 8), seq_len=2 * shape.seq_len)
+    yield single("linear_loss", mixed, names=["eager"])
+    for name, tokens in (("smollm2", 512), ("qwen3-0.6b", 256)):
+        other = replace(SHAPES[name], tokens=tokens)
+        yield single("linear_loss", other, names=["eager"], memory=True)
+    for op in objectives.OPS:
+        yield single(op, replace(shape, tokens=2 * shape.seq_len), memory=True)
     yield single("logprob", shape)
 
 
 def bf16_case(shape: Shape) -> Case:
     half = replace(shape, dtype="bf16")
     op = "linear_loss"
-    return Case(
-        f"{TITLES[op]}, bf16 tensors beside fp32, {shape}",
-        [
-            Entry("lolkernels bf16", "lolkernels", op, half, memory=True),
-            Entry("lolkernels fp32", "lolkernels", op, shape),
-            Entry("gemms", "gemms", op, shape),
-            Entry("eager bf16", "eager", op, half, memory=True),
-            Entry("eager fp32", "eager", op, shape),
-        ],
-        goals=[
-            Goal("bf16 against fp32 tensors", "lolkernels bf16", "lolkernels fp32", 1.15),
-            Goal(
-                "bf16 memory, distance from the formula",
-                "lolkernels bf16",
-                "lolkernels bf16",
-                0.05,
-                "formula",
-            ),
-        ],
-    )
+    others = ("lol-rl", "verl recompute", "trl", "liger scaled")
+    entries = [Entry(f"{n} bf16", n, op, half, memory=True) for n in ("lolkernels", "eager")]
+    entries += [Entry(f"{n} bf16", n, op, half) for n in others]
+    entries += [Entry(f"{n} fp32", n, op, shape) for n in ("lolkernels", "eager")]
+    entries.append(Entry("gemms", "gemms", op, shape))
+    goals = [
+        Goal("bf16 against fp32 tensors", "lolkernels bf16", 1.15, "lolkernels fp32"),
+        formula("bf16", "lolkernels bf16"),
+    ]
+    return Case(f"{title_of(op)}, bf16 tensors beside fp32", entries, goals=goals)
 
 
 def prompt_case(shape: Shape) -> Case:
-    op = "linear_loss"
-    return Case(
-        f"{TITLES[op]}, half of each sequence is prompt, {shape}",
-        [
-            Entry("all rows", "lolkernels", op, shape),
-            Entry("half prompt", "lolkernels", op, replace(shape, prompt_share=0.5)),
-        ],
-        floor="all rows",
-        goals=[Goal("half the rows prompt, against all", "half prompt", "all rows", 0.55)],
-    )
-
-
-def sweep_case(shape: Shape, longest: int) -> Case:
-    """Time and memory over T; the peers stop where they take too long or too much."""
-    op, sizes, tokens = "linear_loss", [], 256
-    while tokens <= longest:
-        sizes.append(tokens)
-        tokens *= 2
-    reach = {"lolkernels": longest, "eager": 4096, "torch": 1024}
+    op, half = "linear_loss", replace(shape, prompt_share=0.5)
     entries = [
-        Entry(f"{name} T={t}", name, op, replace(shape, tokens=t), memory=True)
-        for name, limit in reach.items()
-        for t in sizes
-        if t <= limit
+        Entry("all rows", "lolkernels", op, shape),
+        Entry("half prompt", "lolkernels", op, half),
     ]
-    # From 1024 rows on the chunks are full.
-    base, last = (f"lolkernels T={t}" for t in (min(1024, sizes[-1]), sizes[-1]))
-    return Case(
-        SWEEP,
-        entries,
-        floor=base,
-        goals=[
-            Goal(f"time per row, {last} against {base}", last, base, 1.05, "rate"),
-            Goal(f"extra memory, {last} against {base}", last, base, 1.05, "memory"),
-        ],
-        rounds=3,
-    )
+    goals = [Goal("half the rows prompt, against all", "half prompt", 0.55, "all rows")]
+    return Case(f"{title_of(op)}, half of each sequence is prompt", entries, ["all rows"], goals)
 
 
-def judge(goal: Goal, rows: dict[str, Row]) -> dict[str, Any]:
-    """Puts the measured value beside the goal's limit."""
-    over, under = rows[goal.over], rows[goal.under]
-    if goal.of == "time":
-        measured = over.median_ms / under.median_ms
-    elif goal.of == "rate":
-        measured = (over.median_ms / over.tokens) / (under.median_ms / under.tokens)
-    elif goal.of == "memory":
-        measured = (over.extra_bytes or 0) / max(1, under.extra_bytes or 0)
-    else:
-        measured = abs((over.extra_bytes or 0) / max(1, over.formula_bytes or 0) - 1)
-    return {**asdict(goal), "measured": measured, "met": measured <= goal.limit}
-
-
-def run_case(case: Case, rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    rows = measure.check_and_time(case.entries, case.rounds or rounds)
+def run_case(case: Case, rounds: int, device: Device) -> dict[str, Any]:
+    rows = measure.time_entries(case.entries, rounds, device)
     for entry, row in zip(case.entries, rows, strict=True):
-        if entry.memory:
-            row.extra_bytes = measure.peak_memory(entry)
-            row.formula_bytes = measure.documented_bytes(entry)
-    shown = {"title": case.title, "floor": case.floor, "rows": [asdict(row) for row in rows]}
-    print(report.table(shown), end="\n\n", flush=True)
-    by_label = {row.label: row for row in rows}
-    return shown, [judge(goal, by_label) for goal in case.goals]
+        if device.kind == "cpu" and entry.memory and row.times_ms:
+            try:
+                row.extra_bytes = measure.peak_memory(entry)
+            except RuntimeError as error:  # killed for its memory, say: the times stand
+                row.error = measure.short(error)
+    found = report.case(case.title, rows, case.floors, goals=case.goals)
+    print(report.table(found), end="\n\n", flush=True)
+    return found
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=peers.OPS, default="linear_loss")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("op", nargs="?", choices=OPS, default="linear_loss", metavar="OP")
     parser.add_argument(
         "--shape", default="gpt2", help=f"T,D,V,seq_len or one of {', '.join(SHAPES)}"
     )
+    parser.add_argument("--tokens", type=int, help="T, in place of the shape's")
+    parser.add_argument("--lengths", help="of sequences: N, or SHORTEST-LONGEST for a mix")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the weight")
     parser.add_argument("--prompt-share", type=float, default=0.0, help="rows without loss, 0 to 1")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument(
-        "--against",
-        nargs="*",
-        choices=["gemms", "eager", "torch", "reference"],
-        help="what to run beside lolkernels (default: gemms eager torch)",
+        "--pass", dest="phase", choices=measure.PHASES, default="both", help="what is timed"
     )
+    parser.add_argument("--backend", nargs="+", help="of lolkernels (default: its own choice)")
+    parser.add_argument(
+        "--peer",
+        nargs="*",
+        choices=["all", *peers.PEERS],
+        metavar="NAME",
+        help=f"all, or some of {', '.join(peers.PEERS)} (default: a few)",
+    )
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--suite", choices=["cpu"], help="every CPU row instead of one op")
-    parser.add_argument("--longest", type=int, default=16384, help="last T of the suite's sweep")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds a case")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a case")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     arguments = parser.parse_args(argv)
+    if arguments.peer and "all" in arguments.peer:
+        arguments.peer = list(peers.PEERS)
+    if arguments.op in ("score", "logprob") and arguments.phase != "both":
+        parser.error(f"--pass {arguments.phase} needs an op with a backward and a head")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1; got {arguments.rounds}")
     try:
-        shape = parse_shape(arguments.shape)
+        shape = parse_shape(arguments.shape, arguments.tokens, arguments.lengths)
         arguments.shape = replace(shape, dtype=arguments.dtype, prompt_share=arguments.prompt_share)
     except ValueError as error:
         parser.error(str(error))
@@ -228,41 +221,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.suite:
-        cases = list(cpu_suite(arguments.shape, arguments.longest))
+    a = parse(argv)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    device: Device = measure.Cuda() if a.device == "cuda" else measure.Cpu()
+    if a.suite:
+        cases = list(cpu_suite(a.shape))
     else:
-        cases = [
-            single(
-                arguments.op,
-                arguments.shape,
-                frozen_head=arguments.frozen_head,
-                memory=arguments.memory,
-                against=arguments.against,
-            )
-        ]
-    record: dict[str, Any] = {
-        "environment": report.environment(),
-        "rounds": arguments.rounds,
-        "cases": [],
-        "goals": [],
-    }
+        options = {"frozen_head": a.frozen_head, "memory": a.memory, "phase": a.phase}
+        wide = a.device == "cuda" and a.dtype != "fp32"
+        floors = list(peers.FLOORS) if wide else ["gemms"]
+        made = single(a.op, a.shape, names=a.peer, backends=a.backend, floors=floors, **options)
+        cases = [made]
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "benchmarks/run.py", *given])
+    record = report.new(report.environment(device.device, command), a.rounds)
     for case in cases:
-        shown, goals = run_case(case, arguments.rounds)
-        record["cases"].append(shown)
-        record["goals"] += goals
+        record["cases"].append(run_case(case, a.rounds, device))
+        report.judge_all(record)
+        if a.out:  # what is there stays, should a later case fail
+            report.save(record, a.out)
     if record["goals"]:
         print(report.goals_table(record["goals"]))
-    if arguments.out:
-        written = report.save(record, arguments.out)
-        sweep = next((case for case in record["cases"] if case["title"] == SWEEP), None)
-        if sweep is not None:
-            written.append(report.figure(sweep, record["environment"], arguments.out))
-        for path in written:
-            print(f"wrote {path}")
-    return 0
+    if a.out:
+        print("wrote", *report.files(a.out))
+    return 1 if any(report.faulty(case) for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -46,28 +48,38 @@ def bench(gpu: ModuleType, tmp_path: Path) -> Flags:
     return call
 
 
-def test_every_task_runs_and_the_markdown_is_made_from_the_json(bench: Flags) -> None:
+def test_every_task_runs_and_the_markdown_is_made_from_the_json(
+    bench: Flags, gpu: ModuleType
+) -> None:
     code, record, page = bench()
     assert code == 0
     expected = {"device", "torch", "triton", "python", "commit", "dirty", "command", "date"}
-    assert expected <= set(record["header"])
+    assert expected <= set(record["environment"])
     assert record["left"] == []
-    kinds = {name.split("-")[0] for name in record["tasks"]}
+    kinds = {case["name"].split("-")[0] for case in record["cases"]}
     expected = {"linear_loss", "score", "linear_logprob", "kernels", "chunks", "overhead", "peers"}
     assert kinds == expected
-    for task in record["tasks"].values():
-        assert "error" not in task and f"### {task['title']}" in page
-        for row in task["rows"]:
-            assert "wrong" not in row, row
-            if "error" in row:
-                assert task["title"].startswith("Peers"), row
+    for case in record["cases"]:
+        assert "error" not in case and f"### {case['title']}" in page
+        for row in case["rows"]:
+            assert not row["wrong"] and not row["error"], row
+            if row["skipped"]:
+                assert case["name"].startswith("peers") or row["label"] == "gemms fp32 out", row
                 continue
-            assert [len(pair) for pair in row["times_ms"]] == [2, 2]
-            assert f"| {row['label']} | {row['ms']['median']:.3f} |" in page
+            assert len(row["times_ms"]) == 2
+            assert f"| {row['label']} {row['version']}".strip() in page
+            assert f" | {row['median_ms']:.{1 if row['median_ms'] >= 100 else 3}f} |" in page
+    peers = {row["label"] for case in record["cases"] for row in case["rows"]}
+    assert set(gpu.PEERS) - {"cce torch_compile"} <= peers
     goals = page.split("## Goals")[1]
-    for text in ("three GEMMs", "two GEMMs", "one GEMM", "row_stats", "dlogits_", "logprob bf16"):
+    texts = ("three GEMMs", "two GEMMs", "one GEMM", "row_stats", "dlogits_", "logprob bf16")
+    for text in (*texts, "against lol-rl", "against liger"):
         assert text in goals
     assert "--rounds 2" in page
+
+
+def cases(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {case["name"]: case for case in record["cases"]}
 
 
 SEEDS = {
@@ -85,34 +97,36 @@ def test_a_wrong_kernel_has_no_time(
     code, record, page = bench("--only", "linear_loss-llama-4096|kernels-129")
     assert code == 1
     for task, label in (("linear_loss-llama-4096", "reference"), ("kernels-129", name)):
-        rows = [r for r in record["tasks"][task]["rows"] if r["label"].startswith(label)]
-        assert rows and all("wrong" in row and "times_ms" not in row for row in rows)
+        rows = [r for r in cases(record)[task]["rows"] if r["label"].startswith(label)]
+        assert rows and all(row["wrong"] and not row["times_ms"] for row in rows)
     assert "WRONG" in page and "MISSED (" in page.split("## Goals")[1]
 
 
 def test_a_second_run_goes_on_where_the_first_ended(
     bench: Flags, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.gpu_report, "_source", lambda: "unchanged")
+    monkeypatch.setattr(gpu.report, "source", lambda: "unchanged")
     _, first, _ = bench("--only", "overhead|kernels-129")
     _, second, _ = bench("--only", "overhead|kernels")
-    assert set(second["tasks"]) == {"overhead", "kernels-129", "kernels-500"}
-    assert all(second["tasks"][name] == task for name, task in first["tasks"].items())
-    monkeypatch.setattr(gpu.gpu_report, "_source", lambda: "changed")
+    assert set(cases(second)) == {"overhead", "kernels-129", "kernels-500"}
+    assert all(cases(second)[name] == task for name, task in cases(first).items())
+    monkeypatch.setattr(gpu.report, "source", lambda: "changed")
     _, third, _ = bench("--only", "overhead")
-    assert set(third["tasks"]) == {"overhead"}
+    assert set(cases(third)) == {"overhead"}
 
 
 def test_no_task_begins_after_the_deadline(bench: Flags) -> None:
     code, record, page = bench("--minutes", "0")
-    assert code == 0 and record["tasks"] == {} and len(record["left"]) > 10
+    assert code == 0 and record["cases"] == [] and len(record["left"]) > 10
     assert "no time was left" in page
 
 
 HANGS = """
 import gpu, sys, time
 gpu.LONGEST = 2
-gpu.cases.overhead = lambda *_: time.sleep(60)
+plan = gpu.plan
+gpu.plan = lambda *given: plan(*given)[::-1]  # it comes first
+gpu.kernels.overhead = lambda *_: time.sleep(60)
 gpu.main(sys.argv[1:])
 raise SystemExit("the process went on")
 """
@@ -121,9 +135,9 @@ import gpu, sys
 def dead(*_):
     raise RuntimeError("an illegal memory access was encountered")
 def kernel(*_):
-    gpu.gm.Cpu.sync = dead
+    gpu.measure.Cpu.sync = dead
     dead()
-gpu.cases.overhead = kernel
+gpu.kernels.overhead = kernel
 gpu.main(sys.argv[1:])
 raise SystemExit("the process went on")
 """
@@ -141,40 +155,56 @@ def test_a_lost_device_costs_one_task(text: str, reason: str, tmp_path: Path) ->
         timeout=300,
     )
     assert done.returncode == 1, done.stdout + done.stderr  # of the process that took over
-    found = json.loads((tmp_path / "lost.json").read_text())["tasks"]
+    found = cases(json.loads((tmp_path / "lost.json").read_text()))
     assert reason in found["overhead"]["error"]
     assert found["chunks"]["rows"] and "error" not in found["chunks"]
 
 
 def test_rounds_are_interleaved_and_ratios_are_the_rounds_own(gpu: ModuleType) -> None:
-    gm, seen = gpu.gm, []
+    m, seen = gpu.measure, []
+    clock = {"a": iter(range(2, 99, 2)), "b": iter(range(1, 99))}  # a takes twice as long as b
 
-    class Device(gm.Cpu):  # type: ignore[misc]
+    class Device(m.Cpu):  # type: ignore[misc, name-defined]
         def time_ms(self, call: Callable[[], Any]) -> float:
             call()
-            return {"a": 2.0, "b": 1.0}[seen[-1]]
+            return float(next(clock[seen[-1]]))
 
-    def made(**counts: int) -> list[Any]:
-        def build(name: str, n: int) -> Callable[[], Any]:
-            options = {key: n * value for key, value in counts.items()}
-            return lambda: gm.Contestant(name, lambda: seen.append(name), gm.Check, **options)
+    def made(name: str) -> tuple[Any, Callable[[], Any]]:
+        call = partial(seen.append, name)
+        options = {"bytes": {"a": 3, "b": 1}[name], "prepare": partial(seen.append, "-")}
+        return m.Row(name), lambda: gpu.Contestant(call, m.Check, **options)
 
-        return [("a", build("a", 3)), ("b", build("b", 1))]
-
-    settings = {"floors": ["b"], "rounds": 9, "until": 0.0}  # the time is up: the fewest rounds
-    a, _ = gm.measure(made(bytes=10), Device(), **settings)
-    # Warmed and measured for memory, then the rounds.
-    assert "".join(seen) == "aabb" + gm.MIN_ROUNDS * "abba"
-    assert a["ms"]["median"] == 2.0
-    assert a["against"]["b"]["median"] == pytest.approx(1.5)  # 15 bytes a ms against 10
-    a, _ = gm.measure(made(flops=10), Device(), **settings)
-    assert a["against"]["b"]["median"] == 2.0
+    # The time is up: the fewest rounds, in turn there and back.
+    rows = m.measure([made("a"), made("b")], Device(), rounds=9, until=0.0)
+    assert "".join(seen) == "-a-b" + "-b-a" + "-a-b" and m.MIN_ROUNDS == 3
+    a, b = (asdict(row) for row in rows)
+    assert (a["times_ms"], b["times_ms"], a["median_ms"]) == ([2, 4, 6], [1, 2, 3], 4)
+    assert gpu.report.ratios(a, b)["median"] == pytest.approx(1.5)  # 3 bytes in 2 ms against 1 in 1
+    assert gpu.report.ratios({**a, "bytes": 0}, b)["median"] == 2.0
 
 
-def test_a_peer_has_its_time_box(gpu: ModuleType) -> None:
-    with pytest.raises(gpu.gm.TimeBoxError), gpu.gm.time_box(0.1):
+def test_a_slow_contestant_gets_the_fewest_rounds(gpu: ModuleType) -> None:
+    m = gpu.measure
+
+    class Device(m.Cpu):  # type: ignore[misc, name-defined]
+        def time_ms(self, call: Callable[[], Any]) -> float:
+            return float(call())
+
+    build = [
+        (m.Row(str(ms)), lambda ms=ms: gpu.Contestant(lambda: ms, m.Check)) for ms in (1, 5000)
+    ]
+    rows = m.measure(build, Device(), rounds=8)
+    assert [len(row.times_ms) for row in rows] == [8, m.MIN_ROUNDS]
+
+
+def test_a_first_call_has_its_time_box(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs() -> Any:
         while True:
             pass
+
+    monkeypatch.setattr(gpu.measure, "BOX", 0.1)
+    (row,) = gpu.measure.measure([(gpu.Row("slow"), hangs)], gpu.measure.Cpu(), rounds=1)
+    assert "took longer than" in row.error and not row.times_ms
 
 
 # --- the test runner ------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_plain_install_needs_torch_alone() -> None:
 def test_every_requirement_is_pinned_and_hashed() -> None:
     torch_lines = (ROOT / "requirements" / "torch.txt").read_text().splitlines()
     assert [line for line in torch_lines if not line.startswith("#")] == ["torch==2.13.0"]
-    for name in ("dev.txt", "smollm2.txt", "triton.txt"):
+    for name in ("dev.txt", "smollm2.txt", "peers.txt", "triton.txt"):
         text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
         lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
         assert lines
