@@ -88,7 +88,7 @@ TINY = Sizes(
 class Settings:
     device: Device
     sizes: Sizes
-    backends: list[str]  # the first one trains and has the row kernels; each one scores
+    backends: list[str]  # the first one meets the peers
     rounds: int
     until: float  # time.monotonic() when measuring ends
 
@@ -108,7 +108,7 @@ def _timed(entries: list[Entry], s: Settings) -> dict[str, Any]:
 
 
 def _kernels(vocab: int, s: Settings) -> dict[str, Any]:
-    size, device, backend = s.sizes.logits, s.device.device, s.backends[0]
+    size, device = s.sizes.logits, s.device.device
     build: Build = [(Row("copy", "copy", "copy"), partial(kernels.copy, size, device))]
 
     def add(label: str, op: str, make: Callable[[], Contestant]) -> None:
@@ -117,13 +117,24 @@ def _kernels(vocab: int, s: Settings) -> dict[str, Any]:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         n = max(8, size // (vocab * dtype.itemsize))
         rows = kernels.make_rows(n, vocab, dtype, device)
-        add(f"row_stats {name}", "row_stats", partial(kernels.row_stats, rows, backend))
         narrow = name == "fp32"
-        label = "dlogits_ fp32 to bf16" if narrow else "dlogits_ bf16"
-        add(label, "dlogits_", partial(kernels.dlogits, rows, backend, narrow=narrow))
-        label = f"logprob {name}, forward + backward"
-        add(label, "logprob", partial(kernels.logprob, rows, backend))
+        to = " to bf16" if narrow else ""
+        for b in distinct(s.backends, "row_stats"):
+            add(f"row_stats {name}, {b}", "row_stats", partial(kernels.row_stats, rows, b))
+            dlogits = partial(kernels.dlogits, rows, b, narrow=narrow)
+            add(f"dlogits_ {name}{to}, {b}", "dlogits_", dlogits)
+            label = f"logprob {name}, forward + backward, {b}"
+            add(label, "logprob", partial(kernels.logprob, rows, b))
     return {"rows": measure.measure(build, s.device, rounds=s.rounds, until=s.until)}
+
+
+def distinct(names: list[str], *functions: str) -> list[str]:
+    """Without the backends whose functions of these names are those of an earlier one."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name in names:
+        module = lk.backends.TABLE[name]
+        found.setdefault(tuple(getattr(module, f, None) for f in functions), name)
+    return list(found.values())
 
 
 def _overhead(s: Settings) -> dict[str, Any]:
@@ -143,7 +154,9 @@ def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
 
     def op(op: str, name: str, shape: Shape, *, frozen: bool = False) -> None:
         task = f"{op}{'-frozen' if frozen else ''}-{name}"
-        ours = backends if op == "score" else [first]
+        ours = backends
+        if op != "score":  # which differ in the GEMMs that only score
+            ours = distinct(backends, "row_stats", "linear_spans")
         goals, limit, count = [], 1.10, "three GEMMs"
         if op == "score":
             count = "one GEMM"
@@ -175,7 +188,7 @@ def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
         tasks.append(Task(f"peers-{family}", title, run, 25, [FLOORS[0]], goals))
     for vocab in sizes.vocabularies:
         goals = []
-        for label, limit in (
+        for kernel, limit in (
             ("row_stats fp32", 0.90),
             ("row_stats bf16", 0.90),
             ("dlogits_ fp32 to bf16", 0.90),
@@ -183,8 +196,10 @@ def plan(sizes: Sizes, backends: list[str]) -> list[Task]:
             ("logprob fp32, forward + backward", 0.85),
             ("logprob bf16, forward + backward", 0.85),
         ):
-            text = f"{label} >= {limit:.0%} of the copy's bandwidth (V={vocab})"
-            goals.append(Goal(text, label, limit, "copy", "bandwidth"))
+            for b in distinct(backends, "row_stats"):
+                label = f"{kernel}, {b}"
+                text = f"{label} >= {limit:.0%} of the copy's bandwidth (V={vocab})"
+                goals.append(Goal(text, label, limit, "copy", "bandwidth"))
         title = f"Row kernels, V={vocab}, {sizes.logits / 2**20:g} MiB of logits"
         run = partial(_kernels, vocab)
         tasks.append(Task(f"kernels-{vocab}", title, run, 12, ["copy"], goals))
@@ -296,7 +311,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", help="tasks whose name the pattern finds")
     parser.add_argument("--list", action="store_true", help="name the tasks and stop")
     parser.add_argument("--rounds", type=int, default=24, help="interleaved rounds a task")
-    parser.add_argument("--backends", help="comma-separated; the first trains, all score")
+    parser.add_argument("--backends", help="comma-separated; the first meets the peers")
     parser.add_argument("--commit", help="to record where the tree has no git")
     parser.add_argument("--again", type=float, help=argparse.SUPPRESS)  # epoch of the deadline
     arguments = parser.parse_args(argv)
@@ -308,7 +323,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     a = parse(argv)
-    default = "triton,triton_onchip" if a.device == "cuda" else "cpu,reference"
+    default = "triton,cuda,cuda_hopper,triton_onchip" if a.device == "cuda" else "cpu,reference"
     names = (a.backends or default).split(",")
     sizes = CUDA if a.device == "cuda" else TINY
     if a.list:

@@ -300,7 +300,8 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         return None
     shape, device = entry.shape, device or torch.device("cpu")
     lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
-    held = planner.chunk_rows(shape.vocab, 4, entry.budget, device)
+    spans = entry.backend == "cuda_hopper" and shape.dtype != "fp32"
+    held = planner.chunk_rows(shape.vocab, 2 if spans else 4, entry.budget, device)
     cu = [0, *itertools.accumulate(lengths)]
     chunks = planner.plan_chunks(cu, [True] * len(lengths), held)
     return planner.extra_bytes(
@@ -314,6 +315,7 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         frozen_weight=entry.frozen_head,
         memory_budget=entry.budget,
         device=device,
+        spans=spans,
     )
 
 
