@@ -36,6 +36,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_kernel = pytest.mark.parametrize("backend", KERNELS)
+# For hidden sizes that are multiples of 8.
+HOPPER = ["cuda_hopper"] if ON_GPU and TABLE["cuda_hopper"].why_unavailable() is None else []
+each_aligned_backend = pytest.mark.parametrize("backend", [*BACKENDS, *HOPPER])
+each_aligned_kernel = pytest.mark.parametrize("backend", [*KERNELS, *HOPPER])
 # triton_onchip has triton's row functions.
 each_row_kernel = pytest.mark.parametrize("backend", [k for k in KERNELS if k != "triton_onchip"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

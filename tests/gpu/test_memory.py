@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import DEVICE, KERNELS, each_kernel, leaves, needs_gpu, peaky, score
+from on_device import DEVICE, each_aligned_kernel, each_kernel, leaves, needs_gpu, peaky, score
 from torch import Tensor
 
 import lolkernels as lk
@@ -69,10 +69,7 @@ def stated(
     )
 
 
-each_backend = pytest.mark.parametrize("backend", [*KERNELS, "cuda_hopper"])
-
-
-@each_backend
+@each_aligned_kernel
 @pytest.mark.parametrize("budget", [None, 128 * MIB], ids=["default", "128 MiB"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -80,8 +77,6 @@ each_backend = pytest.mark.parametrize("backend", [*KERNELS, "cuda_hopper"])
 def test_the_stated_memory(
     op: str, frozen: bool, dtype: torch.dtype, budget: int | None, backend: str
 ) -> None:
-    if backend == "cuda_hopper" and (why := lk.available_backends()[backend]):
-        pytest.skip(why)
     case = {"n": 4096, "d": D, "dtype": dtype, "frozen": frozen, "budget": budget}
     measured, formula = extra(op, backend, **case) / MIB, stated(op, backend, **case) / MIB
     if op == "score" and hasattr(lk.backends.TABLE[backend], "linear_row_stats"):
