@@ -158,13 +158,17 @@ def draw_lines(axes: Axes, series: Series, theme: Theme) -> None:
     places = spread([height * ends[name][1] for name in at_edge], 15, height + 8)
     for name, (x, y) in ends.items():
         place = places[at_edge.index(name)] if name in at_edge else height * y
+        # A line that ends first has its name beside its end, or under it where another goes on.
+        others = [place for place, other in zip(places, at_edge, strict=True) if other != name]
+        under = name not in at_edge and any(abs(place - other) < 16 for other in others)
         axes.annotate(
             SHORT.get(name, name),
             (x, place / height),
             xycoords="axes fraction",
-            xytext=(9, 0),
+            xytext=(0, -7) if under else (9, 0),
             textcoords="offset points",
-            va="center",
+            ha="right" if under else "left",
+            va="top" if under else "center",
             size=BODY,
             weight="bold" if name == OURS else "normal",
             color=color_of(name, theme),
