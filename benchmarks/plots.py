@@ -296,6 +296,20 @@ def name_text(row: Row) -> str:
     return f"{label} {row.get('version', '')}".strip()
 
 
+def mark_value(axes: Axes, text: str, at: tuple[float, float], right: int, color: str) -> None:
+    axes.annotate(
+        text,
+        at,
+        xytext=(right, 0),
+        textcoords="offset points",
+        va="center",
+        size=BODY,
+        weight="bold",
+        color=color,
+        annotation_clip=False,
+    )
+
+
 def mark_name(axes: Axes, row: Row, place: int, theme: Theme) -> None:
     axes.annotate(
         name_text(row),
@@ -353,17 +367,8 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
         axes.barh(place + 0.2, min(value, end), 0.36, color=color, alpha=1 if strong else 0.75)
         if value > end:  # cut: a gap near its end
             axes.barh(place + 0.2, end * 0.012, 0.46, left=end * 0.93, color=theme.paper)
-        axes.annotate(
-            f"{value:.2f}x",
-            (min(value, end), place + 0.2),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            size=BODY,
-            weight="bold",
-            color=color if strong else theme.ink,
-            annotation_clip=False,
-        )
+        ink = color if strong else theme.ink
+        mark_value(axes, f"{value:.2f}x", (min(value, end), place + 0.2), 6, ink)
         mark_name(axes, row, place, theme)
     axes.axvline(1, color=theme.ink, linewidth=1.4, linestyle=(0, (3, 2)))
     axes.get_xticklabels()[1].set(color=theme.ink)
@@ -416,17 +421,8 @@ def error_plot(records: list[Record], theme: Theme) -> Plot:
         color = theme.colors[OURS] if strong else theme.muted
         axes.plot([10.0**low, value], [place + 0.2] * 2, ":", color=color, linewidth=1.5)
         axes.plot(value, place + 0.2, "o", markersize=11, color=color, clip_on=False)
-        axes.annotate(
-            nat_text(value),
-            (value, place + 0.2),
-            xytext=(11, 0),
-            textcoords="offset points",
-            va="center",
-            size=BODY,
-            weight="bold",
-            color=color if strong else theme.ink,
-            annotation_clip=False,
-        )
+        ink = color if strong else theme.ink
+        mark_value(axes, nat_text(value), (value, place + 0.2), 11, ink)
         mark_name(axes, row, place, theme)
     axes.axvline(SUM_NAT, color=theme.ink, linewidth=1.4, linestyle=(0, (3, 2)))
     return Plot(figure, title)
