@@ -15,6 +15,7 @@ from on_device import (
     HALF,
     ON_GPU,
     a_lol,
+    check_stats,
     leaves,
     loss_inputs,
     needs_gpu,
@@ -85,13 +86,6 @@ def check_borders(view: Tensor, whole: Tensor) -> None:
     kept = whole.clone()
     kept.as_strided((n, -(-v // 8) * 8), view.stride(), 64).fill_(math.nan)
     assert bool(kept.isnan().all())
-
-
-def check_stats(got: Any, want: Any) -> None:
-    scale = max(1.0, float(want[3].abs().max()) / 30)
-    for i, factor in enumerate((1, 1, 3, 1)):
-        near = (got[i] == want[i]) | ((got[i] - want[i]).abs() <= factor * scale * 2e-5)
-        assert bool(near.all()), (i, float((got[i] - want[i]).abs().nan_to_num().max()))
 
 
 @each_dtype
