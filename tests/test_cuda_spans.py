@@ -21,7 +21,7 @@ from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized, seed_fault
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import chunked, deferred, loss_op, objectives, ops, planner
+from lolkernels import objectives, planner
 from lolkernels.backends import TABLE, cuda_hopper, reference
 
 HALF = (torch.bfloat16, torch.float16)
@@ -457,15 +457,11 @@ def test_operands_it_cannot_take(
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("op", ["linear_loss", "score"])
 def test_the_memory_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, op: str) -> None:
-    from test_whole_rows import LiveBytes  # it needs the conftest, which a sanitized run has not
-
-    n, d, v, rows = 1024, 96, 20_001, 300
-    dtype, parts = torch.bfloat16, 3 * -(-v // SPAN)
+    from test_whole_rows import check_memory  # it needs the conftest: a sanitized run has none
 
     def linear_spans(h: Tensor, w: Tensor, bias: Any, labels: Tensor, out: Any, **o: Any) -> Any:
-        zeros = torch.zeros(5, len(h))
-        held = torch.zeros(3, parts // 3, len(h))
-        return zeros[:4].unbind(), cuda_hopper.Spans(held, zeros[0], zeros[4])
+        zeros, parts = torch.zeros(5, len(h)), torch.zeros(3, -(-len(w) // SPAN), len(h))
+        return zeros[:4].unbind(), cuda_hopper.Spans(parts, zeros[0], zeros[4])
 
     module = SimpleNamespace(
         WHOLE_ROWS=True,
@@ -475,37 +471,12 @@ def test_the_memory_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, op: s
         span_dlogits_=lambda x, *a, **o: x,
         sequence_coef=reference.sequence_coef,
     )
-    monkeypatch.setattr(chunked, "matmul", lambda a, b, out, **options: None)
-    monkeypatch.setattr(deferred, "immediate", lambda device: False)
-    monkeypatch.setitem(TABLE, "reference", module)
-    hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
-    labels, seq = torch.zeros(n, dtype=torch.int64), lk.Sequences.from_lengths([100] * 10 + [24])
-    options = (1.0, 0.0, 1.0, "reference", rows * v * 2)
-    with LiveBytes(hidden, weight, labels) as live:
-        made = []
-        if op == "linear_loss":
-            handle = loss_op.bind(objectives.nll, ())
-            out = loss_op.linear_loss._init_fn(
-                hidden, weight, labels, None, seq.cu_seqlens, seq.lengths, seq.token_to_sequence,
-                [], "", handle, "seq-mean", 1, seq.totals, *options, True, not frozen, False,
-            )  # fmt: skip
-            made = [loss_op._scaled(g.view(g.shape), torch.ones(()), dtype) for g in out[6:8]]
-        else:
-            mask = torch.ones(n, dtype=torch.bool)
-            out = ops.linear_logprob._init_fn(hidden, weight, labels, None, mask, *options)
-    gradients = sum(g.numel() * g.element_size() for g in made)
-    stated = planner._extra_bytes_on_gpu(
-        op,
-        longest_chunk=rows,
-        num_rows=n,
-        hidden_size=d,
-        vocab=v,
-        itemsize=2,
-        frozen_weight=frozen,
-        tile=rows,
-        spans=True,
-    )
-    assert abs((live.peak - gradients) / stated - 1) <= 0.05, (live.peak - gradients, stated)
+    check_memory(monkeypatch, module, op, torch.bfloat16, frozen, spans=True)
+
+
+def test_the_columns_of_a_span_are_those_of_the_kernel() -> None:
+    text = (ROOT / "csrc" / "cuda" / "spans.cuh").read_text()
+    assert f"kSpan = {SPAN};" in text and planner.SPAN == SPAN
 
 
 if __name__ == "__main__":
