@@ -1,10 +1,12 @@
-"""The definition of correct: the three row functions in eager torch. Slow, obvious, any dtype.
+"""The definition of correct: the row functions in eager torch. Slow, obvious, any dtype.
 
 For a row of raw logits x (n, V), with z = softcap(scale * x) / temperature and softcap(x) = cap
 tanh(x / cap):
 
     row_stats     target_logit = z[label]   lse = log sum exp z   expected_logit = sum softmax(z) z
                   max_logit = max z
+    exps_         E = exp(z - anchor) dz/dx, the label's column 0, and the sums that make the same
+                  statistics of it (see ``contract.statistics``)
     dlogits_      (a [v == label] + exp(z - lse) (b + c z)) dz/dx
     sequence_coef the A-LoL family's loss and d loss / d logp (see Family in objectives.py)
 
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .contract import REACH, SHIFT, Exps
 
 DEVICES = None  # any
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +48,46 @@ def row_stats(
     p = torch.softmax(z, 1)
     expected_logit = torch.where(p == 0, 0.0, p * z).sum(1)
     return target_logit, lse, expected_logit, z.amax(1)
+
+
+def exps_(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,)
+    anchor: Tensor | None = None,  # (n,); None: the label's own logit + SHIFT
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # (n, V)
+) -> Exps:
+    """E = exp(z - anchor) dz/dx over ``logits`` or into ``out``, the label's column 0.
+
+    The anchor is known before the row is read, so that one read and one write make E. A row that
+    reaches more than REACH above it, or whose anchor is not finite, is anchored at its maximum over
+    v != label instead; fp16, whose range is small, always is. The sums are of what stands before
+    the rounding to ``out``'s dtype.
+    """
+    out = logits if out is None else out
+    z, dz_dx = _transform(logits, scale, softcap, temperature)
+    has_target, index = _target(labels, z.shape[1])
+    index, missing = index[:, None], ~has_target
+    z_y = z.gather(1, index).squeeze(1).masked_fill(missing, -torch.inf)
+    slope = torch.as_tensor(dz_dx, dtype=z.dtype).expand_as(z)
+    slope_y = slope.gather(1, index).squeeze(1).masked_fill(missing, 0.0)
+    others = z.scatter(1, index, torch.where(missing, z[:, 0], -torch.inf)[:, None])
+    top = others.amax(1)
+    anchor = z_y + SHIFT if anchor is None else anchor.to(z.dtype)
+    again = ~(top - anchor <= REACH) | ~anchor.isfinite()
+    if out.dtype == torch.float16:
+        again = torch.ones_like(again)
+    anchor = torch.where(again, top, anchor)
+    anchor = torch.where(anchor == -torch.inf, 0.0, anchor)  # no other column counts
+    d = others - anchor[:, None]
+    e = d.exp()
+    out.copy_(torch.where(e == 0, 0.0, e * slope))
+    deviation = torch.where(e == 0, 0.0, e * d).sum(1)
+    largest = torch.where(z.isnan().any(1), torch.nan, z.amax(1))
+    return Exps(anchor, e.sum(1), deviation, largest, z_y, slope_y)
 
 
 def dlogits_(
