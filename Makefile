@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up by themselves. The rest is for developers.
-# `make test-gpu` and `make bench-gpu` test and measure on a GPU, `make bench-train` times whole
-# training steps on a GPU or the CPU (ARGS=--help says what they do).
+# `make card` tests and measures on a GPU in ten minutes, with what `make gpu-bundle` built here
+# (ARGS=--help says what it does); `make bench-train` times whole training steps.
 #   PYTHON=...  the interpreter that makes .venv (3.10 or later)
 #   ARGS=...    extra flags, for instance: make demo ARGS="--seeds 3", make test ARGS="-k sequences"
 
@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
 
-.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots test-gpu
-.PHONY: bench-gpu lock clean install
+.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots
+.PHONY: card test-gpu bench-gpu gpu-bundle lock clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -50,13 +50,20 @@ bench: install
 # The other libraries that both compare with, where they are installed.
 peers: $(STAMPS)/peers
 
-# These run from the source tree with PYTHON as it is: nothing is installed. They write
-# benchmarks/results/<device>-tests, <device> and train-<cuda or cpu>, .json and .md.
+# What a machine with a card lacks, built here without one: the compiled kernels, the peers' wheels.
+gpu-bundle: install
+	$(BIN)/python benchmarks/bundle.py make $(ARGS)
+
+# On that machine, with PYTHON as it is: nothing is installed. All that is found stands in $(CARD).
+CARD ?= card
+card:
+	$(PYTHON) benchmarks/card.py --out $(CARD) $(ARGS)
+
 test-gpu:
-	PYTHONPATH=.:python $(PYTHON) tests/run_gpu.py $(ARGS)
+	$(PYTHON) benchmarks/card.py --out $(CARD) --stages tests $(ARGS)
 
 bench-gpu:
-	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) benchmarks/card.py --out $(CARD) --stages smoke,bench $(ARGS)
 
 # Whole training steps, the largest batch, memory beside the formula.
 bench-train: install

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import library
 import peers
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,7 +18,6 @@ from torch import Tensor
 from truth import GRADIENT, ROW, Check, Result, relative_error
 
 import lolkernels as lk
-from lolkernels.backends import TABLE
 
 
 @dataclass
@@ -66,8 +66,16 @@ def copy(size: int, device: torch.device) -> Contestant:
     return Contestant(lambda: target.copy_(source), check, bytes=2 * size, work=work)
 
 
+def kernel_of(backend: str, name: str) -> Callable[..., Any]:
+    """Raises UnavailableError where the backend has no such row function."""
+    found = library.function(backend, name)
+    if found is None:
+        raise UnavailableError(f"{backend} has no {name}")
+    return found
+
+
 def row_stats(rows: Rows, backend: str) -> Contestant:
-    kernel = TABLE[backend].row_stats
+    kernel = kernel_of(backend, "row_stats")
 
     def call() -> Any:
         return kernel(rows.logits, rows.labels)
@@ -92,7 +100,7 @@ def dlogits(rows: Rows, backend: str, *, narrow: bool) -> Contestant:
     """In place; ``narrow`` writes bf16 into the first half of each fp32 row."""
     if narrow and backend == "cpu":
         raise UnavailableError("the cpu backend writes gradients in the logits' dtype")
-    kernel, work = TABLE[backend].dlogits_, torch.empty_like(rows.logits)
+    kernel, work = kernel_of(backend, "dlogits_"), torch.empty_like(rows.logits)
     out = work.view(torch.bfloat16)[:, : work.shape[1]] if narrow else work
     lse = torch.cat([part.float().logsumexp(-1) for part in rows.logits.split(1024)])
     minus, zero = -rows.coef, torch.zeros_like(rows.coef)
@@ -112,6 +120,43 @@ def dlogits(rows: Rows, backend: str, *, narrow: bool) -> Contestant:
     sizes = rows.logits.dtype.itemsize, out.dtype.itemsize
     counted = f"read {sizes[0]} n V, write {sizes[1]} n V"
     return Contestant(call, check, prepare, bytes=sum(sizes) * rows.logits.numel(), work=counted)
+
+
+def exps(rows: Rows, backend: str | None) -> Contestant:
+    """Anchored exponentials in bf16, in one read and one write. No backend: sweep.py's kernel."""
+    z, labels = rows.logits, rows.labels
+    out = torch.empty(z.shape, dtype=torch.bfloat16, device=z.device)
+    if backend is None:
+        try:
+            import sweep
+        except ImportError as error:
+            raise UnavailableError(f"needs Triton: {error}") from None
+
+        def call() -> tuple[Tensor, Tensor]:
+            rest = sweep.exps(z, labels, out)
+            return z.gather(-1, labels[:, None]).squeeze(-1).float() + sweep.SHIFT, rest
+    else:
+        kernel = kernel_of(backend, "exps_")
+
+        def call() -> tuple[Tensor, Tensor]:
+            sums = kernel(z, labels, out=out)
+            return sums.anchor, sums.rest
+
+    def check() -> Check:
+        anchor, rest = (t[rows.some].double() for t in call())
+        (target, lse, *_), _ = _truth(rows)
+        got = torch.logaddexp(anchor + rest.log(), target)
+        want = (z[rows.some].double() - anchor[:, None]).exp_()
+        want.scatter_(-1, labels[rows.some, None], 0.0)
+        found = _gradient_check(out[rows.some], want)
+        error = float((got - lse).abs().max())
+        if not error <= 2e-5:
+            found.faults.append(f"lse off by {error:.2e} nat")
+        return found
+
+    size = z.dtype.itemsize + 2
+    work = f"read {z.dtype.itemsize} n V, write 2 n V"
+    return Contestant(call, check, bytes=size * z.numel(), work=work)
 
 
 def logprob(rows: Rows, backend: str | None, *, eager: bool = False) -> Contestant:

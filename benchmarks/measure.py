@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels
+import library
 import objectives
 import peers
 import torch
@@ -35,13 +36,13 @@ from peers import Contestant, UnavailableError
 from shapes import Inputs, Shape, make_inputs
 from truth import Check, Result, Truth, judge, truth
 
-from lolkernels import planner
-
 GATED_ROWS = {"cpu": 2048, "cuda": 1 << 62}  # float64 on a CPU: beyond that, some of the sequences
 MIN_ROUNDS = 3
 SLOW_SECONDS = 3.0  # a contestant slower than this gets the fewest rounds
 BOX = 150.0  # seconds that a first call may take: compilers
 PHASES = ("both", "forward", "backward")
+# autocast: fp32 leaves under torch.autocast(bfloat16); tf32: fp32 products allowed in TF32
+FLAGS = ("", "autocast", "tf32")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Entry:
     backend: str | None = None  # of lolkernels
     budget: int | None = None  # of lolkernels, bytes
     phase: str = "both"
+    flag: str = ""  # one of FLAGS
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Row:
     extra_bytes: int | None = None
     formula_bytes: int | None = None
     wrong: list[str] = field(default_factory=list)  # failed its check: not timed
+    missed: list[str] = field(default_factory=list)  # a bound, by how much: timed all the same
     skipped: str = ""  # why it cannot run here
     error: str = ""  # it ran, and failed
 
@@ -249,6 +252,7 @@ def measure(
             continue
         row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
         row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
+        row.missed = check.missed
         row.formula_bytes = c.formula
         if check.faults:
             row.wrong = check.faults
@@ -294,17 +298,44 @@ def _truth(op: str, inputs: Inputs) -> Truth:
     return truth(op, inputs, GATED_ROWS[inputs.hidden.device.type])
 
 
+@lru_cache(maxsize=2)
+def _eager_errors(op: str, inputs: Inputs) -> dict[str, float]:
+    """Of eager's gradients, in the inputs' dtype."""
+    try:
+        got = peers.build("eager", op, inputs)()
+    except torch.OutOfMemoryError:
+        return {}
+    return judge(got, _truth(op, inputs), inputs, strict=False).gradients
+
+
+@contextmanager
+def flagged(flag: str, device: torch.device) -> Iterator[None]:
+    """Runs the block under one of FLAGS."""
+    if flag == "autocast":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = flag == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | None:
     """The library's own statement of the memory a call takes beyond inputs and gradients."""
-    if entry.contestant != "lolkernels" or entry.op not in peers.OPS or entry.phase != "both":
+    known = entry.contestant == "lolkernels" and entry.op in peers.OPS and not entry.flag
+    if not known or entry.phase != "both":
         return None
     shape, device = entry.shape, device or torch.device("cpu")
     lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
-    spans = entry.backend == "cuda_hopper" and shape.dtype != "fp32"
-    held = planner.chunk_rows(shape.vocab, 2 if spans else 4, entry.budget, device)
+    named = entry.backend is not None and library.has_gemm(entry.backend)
+    spans = named and shape.dtype != "fp32"
+    held = library.chunk_rows(shape.vocab, 2 if spans else 4, entry.budget, device)
     cu = [0, *itertools.accumulate(lengths)]
-    chunks = planner.plan_chunks(cu, [True] * len(lengths), held)
-    return planner.extra_bytes(
+    chunks = library.plan_chunks(cu, [True] * len(lengths), held)
+    return library.extra_bytes(
         entry.op,
         longest_chunk=max(sum(piece.end - piece.start for piece in c) for c in chunks),
         num_rows=shape.scored,
@@ -348,22 +379,38 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
 
     def check() -> Check:
         peers.gradients(inputs)
-        strict = ours or shape.dtype == "fp32"
-        return judge(call(), _truth(entry.op, inputs), inputs, strict=strict, scalar=scalar)
+        strict = (ours or shape.dtype == "fp32") and not entry.flag
+        # A GPU rounds the logits' gradients once more and truncates what it adds; in Triton's
+        # interpreter its kernels do the first.
+        truncates = (device.type == "cuda" or peers.interpreted()) and ours
+        truncates = truncates and entry.op in peers.OPS
+        eager = _eager_errors(entry.op, inputs) if truncates else None
+        return judge(
+            timed(),
+            _truth(entry.op, inputs),
+            inputs,
+            strict=strict,
+            scalar=scalar,
+            eager=eager,
+        )
 
     state: list[Any] = []
 
     def prepare() -> None:
         state[:] = [call.forward()]
 
+    def timed() -> Result:
+        with flagged(entry.flag, device):
+            return call()
+
     steps: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
-        "both": (call, None),
+        "both": (timed, None),
         "forward": (call.forward, None),
         "backward": (lambda: call.backward(state.pop()), prepare),
     }
-    timed, before = steps[entry.phase]
+    step, before = steps[entry.phase]
     return Contestant(
-        timed,
+        step,
         check,
         before,
         flops=flops,

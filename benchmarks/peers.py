@@ -69,10 +69,11 @@ def gradients(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gemm_count(op: str, inputs: Inputs) -> int:
-    """GEMMs of 2 N V D flops that the op needs (linear_logprob makes its logits twice)."""
+    """GEMMs of 2 N V D flops that the op needs (on a CPU linear_logprob makes its logits twice)."""
     if op == "score":
         return 1
-    return 2 + (op == "linear_logprob") + inputs.weight.requires_grad
+    twice = op == "linear_logprob" and not inputs.hidden.is_cuda
+    return 2 + twice + inputs.weight.requires_grad
 
 
 # --- lolkernels -----------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
     dz = _gradient_logits(inputs, hidden.dtype)
     logits = torch.empty(dz.shape, dtype=out, device=dz.device)
     dhidden, dweight = torch.empty_like(hidden, dtype=out), torch.empty_like(weight, dtype=out)
-    forwards = (phase != "backward") + (op == "linear_logprob" and phase != "forward")
+    twice = op == "linear_logprob" and not hidden.is_cuda
+    forwards = (phase != "backward") + (twice and phase != "forward")
     trains = op != "score" and phase != "forward"
     dweights = trains and inputs.weight.requires_grad
 

@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from the source 
 import report
 import torch
 import train_report
+from library import plan
 from train_cases import GRADIENT_LIMIT, LOSSES, MODELS, MODES, Case, Run, errors
-
-from lolkernels import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # what is measured without --model
@@ -182,9 +181,11 @@ def largest_batch(
     return plan.largest(fits, max(1, guess), RESOLUTION), guess
 
 
-def fill_times(case: Case, shown: dict[str, Any], rounds: int, until: float) -> None:
+def fill_times(
+    case: Case, shown: dict[str, Any], rounds: int, until: float, run: Run | None = None
+) -> None:
     left(until)
-    run = Run(case)
+    run = run or Run(case)
     off = errors(run)
     times = time_steps(run, rounds, until)
     for row in shown["rows"]:
@@ -216,6 +217,67 @@ def fill_largest(case: Case, row: dict[str, Any], memory: int, until: float) -> 
     found, formula = largest_batch(case, row["label"], memory, measured)
     row["largest_tokens"] = found * case.seq_len
     row["formula_largest_tokens"] = formula * case.seq_len
+
+
+# --- on a card, in the process that is there ------------------------------------------------------
+
+
+def step_peak(run: Run, contestant: str, sequences: int, memory: int | None) -> int | None:
+    """Bytes at the peak of a step, weights and states included; None where ``memory`` lacks."""
+    total, others = torch.cuda.get_device_properties(0).total_memory, run.others
+    share = 1.0 if memory is None else min(1.0, (memory + others) / total)
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run.step(contestant, run.sized(sequences))
+        return int(torch.cuda.max_memory_allocated()) - others
+    except torch.OutOfMemoryError:
+        run.optimizer.zero_grad(set_to_none=True)
+        return None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def in_this_process(
+    case: Case, memories: tuple[int, ...], rounds: int, until: float
+) -> dict[str, Any]:
+    """Times, peaks beside the formulas, and the largest batches, with one model for all of them."""
+    others = torch.cuda.memory_allocated() if case.device == "cuda" else 0
+    shown = {**train_report.new_case(case), "train": True}
+    rows, wrong = shown["rows"], []
+    run = Run(case)
+    run.others = others
+    try:
+        fill_times(case, shown, rounds, until, run)
+        for row in rows:
+            step = case.step(row["label"])
+            row["formula_bytes"], row["formula_peak_bytes"] = step.working, step.peak
+            if case.device == "cuda" and not row["error"]:
+                peak = step_peak(run, row["label"], case.sequences, None)
+                row["peak_bytes"] = peak
+                row["extra_bytes"] = None if peak is None else peak - run.fixed_bytes()
+        for memory, name in [(m, n) for m in memories for n in train_report.LARGEST]:
+            row = next(row for row in rows if row["label"] == name)
+
+            def fits(n: int, name: str = name, memory: int = memory) -> bool:
+                left(until)
+                return step_peak(run, name, n, memory) is not None
+
+            def formula(n: int, name: str = name, memory: int = memory) -> bool:
+                return replace(case, sequences=n).step(name).peak <= memory
+
+            guess = plan.largest(formula)
+            found = plan.largest(fits, max(1, guess), RESOLUTION)
+            row["largest"][f"{memory / 2**30:g} GiB"] = [n * case.seq_len for n in (found, guess)]
+    except DeadlineError:
+        shown["title"] += " (the time was up)"
+    except RuntimeError as error:  # a wrong loss
+        wrong = [str(error)]
+        for row in rows:
+            row["error"] = row["error"] or str(error)
+    return {"case": shown, "wrong": wrong}
 
 
 def measure_all(

@@ -37,6 +37,7 @@ def new_case(case: Case) -> dict[str, Any]:
             "formula_peak_bytes": None,
             "largest_tokens": None,
             "formula_largest_tokens": None,
+            "largest": {},  # memory -> tokens of the largest batch: measured, by formula
             "error": None,
         }
         for name in LOSSES
@@ -98,6 +99,10 @@ def table(case: dict[str, Any]) -> str:
             _number(row["gradient_error"], ".1e"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in case["rows"]:
+        for memory, (found, formula) in row.get("largest", {}).items():
+            text = f"Largest batch in {memory}, {row['label']}: {found:,} tokens"
+            lines.append(f"\n{text}, by formula {formula:,}.")
     return "\n".join(lines)
 
 
