@@ -27,14 +27,16 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-try:
-    from torch.utils import cpp_extension
-except ImportError:
-    cpp_extension = None
-
 PYTHON_FLOOR = "cp310"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0"  # of 8.0 the PTX too: other GPUs translate it when loading
+
+
+def tools():
+    """torch's own for building; imported late, for it takes seconds."""
+    from torch.utils import cpp_extension
+
+    return cpp_extension
 
 
 def warn(reason):
@@ -66,8 +68,8 @@ def cpu_extension():
         "lolkernels._C",
         sources=["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
-        include_dirs=cpp_extension.include_paths(),
-        library_dirs=cpp_extension.library_paths(),
+        include_dirs=tools().include_paths(),
+        library_dirs=tools().library_paths(),
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_FLOOR)],
         extra_compile_args={
@@ -116,7 +118,7 @@ def cuda_commands(nvcc, folder, architectures, cutlass):
     """
     hopper = cutlass is not None and "9.0a" in architectures.replace("+PTX", "").split(";")
     base = [nvcc, "-c", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    torch_flags = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_flags = [f"-I{path}" for path in tools().include_paths()]
     torch_flags += ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-DUSE_CUDA"]
     torch_flags += cuda_targets(architectures)
     gemm_flags = ["-std=c++17", "--expt-relaxed-constexpr", "-DNDEBUG", "-isystem", str(cutlass)]
@@ -142,7 +144,7 @@ def build_cuda(library):
         # What a CPU build of torch lacks comes from the libtorch of the machine it is loaded on.
         link = [nvcc, "-shared", "-o", library, "-Xlinker", "--no-as-needed", "-ltorch"]
         link += [word for flag in build_id("_CUDA") for word in ("-Xlinker", flag)]
-        link += [f"-L{path}" for path in cpp_extension.library_paths()]
+        link += [f"-L{path}" for path in tools().library_paths()]
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
             commands = cuda_commands(nvcc, folder, architectures, cutlass)
@@ -183,14 +185,16 @@ class TaggedWheel(bdist_wheel):
 
 
 def build_options():
-    if cpp_extension is None:
+    try:
+        tools()
+    except ImportError:
         warn(
             "torch is not importable where it is built: install torch, then pip install "
             "--no-build-isolation"
         )
         return {}
 
-    class OptionalBuild(cpp_extension.BuildExtension):
+    class OptionalBuild(tools().BuildExtension):
         def run(self):
             folder = os.path.dirname(self.get_ext_fullpath("lolkernels._C"))
             try:

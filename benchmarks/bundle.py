@@ -165,14 +165,13 @@ def unpack(path: Path, folder: Path) -> None:
 # --- using it -------------------------------------------------------------------------------------
 
 
-def place(bundle: Path, out: Path, journal: Journal, *, building: bool, compiler: bool) -> None:
-    """Puts the objects into the package and the wheels into OUT/wheels; each says how it went."""
+def place(bundle: Path, wheels: Path, journal: Journal, *, building: bool, compiler: bool) -> None:
+    """Puts the objects into the package and what wheels hold there; each says how it went."""
     manifest = {"objects": {}, "wheels": {}}
     if (bundle / "manifest.json").exists():
         manifest = json.loads((bundle / "manifest.json").read_text())
-    shutil.rmtree(out / "wheels", ignore_errors=True)
     for name, digest in manifest["wheels"].items():
-        attempt(journal, f"wheel {name}", lambda n=name, d=digest: wheel(bundle, out, n, d))
+        attempt(journal, f"wheel {name}", lambda n=name, d=digest: wheel(bundle, wheels, n, d))
     hashes = wanted()
     for name in OBJECTS:
         attempt(
@@ -195,13 +194,13 @@ def attempt(journal: Journal, task: str, step: Callable[[], str]) -> None:
         journal.write("result", job="prepare", task=task, seconds=seconds, text=text)
 
 
-def wheel(bundle: Path, out: Path, name: str, digest: str) -> str:
+def wheel(bundle: Path, folder: Path, name: str, digest: str) -> str:
     path = bundle / "wheels" / name
     if not path.exists():
         raise BundleError(f"{name} is missing from {bundle.name}")
     if sha256(path) != digest:
         raise BundleError(f"{name} is not the file that the manifest names: make gpu-bundle")
-    unpack(path, out / "wheels")
+    unpack(path, folder)
     return "unpacked"
 
 
@@ -219,11 +218,10 @@ def place_object(name: str, want: str, bundle: Path, *, building: bool, compiler
         raise BundleError(f"{target.name} could not be built: log.txt has the compiler's words")
     if not target.exists() and carried.exists():
         shutil.copyfile(carried, target)
-    if target.exists():
-        raise BundleError(f"{target.name} was made from other sources: make gpu-bundle")
+    text = "was made from other sources" if target.exists() else "is neither here nor carried"
     if compiler:
-        raise BundleError(f"{target.name} is neither here nor carried: make gpu-bundle")
-    return "not there"
+        raise BundleError(f"{target.name} {text}: make gpu-bundle")
+    return text
 
 
 def run_build() -> None:
@@ -244,7 +242,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("verb", choices=["make", "place"])
     parser.add_argument("--bundle", type=Path, default=ROOT / "gpu-bundle")
     parser.add_argument("--no-wheels", action="store_true", help="make: the objects alone")
-    for name in ("--out", "--run", "--device"):
+    for name in ("--out", "--run", "--device", "--wheels"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--no-build", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -253,9 +251,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     if given.verb == "place":
-        out = Path(given.out)
-        journal, on_card = Journal(out, given.run), given.device == "cuda"
-        place(given.bundle, out, journal, building=not given.no_build, compiler=on_card)
+        journal, on_card = Journal(Path(given.out), given.run), given.device == "cuda"
+        wheels, building = Path(given.wheels), not given.no_build
+        place(given.bundle, wheels, journal, building=building, compiler=on_card)
         return 0
     try:
         make(given.bundle, wheels=not given.no_wheels)

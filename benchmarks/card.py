@@ -73,12 +73,14 @@ class Card:
         self.journal = Journal(self.out, f"{time.time_ns():x}")
         self.until = time.time() + 60 * given.minutes
         self.lock = threading.Lock()
+        # Not in the folder that is to travel back.
+        self.wheels = Path(tempfile.gettempdir()) / f"wheels-{self.journal.run}"
 
     # --- a process ----------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
-        wheels = self.out / "wheels"
-        folders = [ROOT, ROOT / "python", ROOT / "benchmarks", wheels]
+        wheels = self.wheels
+        folders = [ROOT, ROOT / "python", ROOT / "benchmarks", ROOT / "tests" / "gpu", wheels]
         for path in wheels.glob("*.pth"):  # which count in no folder that PYTHONPATH names
             folders += [wheels / line for line in path.read_text().split("\n") if line.strip()]
         path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
@@ -94,7 +96,7 @@ class Card:
 
     def worker(self, *what: str, until: float) -> list[str]:
         g = self.given
-        command = [sys.executable, str(ROOT / "benchmarks" / "card_worker.py"), *what]
+        command = [sys.executable, "-c", "import card_worker; card_worker.main()", *what]
         command += ["--out", str(self.out), "--run", self.journal.run, "--device", g.device]
         command += ["--until", str(until), "--commit", g.commit or ""]
         command += ["--shown", shlex.join(["python3", "benchmarks/card.py", *g.shown])]
@@ -188,6 +190,7 @@ class Card:
         command = [sys.executable, str(ROOT / "benchmarks" / "bundle.py"), "place"]
         command += ["--bundle", str(self.given.bundle), "--out", str(self.out)]
         command += ["--run", self.journal.run, "--device", self.given.device]
+        command += ["--wheels", str(self.wheels)]
         command += ["--no-build"] if self.given.no_build else []
         self.go(Job("prepare", command), min(self.until, time.time() + 240))
 
@@ -281,7 +284,7 @@ class Card:
             self.sanitizer()
         page = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(self.out)]
         subprocess.run(page, cwd=ROOT, env=self.environment(), timeout=120)
-        shutil.rmtree(self.out / "wheels", ignore_errors=True)  # the folder is to travel back
+        shutil.rmtree(self.wheels, ignore_errors=True)
         return (
             1 if any(wrong(x) for x in self.journal.lines() if x["run"] == self.journal.run) else 0
         )
@@ -331,7 +334,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--bundle", type=Path, default=ROOT / "gpu-bundle")
     parser.add_argument("--no-build", action="store_true", help="use what is carried")
-    parser.add_argument("--only", metavar="PATTERN", help="benchmark rows whose name it finds")
+    parser.add_argument("--only", metavar="PATTERN", help="tasks whose name it finds")
     parser.add_argument(
         "--backends", help="these alone, comma-separated; the first meets the peers"
     )

@@ -51,12 +51,15 @@ def collect(folder: Path) -> Record:
             latest[line["task"]] = line
     commands = [h["environment"]["command"] for h in headers if h["run"] in here]
     environment = {**last["environment"], "command": commands[0], "then": commands[1:]}
-    order = [name for name, _ in last["plan"]]
-    titles = dict(last["plan"])
+    titles, order = dict(last["plan"]), list[str]()
+    for name, _ in last["plan"]:
+        # The parts of a task that faulted follow it.
+        order += [name, *(part for part in latest if part.startswith(f"{name} / "))]
     cases = [latest[name]["case"] for name in order if name in latest and "case" in latest[name]]
     record = report.new(environment, max((_rounds(case) for case in cases), default=0))
     record["cases"] = cases
     record["left"] = [titles[name] for name in order if name not in latest]
+    record["clocks"] = {x["job"]: x["clocks"] for x in lines if x["kind"] == "clocks"}
     record["checks"] = [x for name in order if "op" in (x := latest.get(name, {}))]
     record["tests"] = [x for x in latest.values() if "outcome" in x]
     record["prepared"] = [x for x in latest.values() if x.get("job") == "prepare"]
@@ -140,6 +143,9 @@ def page(record: Record) -> str:
     if record["prepared"] or record["missing"]:
         lines = [f"* {x['task']}: {x.get('text') or x.get('reason')}" for x in record["prepared"]]
         lines += [f"* backend {name} is missing: {why}" for name, why in record["missing"].items()]
+        for job, clocks in record["clocks"].items():
+            seen = ", ".join(f"{name} {value}" for name, value in clocks.items())
+            lines.append(f"* clocks after {job}: {seen}")
         parts.append("## What it ran with\n\n" + "\n".join(lines))
     parts.append(checks_table(record["checks"]))
     if record["goals"]:

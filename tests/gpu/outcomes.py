@@ -42,7 +42,7 @@ class Outcomes:
         self.seconds = 0.0
 
     def task(self, nodeid: str) -> str:
-        return self.prefix + nodeid.rpartition("/")[2]
+        return f"{self.prefix}{self.job.split()[1]}::{nodeid.partition('::')[2]}"
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
@@ -87,7 +87,7 @@ class Outcomes:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            task = self.prefix + (report.nodeid or self.job)
+            task = self.task(f"::collection of {report.nodeid}")
             self.journal.write(
                 "result", job=self.job, task=task, outcome="failed", wrong=short(report.longrepr)
             )
