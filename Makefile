@@ -44,8 +44,7 @@ format: $(STAMPS)/requirements
 
 # Micro-benchmarks, a few minutes. The published table: python benchmarks/run.py --suite cpu
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-disable-gc \
-	  --benchmark-columns=min,median,iqr,max,rounds $(ARGS)
+	$(BIN)/python benchmarks/run.py --suite small $(ARGS)
 
 # The other libraries that both compare with, where they are installed.
 peers: $(STAMPS)/peers

@@ -51,7 +51,7 @@ TIME_IS_UP = "the time of its stage was up"
 LOG = 100_000  # bytes that are kept of what a process prints
 DEVICE_LOST = 75  # a worker's exit status: it has said so itself, and a new one may go on
 # The files whose verdict is wanted first; the others follow by name.
-DECIDE = ("test_accuracy", "test_agreement", "test_row_kernels", "test_hopper", "test_repeats")
+DECIDE = ("test_accuracy", "test_agreement", "test_row_kernels", "test_repeats", "test_graphs")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 

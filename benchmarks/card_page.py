@@ -16,7 +16,7 @@ from typing import Any
 
 import journal
 import report
-import train_report
+import train
 from card_worker import OPS
 from journal import Line
 
@@ -152,7 +152,7 @@ def page(record: Record) -> str:
         parts.append(report.goals_table(record["goals"]))
     parts.append("## Measured")
     for case in record["cases"]:
-        parts.append(train_report.table(case) if case.get("train") else report.table(case))
+        parts.append(train.table(case) if case.get("train") else report.table(case))
     if record["tests"]:
         parts.append(tests_table(record["tests"]))
     left = [f"* {title}" for title in record["left"]]

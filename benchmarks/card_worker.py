@@ -352,8 +352,8 @@ def train(
     module = importlib.import_module("train")  # it needs transformers
     dtype = "bf16" if device.kind == "cuda" else "fp32"
     case = module.Case(model, mode, sequences, length, dtype, device.kind)
-    found: dict[str, Any] = module.in_this_process(case, memory, min(rounds, 5), until)
-    return found
+    found = module.measure_case(case, list(memory) or None, min(rounds, 5), until)
+    return {"case": found, "wrong": found["wrong"]}
 
 
 # --- the worker -----------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         frozen_weight=entry.frozen_head,
         memory_budget=entry.budget,
         device=device,
-        spans=spans,
+        **({"spans": True} if spans else {}),
     )
 
 
@@ -453,6 +453,15 @@ def check_and_time(
 # --- memory on a CPU ------------------------------------------------------------------------------
 
 
+# Every large block is mapped and given back, so that the peak is the call's own.
+QUIET_MALLOC = {
+    **os.environ,
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
 def peak_memory(entry: Entry) -> int:
     """Peak resident bytes of one call above its inputs and the gradients it returns.
 
@@ -461,17 +470,10 @@ def peak_memory(entry: Entry) -> int:
     Raises:
         RuntimeError: the call failed in its process.
     """
-    environment = {
-        **os.environ,
-        # Every large block is mapped and given back, so that the peak is the call's own.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],
         input=json.dumps({**asdict(entry), "threads": torch.get_num_threads()}),
-        env=environment,
+        env=QUIET_MALLOC,
         text=True,
         capture_output=True,
     )
@@ -480,7 +482,7 @@ def peak_memory(entry: Entry) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A field of /proc/self/status in bytes: VmRSS (resident) or VmHWM (its high-water mark)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
@@ -496,9 +498,9 @@ def _measure_here(entry: Entry) -> int:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         result = c.call()
-        peak = _status("VmHWM")
+        peak = status("VmHWM")
         kept = c.returned(result) if c.returned else 0
         del result
     return peak - before - kept + c.holds

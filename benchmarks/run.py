@@ -4,6 +4,7 @@ python benchmarks/run.py linear_loss --shape gpt2 --peer eager lol-rl "torch lce
 python benchmarks/run.py linear_loss --shape qwen3-0.6b --lengths 16-256 --dtype bf16 --pass forward
 python benchmarks/run.py score --shape 1024,768,50257,128 --backend cpu reference
 python benchmarks/run.py --suite cpu --out benchmarks/results/cpu
+python benchmarks/run.py --suite small                  (make bench: a few minutes)
 """
 
 from __future__ import annotations
@@ -143,6 +144,16 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
     yield single("logprob", shape)
 
 
+def small_suite(shape: Shape) -> list[Case]:
+    """The same at one shape: times alone, in a few minutes."""
+    found = []
+    for case in cpu_suite(shape):
+        entries = [replace(entry, memory=False) for entry in case.entries]
+        if all(entry.shape.vocab == shape.vocab for entry in entries):
+            found.append(replace(case, entries=entries, goals=[]))
+    return found
+
+
 def bf16_case(shape: Shape) -> Case:
     half = replace(shape, dtype="bf16")
     op = "linear_loss"
@@ -207,7 +218,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--suite", choices=["cpu"], help="every CPU row instead of one op")
+    suites = "every CPU row instead of one op; small: at one small shape, times alone"
+    parser.add_argument("--suite", choices=["cpu", "small"], help=suites)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a case")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
@@ -233,8 +245,10 @@ def main(argv: list[str] | None = None) -> int:
     if a.threads:
         torch.set_num_threads(a.threads)
     device: Device = measure.Cuda() if a.device == "cuda" else measure.Cpu()
-    if a.suite:
+    if a.suite == "cpu":
         cases = list(cpu_suite(a.shape))
+    elif a.suite == "small":
+        cases = small_suite(parse_shape("256,512,16384,64"))
     else:
         options = {"frozen_head": a.frozen_head, "memory": a.memory, "phase": a.phase}
         wide = a.device == "cuda" and a.dtype != "fp32"

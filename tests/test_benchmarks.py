@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -148,22 +147,13 @@ def test_the_cpu_suite_compares_with_everyone_and_its_goals_name_its_rows(
     assert sum(len(case.goals) for case in cases) > 15
 
 
-def test_the_micro_benchmarks_stand_side_by_side() -> None:
-    pytest.importorskip("pytest_benchmark")
-    flags = ["--shape", "tiny", "-q", "-k", "score or fla", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", *flags],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    head = "benchmark 'linear_logprob without gradient, T=64 D=32 V=1000 L=16 fp32': 5 tests"
-    assert head in done.stdout
-    for name in ("lolkernels", "gemms", "eager", "lol-rl"):
-        assert f"test_score[{name}]" in done.stdout
-    assert "returns a sum or a mean" in done.stdout
+def test_the_small_suite_is_the_cpu_suite_at_one_shape(b: SimpleNamespace) -> None:
+    shape = b.shapes.SHAPES["tiny"]
+    cases = b.run.small_suite(shape)
+    assert len(cases) == len(list(b.run.cpu_suite(shape))) - 2
+    for case in cases:
+        assert not case.goals and not any(entry.memory for entry in case.entries)
+        assert {entry.shape.vocab for entry in case.entries} == {shape.vocab}
 
 
 # --- shapes ---------------------------------------------------------------------------------------

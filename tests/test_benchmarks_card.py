@@ -76,7 +76,7 @@ def test_fails(): assert SOUND, "not equal"
 def test_row(backend): pass
 def test_skipped(): pytest.skip("not here")
 """
-ONLY = "check triton odd fp32|parts (products|sweeps)|^(linear_loss|score).* 24"
+ONLY = "check triton odd fp32|parts (products|sweeps)|^(linear_loss|score).* 24|train test"
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,9 @@ def test_a_fault_at_each_stage_costs_its_task_alone(
     # What faulted as a whole was tried contestant by contestant.
     alone = done["linear_loss-frozen llama-8b 24 / eager"]["case"]
     assert [row["label"] for row in alone["rows"]] == ["eager", "gemms", "gemms fp32 out"]
+    (steps,) = (row for row in done["train test full"]["case"]["rows"] if row["label"] == "fused")
+    assert len(steps["times_ms"]) == 1 and steps["gradient_error"] < 1e-4
+    assert "### test, all weights" in page
     tests = {name.partition("::")[2]: x["outcome"] for name, x in done.items() if "outcome" in x}
     expected = dict.fromkeys(("test_before", "test_between", "test_after"), "passed")
     expected |= {"test_fails": "failed", "test_skipped": "skipped", "test_row[triton]": "passed"}
