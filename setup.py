@@ -178,7 +178,7 @@ class TaggedWheel(bdist_wheel):
 
     def get_tag(self):
         if self.distribution.has_ext_modules() or getattr(self.distribution, "has_cuda", False):
-            self.py_limited_api = PYTHON_FLOOR
+            self.py_limited_api, self.root_is_pure = PYTHON_FLOOR, False
         else:
             self.root_is_pure = True
         return super().get_tag()

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("smoke", "bench", "tests", "sanitizer")
 SMOKE = {"cuda": 90.0, "cpu": 600.0}  # seconds
 TESTS_SHARE = 0.2  # of the time, kept for the tests where they are asked for
-START = {"cuda": 60.0, "cpu": 120.0}  # seconds from a worker's start to its first task
+START = {"cuda": 100.0, "cpu": 120.0}  # seconds from a worker's start to its first task
 GRACE = 4.0  # seconds between SIGINT and SIGKILL
 TIME_IS_UP = "the time of its stage was up"
 LOG = 100_000  # bytes that are kept of what a process prints
@@ -217,16 +217,19 @@ class Card:
 
     def tests(self, backends: list[str]) -> None:
         folder = self.given.tests.resolve()
-        order = {name: place for place, name in enumerate(DECIDE)}
-        files = sorted(
-            folder.glob("test_*.py"), key=lambda p: (order.get(p.stem, len(DECIDE)), p.name)
-        )
-        if not files:
-            self.journal.write(
-                "fault", job="tests", task="tests", reason=f"no test file in {folder}", text=""
-            )
-        # "": what has no backend among its parameters
-        jobs = [self.pytest(path, backend) for path in files for backend in (*backends, "")]
+        collect = self.pytest(folder, "")
+        collect.name, collect.good = "tests collect", (0, 1, 2, 5)
+        collect.command = [*collect.command[:-2], "--collect-only", "--journal-job", collect.name]
+        self.go(collect, self.until)
+        found = [x["pairs"] for x in self.said_by(collect) if x["kind"] == "collected"]
+        if not found:
+            reason = f"no tests could be collected in {folder}"
+            self.journal.write("fault", job="tests", task="tests", reason=reason, text="")
+            return
+        order = {f"{name}.py": place for place, name in enumerate(DECIDE)}
+        pairs = sorted(found[-1], key=lambda pair: (order.get(pair[0], len(DECIDE)), pair))
+        # "": tests with no backend among their parameters
+        jobs = [self.pytest(folder / n, b) for n, b in pairs if b == "" or b in backends]
         with ThreadPoolExecutor(self.given.jobs) as pool:
             list(pool.map(lambda job: self.go(job, self.until), jobs))
 

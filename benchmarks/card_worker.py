@@ -24,11 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from the source tree, not installed
 
-import kernels
 import library
 import measure
 import parts
 import report
+import rowwise
 import torch
 from journal import Journal
 from measure import Device, Entry, Row
@@ -314,19 +314,19 @@ def limit_of(op: str, hidden: int, frozen: bool) -> float:
 def row_kernels(
     vocab: int, size: int, backends: list[str], device: Device, rounds: int, until: float
 ) -> dict[str, Any]:
-    build: parts.Build = [(Row("copy", "copy", "copy"), partial(kernels.copy, size, device.device))]
+    build: parts.Build = [(Row("copy", "copy", "copy"), partial(rowwise.copy, size, device.device))]
     goals = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rows = kernels.make_rows(
+        rows = rowwise.make_rows(
             max(8, size // (vocab * dtype.itemsize)), vocab, dtype, device.device
         )
         narrow = name == "fp32"
         for b in library.distinct(backends, "row_stats"):
             made = {
-                f"row_stats {name}, {b}": partial(kernels.row_stats, rows, b),
-                f"exps_ {name} to bf16, {b}": partial(kernels.exps, rows, b),
-                f"dlogits_ {name}, {b}": partial(kernels.dlogits, rows, b, narrow=narrow),
-                f"logprob {name}, {b}": partial(kernels.logprob, rows, b),
+                f"row_stats {name}, {b}": partial(rowwise.row_stats, rows, b),
+                f"exps_ {name} to bf16, {b}": partial(rowwise.exps, rows, b),
+                f"dlogits_ {name}, {b}": partial(rowwise.dlogits, rows, b, narrow=narrow),
+                f"logprob {name}, {b}": partial(rowwise.logprob, rows, b),
             }
             for label, make in made.items():
                 build.append((Row(label, "lolkernels", label.split()[0]), make))

@@ -27,10 +27,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import kernels
 import library
 import objectives
 import peers
+import rowwise
 import torch
 from peers import Contestant, UnavailableError
 from shapes import Inputs, Shape, make_inputs
@@ -360,7 +360,7 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
     """Raises UnavailableError where it cannot run here."""
     shape = entry.shape
     if entry.op == "logprob":
-        return kernels.build(entry.contestant, shape, entry.backend, device)
+        return rowwise.build(entry.contestant, shape, entry.backend, device)
     inputs = inputs_of(shape, entry.frozen_head, device)
     gemms = peers.gemm_count(entry.op, inputs)
     if entry.phase != "both":

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import kernels
 import library
 import measure
 import report
+import rowwise
 import torch
 from measure import Device, Row
 from peers import Contestant, UnavailableError
@@ -110,18 +110,18 @@ def additions(
 
 def sweeps(rows: int, vocab: int, backends: list[str], device: Device) -> tuple[str, Build, str]:
     """Row functions over fp32 logits, as they come out of a product, beside a copy."""
-    made = kernels.make_rows(rows, vocab, torch.float32, device.device)
+    made = rowwise.make_rows(rows, vocab, torch.float32, device.device)
     build: Build = [
-        (Row("copy", "copy", "copy"), partial(kernels.copy, made.logits.nbytes, device.device)),
-        (Row("one read, sweep.py", op="exps_"), partial(kernels.exps, made, None)),
+        (Row("copy", "copy", "copy"), partial(rowwise.copy, made.logits.nbytes, device.device)),
+        (Row("one read, sweep.py", op="exps_"), partial(rowwise.exps, made, None)),
     ]
     for b in library.distinct(backends, "row_stats"):
-        narrow = partial(kernels.dlogits, made, b, narrow=True)
+        narrow = partial(rowwise.dlogits, made, b, narrow=True)
         build += [
-            (Row(f"exps_, {b}", "lolkernels", "exps_"), partial(kernels.exps, made, b)),
+            (Row(f"exps_, {b}", "lolkernels", "exps_"), partial(rowwise.exps, made, b)),
             (
                 Row(f"row_stats, {b}", "lolkernels", "row_stats"),
-                partial(kernels.row_stats, made, b),
+                partial(rowwise.row_stats, made, b),
             ),
             (Row(f"dlogits_ to bf16, {b}", "lolkernels", "dlogits_"), narrow),
         ]
@@ -171,5 +171,5 @@ def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> d
 
 
 def overhead(backend: str, device: Device) -> dict[str, Any]:
-    facts = kernels.overhead(backend, device)
+    facts = rowwise.overhead(backend, device)
     return report.case(f"What a call costs beside its kernels, {backend}", [], [], facts=facts)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("shapes", "truth", "peers", "kernels", "objectives", "measure", "report", "run")
+NAMES = ("shapes", "truth", "peers", "rowwise", "objectives", "measure", "report", "run")
 PEERS = (  # a test below holds this equal to the table
     *("eager", "torch.compile", "lol-rl", "torch lce", "torch lce accurate"),
     *("torch lce balanced", "torch lce compact", "torch lce no options", "verl recompute"),

@@ -154,6 +154,9 @@ def test_a_fault_at_each_stage_costs_its_task_alone(
     expected = dict.fromkeys(("test_before", "test_between", "test_after"), "passed")
     expected |= {"test_fails": "failed", "test_skipped": "skipped", "test_row[triton]": "passed"}
     assert tests == expected
+    assert [x["pairs"] for x in lines if x["kind"] == "collected"] == [
+        [["test_some.py", ""], ["test_some.py", "reference"], ["test_some.py", "triton"]]
+    ]
     assert "not equal" in page and "| test_some triton | 1 | 0 | 0 |" in page
 
 

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--journal", type=Path, required=True)
     group.addoption("--journal-run", required=True)
     group.addoption("--journal-job", required=True)
-    group.addoption("--only-backend", help="tests with this parameter; empty: with no backend")
+    group.addoption("--only-backend", help="its tests alone; empty: those of no backend")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,21 +41,22 @@ class Outcomes:
         self.prefix = f"{tool} " if tool else ""
         self.seconds = 0.0
 
-    def task(self, nodeid: str) -> str:
-        return f"{self.prefix}{self.job.split()[1]}::{nodeid.partition('::')[2]}"
+    def task(self, nodeid: str, stem: str | None = None) -> str:
+        return f"{self.prefix}{stem or self.job.split()[1]}::{nodeid.partition('::')[2]}"
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
         settled, kept, left = self.journal.settled(), [], []
         for item in items:
-            spec = getattr(item, "callspec", None)
-            given = {v for v in spec.params.values() if isinstance(v, str)} if spec else set()
-            named = given & set(TABLE)
-            mine = self.backend is None or (self.backend in named if self.backend else not named)
-            done = self.task(item.nodeid) in settled
+            mine = self.backend in (None, backend_of(item))
+            stem = item.path.stem if config.option.collectonly else None
+            done = self.task(item.nodeid, stem) in settled
             (kept if mine and not done else left).append(item)
         items[:] = kept
         config.hook.pytest_deselected(items=left)
+        if config.option.collectonly:
+            pairs = sorted({(item.path.name, backend_of(item)) for item in kept})
+            self.journal.write("collected", job=self.job, pairs=pairs)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.seconds = 0.0
@@ -91,6 +92,13 @@ class Outcomes:
             self.journal.write(
                 "result", job=self.job, task=task, outcome="failed", wrong=short(report.longrepr)
             )
+
+
+def backend_of(item: Any) -> str:
+    """The backend among a test's parameters, the first where there are several; empty for none."""
+    spec = getattr(item, "callspec", None)
+    given = {v for v in spec.params.values() if isinstance(v, str)} if spec else set()
+    return next((name for name in TABLE if name in given), "")
 
 
 def short(text: Any) -> str:
