@@ -66,18 +66,18 @@ bench-gpu:
 
 # Whole training steps, the largest batch, memory beside the formula.
 bench-train: install
-	$(BIN)/python benchmarks/train.py $(ARGS)
+	$(BIN)/python benchmarks/run.py train $(ARGS)
 
 bench-scaling: install
-	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)
+	$(BIN)/python benchmarks/run.py scaling --out benchmarks/results/cpu-scaling $(ARGS)
 
 # BASE=...  a commit: is the working tree faster or slower?
 bench-compare: install
-	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+	$(BIN)/python benchmarks/run.py compare $(BASE) $(ARGS)
 
 # Draws benchmarks/results/plots from the JSON beside it.
 plots: install
-	$(BIN)/python benchmarks/plots.py $(ARGS)
+	$(BIN)/python benchmarks/run.py plots $(ARGS)
 
 # The extension is built in place. Without a compiler the install succeeds, the library says that it
 # uses the reference backend, and the stamp is left out so that the next make tries again.

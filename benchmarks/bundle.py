@@ -78,6 +78,9 @@ def make(out: Path, *, wheels: bool) -> dict[str, Any]:
     if wheels:
         download(out / "wheels")
     hashes = wanted()
+    for name in OBJECTS:
+        if built_from(out / f"{name}.abi3.so") != hashes[name]:
+            raise BundleError(f"the sources of {name} changed while it was built: try again")
     listed = sorted((out / "wheels").iterdir())
     manifest = {
         "objects": {

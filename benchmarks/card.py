@@ -22,6 +22,7 @@ Exit status: 0 all went well, 1 something is wrong (the page names it), 2 it cou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -78,6 +79,10 @@ class Card:
 
     # --- a process ----------------------------------------------------------------------------
 
+    def end(self, *_: Any) -> None:
+        """Ends what runs, and goes on to the page."""
+        self.until = 0.0
+
     def environment(self) -> dict[str, str]:
         wheels = self.wheels
         folders = [ROOT, ROOT / "python", ROOT / "benchmarks", ROOT / "tests" / "gpu", wheels]
@@ -108,7 +113,7 @@ class Card:
     def go(self, job: Job, until: float) -> None:
         """Runs the job to its end, with a new process after each loss, until the time is up."""
         idle = 0
-        while time.time() < until and idle < 2:
+        while time.time() < min(until, self.until) and idle < 2:
             before = len(self.said_by(job))
             with tempfile.TemporaryFile() as log:
                 process = subprocess.Popen(
@@ -170,7 +175,7 @@ class Card:
                 pass
             here = [x for x in self.said_by(job) if x["at"] >= started - 0.01]
             now, last = time.time(), here[-1] if here else None
-            if now > until + 1:
+            if now > min(until, self.until) + 1:
                 reason = TIME_IS_UP
             elif last is None:
                 if now - started > START[self.given.device]:
@@ -267,6 +272,8 @@ class Card:
 
     def run(self) -> int:
         stages = self.given.stages
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.end)
         self.out.mkdir(parents=True, exist_ok=True)
         journal.mend(self.out)
         self.prepare()
@@ -286,7 +293,8 @@ class Card:
         if "sanitizer" in stages:
             self.sanitizer()
         page = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(self.out)]
-        subprocess.run(page, cwd=ROOT, env=self.environment(), timeout=120)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the journal is what counts
+            subprocess.run(page, cwd=ROOT, env=self.environment(), timeout=120)
         shutil.rmtree(self.wheels, ignore_errors=True)
         return (
             1 if any(wrong(x) for x in self.journal.lines() if x["run"] == self.journal.run) else 0

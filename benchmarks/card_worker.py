@@ -350,9 +350,12 @@ def train(
     until: float,
 ) -> dict[str, Any]:
     module = importlib.import_module("train")  # it needs transformers
+    measure.forget(device)
     dtype = "bf16" if device.kind == "cuda" else "fp32"
     case = module.Case(model, mode, sequences, length, dtype, device.kind)
     found = module.measure_case(case, list(memory) or None, min(rounds, 5), until)
+    if isinstance(device, measure.Cuda):
+        device.fill()
     return {"case": found, "wrong": found["wrong"]}
 
 

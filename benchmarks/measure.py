@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import library
-import objectives
 import peers
 import rowwise
 import torch
@@ -126,6 +125,9 @@ class Cuda:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.fill()
+
+    def fill(self) -> None:
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         # Far more than the cache: while it is written (0.3 ms) the host gets ahead of the device,
         # and a launch's own latency stays outside the events.
@@ -308,6 +310,16 @@ def _eager_errors(op: str, inputs: Inputs) -> dict[str, float]:
     return judge(got, _truth(op, inputs), inputs, strict=False).gradients
 
 
+def forget(device: Device) -> None:
+    """Frees what is kept between cases, for who is to have the whole device."""
+    for kept in (inputs_of, _truth, _eager_errors, peers.gradient_logits):
+        kept.cache_clear()
+    gc.collect()
+    if isinstance(device, Cuda):
+        device.scratch = torch.empty(0, dtype=torch.uint8, device=device.device)
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def flagged(flag: str, device: torch.device) -> Iterator[None]:
     """Runs the block under one of FLAGS."""
@@ -373,8 +385,9 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
         found.flops, found.work = flops, work
         return found
     ours = entry.contestant == "lolkernels"
-    build = objectives.build if entry.op in objectives.OPS else peers.build
-    call = build(entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget)
+    call = peers.build(
+        entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget
+    )
     scalar = not ours and peers.PEERS[entry.contestant].scalar_only
 
     def check() -> Check:

@@ -5,21 +5,22 @@ python benchmarks/run.py linear_loss --shape qwen3-0.6b --lengths 16-256 --dtype
 python benchmarks/run.py score --shape 1024,768,50257,128 --backend cpu reference
 python benchmarks/run.py --suite cpu --out benchmarks/results/cpu
 python benchmarks/run.py --suite small                  (make bench: a few minutes)
+python benchmarks/run.py compare main                   (or scaling, train, plots, card; --help)
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
-import objectives
 import peers
 import report
 import torch
@@ -27,18 +28,17 @@ from measure import Device, Entry
 from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
 
-OPS = (*peers.OPS, *objectives.OPS, "logprob")
+MODES = ("card", "compare", "plots", "scaling", "train")  # each a script of its own, too
+OPS = (*peers.OPS, "logprob")
 TITLES = {
     "linear_loss": "linear_loss (A-LoL)",
     "linear_logprob": "linear_logprob",
     "score": "linear_logprob without gradient",
-    "dpo": "DPO without a reference",
-    "grpo": "GRPO",
     "logprob": "logprob on given logits, forward + backward",
 }
 PASSES = {"both": ", forward + backward", "forward": ", forward", "backward": ", backward"}
 USUAL = {op: ["eager", "torch lce"] for op in peers.OPS}  # beside lolkernels and its floor
-USUAL |= {op: ["eager", "liger chunked"] for op in objectives.OPS} | {"logprob": ["eager"]}
+USUAL |= {"logprob": ["eager"]}
 
 
 @dataclass
@@ -139,8 +139,6 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
     for name, tokens in (("smollm2", 512), ("qwen3-0.6b", 256)):
         other = replace(SHAPES[name], tokens=tokens)
         yield single("linear_loss", other, names=["eager"], memory=True)
-    for op in objectives.OPS:
-        yield single(op, replace(shape, tokens=2 * shape.seq_len), memory=True)
     yield single("logprob", shape)
 
 
@@ -241,6 +239,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in MODES:
+        mode: Callable[[list[str]], int] = importlib.import_module(argv[0]).main
+        return mode(argv[1:])
     a = parse(argv)
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -255,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         floors = list(peers.FLOORS) if wide else ["gemms"]
         made = single(a.op, a.shape, names=a.peer, backends=a.backend, floors=floors, **options)
         cases = [made]
-    given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "benchmarks/run.py", *given])
+    command = shlex.join(["python", "benchmarks/run.py", *argv])
     record = report.new(report.environment(device.device, command), a.rounds)
     for case in cases:
         record["cases"].append(run_case(case, a.rounds, device))

@@ -13,7 +13,6 @@ from torch import Tensor
 SUM_NAT = 1e-3  # the contract: nat a sequence
 # Relative errors of a whole gradient. bf16 rounds each logit's gradient once and the result once.
 GRADIENT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-BETA, EPSILON = 0.1, 0.2  # of the ops dpo and grpo
 ROW = 4  # the worst row's error, over the largest row, may be this many times that
 LOOSE_NAT, LOOSE_GRADIENT = 5.0, 0.05  # for a peer in half precision, see judge
 # On tensor cores, which truncate what they add, a result beyond the bounds above misses them; it is
@@ -48,26 +47,16 @@ class Check:
 
 
 def coefficient(op: str, inputs: Inputs, s: int, here: Tensor, picked: Tensor) -> Tensor:
-    """d loss / d l_t of the s-th sequence (of the s-th pair for dpo), S in all.
+    """d loss / d l_t of the s-th sequence, S in all.
 
     linear_loss (A-LoL)  -A w / S, w = clip(exp(sum_t (l_t - r_t)), 1 - eps, 1 + eps)
-    dpo                  -+ 2 beta / S sigmoid(-beta (S_chosen - S_rejected))
-    grpo                 -A rho_t / (n S), zero where rho_t = exp(l_t - r_t) > 1 + eps (A > 0)
     otherwise            the upstream gradient
     """
-    if op == "dpo":
-        chosen, rejected = picked.view(2, -1).sum(1)
-        pairs, n = inputs.seq.num_sequences // 2, len(picked) // 2
-        coef = BETA / pairs * torch.sigmoid(-BETA * (chosen - rejected))
-        return torch.cat([-coef.expand(n), coef.expand(n)])
-    if op not in ("linear_loss", "grpo"):
+    if op != "linear_loss":
         return inputs.upstream[here].double()
-    log_ratio = picked - inputs.ref_logps[here].double()
+    log_ratio = (picked - inputs.ref_logps[here].double()).sum()
     weight = -inputs.advantages[s].double() / inputs.seq.num_sequences
-    if op == "linear_loss":
-        return (weight * log_ratio.sum().exp().clamp(1 - CLIP, 1 + CLIP)).expand_as(picked)
-    ratio = log_ratio.exp()
-    return weight / len(picked) * ratio * (ratio <= 1 + EPSILON)
+    return (weight * log_ratio.exp().clamp(1 - CLIP, 1 + CLIP)).expand_as(picked)
 
 
 def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
@@ -79,8 +68,7 @@ def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
     Of more than `most_rows` rows, only sequences spread evenly over the batch are worked out: their
     log-probs and dhidden, which depend on no other sequence, and no dweight.
     """
-    size = 2 if op == "dpo" else 1  # sequences that one coefficient depends on
-    cu = inputs.seq.cu_seqlens.tolist()[::size]
+    cu = inputs.seq.cu_seqlens.tolist()
     groups, chosen = len(cu) - 1, range(len(cu) - 1)
     if most_rows is not None and cu[-1] > most_rows:
         count = max(1, most_rows * groups // cu[-1])
@@ -110,7 +98,7 @@ def truth(op: str, inputs: Inputs, most_rows: int | None = None) -> Truth:
     return Truth(
         torch.cat(which),
         torch.cat(logps),
-        [len(part) // size for part in which for _ in range(size)],
+        [len(part) for part in which],
         torch.cat(dhidden) if trains else None,
         dweight,
     )

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("shapes", "truth", "peers", "rowwise", "objectives", "measure", "report", "run")
+NAMES = ("shapes", "truth", "peers", "rowwise", "measure", "report", "run")
 PEERS = (  # a test below holds this equal to the table
     *("eager", "torch.compile", "lol-rl", "torch lce", "torch lce accurate"),
     *("torch lce balanced", "torch lce compact", "torch lce no options", "verl recompute"),
@@ -156,6 +156,15 @@ def test_the_small_suite_is_the_cpu_suite_at_one_shape(b: SimpleNamespace) -> No
         assert {entry.shape.vocab for entry in case.entries} == {shape.vocab}
 
 
+def test_the_other_scripts_are_modes_of_the_driver(
+    b: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode in b.run.MODES:
+        with pytest.raises(SystemExit) as stopped:
+            b.run.main([mode, "--no-such-flag"])
+        assert stopped.value.code == 2 and "error" in capsys.readouterr().err
+
+
 # --- shapes ---------------------------------------------------------------------------------------
 
 
@@ -285,43 +294,6 @@ def test_a_peer_does_the_same_work(name: str, dtype: str, b: SimpleNamespace) ->
             assert not check.faults, (op, frozen)
             assert (got.dweight is None) is (frozen or op == "score")
             assert inputs.hidden.grad is None and inputs.weight.grad is None
-
-
-@pytest.mark.parametrize("most_rows", [1 << 30, 40])
-@pytest.mark.parametrize("op", ["dpo", "grpo"])
-@pytest.mark.parametrize(
-    "name", ["lolkernels", "eager", pytest.param("liger chunked", marks=pytest.mark.slow)]
-)
-def test_other_peoples_losses_are_checked_and_timed(
-    name: str, op: str, most_rows: int, b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(b.measure.GATED_ROWS, "cpu", most_rows)
-    b.measure._truth.cache_clear()
-    tiny = b.shapes.SHAPES["tiny"]
-    (row,) = b.measure.time_entries([b.measure.Entry(name, name, op, tiny)], 1)
-    if row.skipped:
-        pytest.skip(row.skipped)
-    assert row.times_ms and row.gradient_errors["dhidden"] < 1e-5
-    assert (row.sum_error_nat is None) is (name == "liger chunked")
-    honest = b.objectives.build
-
-    def spoiled(*args: Any, **options: Any) -> Any:
-        call = honest(*args, **options)
-
-        def wrong(state: Any) -> Any:
-            result = call.backward(state)
-            return result._replace(dhidden=1.02 * result.dhidden)
-
-        return b.peers.Call(call.forward, wrong)
-
-    monkeypatch.setattr(b.objectives, "build", spoiled)
-    (row,) = b.measure.time_entries([b.measure.Entry(name, name, op, tiny)], 1)
-    assert "dhidden off by" in row.wrong[0] and not row.times_ms
-    b.measure._truth.cache_clear()
-    monkeypatch.undo()
-    mixed = replace(tiny, shortest=4)
-    (row,) = b.measure.time_entries([b.measure.Entry(name, name, op, mixed)], 1)
-    assert "one length" in row.skipped
 
 
 def test_the_reference_implementation_runs_the_reference_models_head(b: SimpleNamespace) -> None:

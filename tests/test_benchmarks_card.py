@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +348,22 @@ def test_bad_flags_are_named(b: SimpleNamespace, capsys: pytest.CaptureFixture[s
         assert words in capsys.readouterr().err
     assert b.card_page.main(["nowhere"]) == 2
     assert "holds no run that began" in capsys.readouterr().err
+
+
+def test_a_run_that_is_told_to_end_leaves_no_process_behind(
+    b: SimpleNamespace, tmp_path: Path
+) -> None:
+    card = b.card.Card(b.card.parse(["--out", str(tmp_path), "--device", "cpu"]))
+    words = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    job = b.card.Job("bench", [sys.executable, "-c", words + "time.sleep(60)"])
+    timer = threading.Timer(1.0, card.end)
+    timer.start()
+    began = time.monotonic()
+    card.go(job, card.until)
+    assert time.monotonic() - began < 30
+    assert [x["kind"] for x in card.journal.lines()] == ["left"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_what_cannot_begin_says_why(b: SimpleNamespace, tmp_path: Path) -> None:
