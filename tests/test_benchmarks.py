@@ -128,8 +128,8 @@ def test_an_unknown_contestant_or_backend_is_named(b: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match=r"one of lolkernels, gemms.*got 'nobody'"):
         b.peers.build("nobody", "score", b.shapes.make_inputs(tiny))
     entry = b.measure.Entry("x", "lolkernels", "score", tiny, backend="nobody")
-    with pytest.raises(RuntimeError, match=r"x \(score.*nobody"):
-        b.measure.check_and_time([entry], 1)
+    (row,) = b.measure.time_entries([entry], 1)
+    assert "nobody" in row.error and not row.times_ms
 
 
 def test_the_cpu_suite_compares_with_everyone_and_its_goals_name_its_rows(
@@ -219,7 +219,7 @@ def test_a_wrong_result_is_never_timed(
     b.measure._truth.cache_clear()
     shape = replace(b.shapes.SHAPES["tiny"], prompt_share=0.25)
     entry = b.measure.Entry("lolkernels", "lolkernels", op, shape)
-    (row,) = b.measure.check_and_time([entry], 1)
+    (row,) = b.measure.time_entries([entry], 1)
     assert row.times_ms and row.sum_error_nat < 1e-4
     honest = b.peers.build_lolkernels
     for how, change in SPOIL.items():
@@ -237,8 +237,6 @@ def test_a_wrong_result_is_never_timed(
         (row,) = b.measure.time_entries([entry], 1)
         assert row.wrong and not row.times_ms, how
         assert "WRONG" in b.report.reason_of(asdict(row))
-        with pytest.raises(RuntimeError, match=r"off by|misshapen|not zero"):
-            b.measure.check_and_time([entry], 1)
     b.measure._truth.cache_clear()
 
 
@@ -257,7 +255,7 @@ def test_a_wrong_peer_is_never_timed(
 
 def test_wrong_gemms_are_never_timed(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = b.measure.Entry("g", "gemms", "linear_loss", b.shapes.SHAPES["tiny"])
-    assert b.measure.check_and_time([entry], 1)[0].times_ms
+    assert b.measure.time_entries([entry], 1)[0].times_ms
     monkeypatch.setattr(b.peers, "_mm", lambda a, b, out: torch.mm(1.02 * a, b, out=out))
     assert b.measure.time_entries([entry], 1)[0].wrong
 
@@ -424,3 +422,20 @@ def test_the_page_is_a_function_of_the_record(b: SimpleNamespace) -> None:
         assert part in page
     assert "Not measured: lost" in page and "no time was left" in page and "| f | 1.5 us |" in page
     assert b.report.faulty(case) and b.report.faulty(failed) and not b.report.faulty(minimal)
+
+
+@pytest.mark.parametrize("name", ["lolkernels", "eager"])
+def test_a_flag_holds_for_the_call_and_no_longer(name: str, b: SimpleNamespace) -> None:
+    tiny, cpu = b.shapes.SHAPES["tiny"], torch.device("cpu")
+    seen = {}
+    for flag in b.measure.FLAGS:
+        entry = b.measure.Entry(name, name, "linear_loss", tiny, flag=flag)
+        c = b.measure.contestant(entry, cpu)
+        check = c.check()
+        assert (not check.faults and c.formula is None) or flag == ""
+        seen[flag] = check.gradients["dhidden"]
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert seen["tf32"] == seen[""] < 1e-5  # a CPU has none
+    if name == "eager":
+        assert seen["autocast"] > 1e-4  # its products are in bf16
