@@ -306,7 +306,7 @@ def test_a_gradient_is_wrong_at_three_times_eagers_error(
 
 def test_rows_for_a_card_are_shapes_with_goals(b: SimpleNamespace) -> None:
     w = b.card_worker
-    tasks = w.bench_tasks(w.CUDA, ["one", "two"], w.measure.Cpu(), 1, 0.0)
+    tasks = w.bench_tasks(w.CUDA, ["triton", "cuda"], w.measure.Cpu(), 1, 0.0)
     names = [task.name for task in tasks]
     assert len(set(names)) == len(names)
     order = ["linear_loss llama-8b 4096", "peers torch all gradients", "flag autocast", "chunks"]
@@ -364,6 +364,39 @@ def test_a_run_that_is_told_to_end_leaves_no_process_behind(
     assert [x["kind"] for x in card.journal.lines()] == ["left"]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+TOOL = """#!/bin/sh
+tool=$2
+while [ "$1" != -m ]; do python=$1; shift; done
+[ $tool = racecheck ] && { echo "========= RACECHECK SUMMARY: 2 hazards displayed"; exit 99; }
+[ $tool = memcheck ] && exec "$python" "$@"
+exit 0
+"""
+
+
+def test_any_report_of_the_sanitizer_is_a_fault(
+    b: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, suite = tmp_path / "compute-sanitizer", tmp_path / "suite"
+    program.write_text(TOOL)
+    program.chmod(0o755)
+    suite.mkdir()
+    (suite / "test_sanitizer.py").write_text(TESTS.partition("def test_hangs")[0])
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    flags = ["--out", str(tmp_path), "--device", "cpu", "--tests", str(suite)]
+    card = b.card.Card(b.card.parse(flags))
+    card.sanitizer()
+    lines = card.journal.lines()
+    faults = {x["task"]: (x["reason"], x["text"]) for x in lines if x["kind"] == "fault"}
+    assert set(faults) == {"tests test_sanitizer racecheck"}
+    reason, text = faults["tests test_sanitizer racecheck"]
+    assert reason == "exit status 99" and "2 hazards" in text
+    outcomes = {x["task"]: x["outcome"] for x in lines if x["kind"] == "result"}
+    assert outcomes == {"memcheck test_sanitizer::test_before": "passed"}
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    card.sanitizer()
+    assert "was not found" in card.journal.lines()[-1]["why"]
 
 
 def test_what_cannot_begin_says_why(b: SimpleNamespace, tmp_path: Path) -> None:

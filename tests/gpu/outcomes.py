@@ -37,7 +37,8 @@ class Outcomes:
         self.journal = Journal(config.getoption("journal"), config.getoption("journal_run"))
         self.job: str = config.getoption("journal_job")
         self.backend: str | None = config.getoption("only_backend")
-        tool = self.job.split()[-1] if self.backend is None else ""
+        alone = self.backend is None and not config.option.collectonly
+        tool = self.job.split()[-1] if alone else ""  # a sanitizer's
         self.prefix = f"{tool} " if tool else ""
         self.seconds = 0.0
 
