@@ -40,6 +40,19 @@ from shapes import HEADS, Shape
 DEVICE_LOST = 75  # as in card.py
 OPS = ("linear_loss", "linear_loss frozen", "linear_logprob", "score", "logprob")
 DTYPES = ("bf16", "fp16", "fp32")
+# Rows of the benchmark in the order that they are wanted.
+WANTED = (
+    "llama-8b 4096$",
+    "^peers .* all gradients",
+    "^flag",
+    "^train",
+    "llama-8b 1024$",
+    "^kernels 128256",
+    "^linear_loss",
+    "llama-8b",
+    "^peers",
+    "",
+)
 # A peer that hangs or takes the device down costs its family only.
 FAMILIES = {
     "torch": ["eager", "torch.compile", *(n for n in PEERS if n.startswith("torch lce"))],
@@ -289,7 +302,9 @@ def bench_tasks(
     for vocab in sizes.vocabularies:
         how = partial(row_kernels, vocab, sizes.logits, backends, device, rounds, ends)
         tasks.append(Task(f"kernels {vocab}", f"Row kernels, V={vocab}", how, 30))
-    return tasks
+    return sorted(
+        tasks, key=lambda task: [bool(re.search(p, task.name)) for p in WANTED].index(True)
+    )
 
 
 def time_rows(
