@@ -22,10 +22,15 @@ from journal import Line
 
 RESULTS = report.ROOT / "benchmarks" / "results"
 MARKS = "<!-- measured on a card -->", "<!-- end of what was measured on a card -->"
+HOW = (
+    "`make gpu-bundle` builds what a bare machine with a card needs (no network there, and no card "
+    "here); `make card` checks,\nmeasures and tests there in one command of ten minutes, and the "
+    "same command goes on where it ended. `python\nbenchmarks/report.py card --publish --readme` "
+    "makes this section of what it found."
+)
 NOTHING = (
-    "**No card has measured anything yet**: no GPU time and no GPU result stands on this page. "
-    "`make gpu-bundle` builds\nwhat a bare machine needs, `make card` tests and measures there in "
-    "one command of ten minutes."
+    "**No card has measured anything yet**: no GPU time and no GPU result stands on this page.\n"
+    + HOW
 )
 Record = dict[str, Any]
 
@@ -174,7 +179,7 @@ def readme_section(records: list[Record]) -> str:
     """From the published records alone: ours by backend beside the bare products and the peers."""
     if not records:
         return NOTHING
-    return "\n\n".join(map(_measured, records))
+    return "\n\n".join([*map(_measured, records), HOW])
 
 
 def _measured(record: Record) -> str:
