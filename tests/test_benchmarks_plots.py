@@ -250,6 +250,9 @@ def test_a_cards_families_of_peers_stand_in_one_plot_each_by_its_own_rounds(plot
     found, _ = plots.peers_case([record], lambda row: True, "a time")
     ratios = {r["contestant"]: r["times_ms"][0] / r["floor_ms"][0] for r in found}
     assert ratios == {"lolkernels": 2.1, "gemms": 1.0, "eager": 3.0, "liger": 4.0}
+    alone = [{**case, "rows": case["rows"][:2]} for case in cases]
+    with pytest.raises(plots.PlotError, match="no peer has a time"):
+        plots.draw([{**record, "cases": alone}], "floor", plots.THEMES[0])
     drawn = plots.draw([record], "floor", plots.THEMES[0])
     assert drawn.alt == "lolkernels takes 2.00x the bare matrix products, eager PyTorch 3.00x"
     shown = {text.get_text() for text in drawn.figure.findobj(Text)}
