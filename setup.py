@@ -160,7 +160,7 @@ def build_cuda(library):
                     "architectures, and `pip install --no-deps nvidia-cutlass`)",
                     file=sys.stderr,
                 )
-            return True
+            return os.path.exists(library)
         said = [line for line in (failed.stdout + failed.stderr).splitlines() if "error" in line]
         reason = f"nvcc failed: {said[0] if said else f'exit status {failed.returncode}'}"
     if os.path.exists(library):  # an older one would not fit the rest
