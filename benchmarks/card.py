@@ -86,8 +86,8 @@ class Card:
     def environment(self) -> dict[str, str]:
         wheels = self.wheels
         folders = [ROOT, ROOT / "python", ROOT / "benchmarks", ROOT / "tests" / "gpu", wheels]
-        for path in wheels.glob("*.pth"):  # which count in no folder that PYTHONPATH names
-            folders += [wheels / line for line in path.read_text().split("\n") if line.strip()]
+        for listed in wheels.glob("*.pth"):  # which count in no folder that PYTHONPATH names
+            folders += [wheels / line for line in listed.read_text().split("\n") if line.strip()]
         path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
         found = {
             **os.environ,
