@@ -149,7 +149,7 @@ def compare(
         defaults: keywords of a scoring call.
     """
     with _undisturbed(model):
-        ids = _token_ids(model)
+        ids = _token_ids(model, linear)
         given = torch.empty(0)
         linear_head = True
 
@@ -257,17 +257,17 @@ def _wide(hidden: Tensor, *, at_most: bool = False) -> torch.dtype:
     return torch.float32
 
 
-def _token_ids(model: Any) -> Tensor:
+def _token_ids(model: Any, linear: Any) -> Tensor:
     """(2, POSITIONS) ids of ordinary tokens; the rows differ in the last."""
-    config = model.config
-    table = model.get_input_embeddings()
-    size = min(getattr(table, "num_embeddings", config.vocab_size), config.vocab_size)
-    special = set(_integers(config.to_dict()))
+    known = getattr(linear, "out_features", linear.weight.shape[0])
+    size = min(known, getattr(model.get_input_embeddings(), "num_embeddings", known))
+    special = set(_integers(model.config.to_dict()))
     step = max(1, size // 64)
     ids = [i for i in range(step, size, step) if i not in special][: POSITIONS + 1]
     if len(ids) <= POSITIONS:
         raise ValueError(f"its vocabulary has {size} entries, {POSITIONS + 1} are needed")
-    return torch.tensor([ids[:POSITIONS], [*ids[: POSITIONS - 1], ids[-1]]], device=_device(model))
+    rows = [ids[:POSITIONS], [*ids[: POSITIONS - 1], ids[-1]]]
+    return torch.tensor(rows, device=_device(model))
 
 
 def _integers(config: dict[str, Any]) -> Iterator[int]:
