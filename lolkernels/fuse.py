@@ -31,6 +31,7 @@ TRANSFORMERS_KEYWORDS = {
     "output_router_logits", "past_key_values", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 }  # fmt: skip
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 TRAINING_COLUMNS = ("ref_logps", "old_logps", "advantages", "rewards", "labels")
 
 
@@ -44,7 +45,7 @@ class FusedOutput(NamedTuple):
     entropy: Tensor  # (N,)
     max_logit: Tensor  # (N,)
     seq: Sequences
-    metrics: dict[str, Tensor] = {}  # what the objective reports, by name
+    metrics: dict[str, Tensor]  # what the objective reports, by name
 
 
 @dataclasses.dataclass
@@ -53,6 +54,9 @@ class Fusion:
 
     linear: nn.Module
     places: list[tuple[nn.Module, str]]
+    forward: Any  # the function that was put in place of the model's
+    names: list[str]  # of the parameters of the model's forward, in order
+    takes_any: bool  # it has **kwargs
     options: dict[str, Any]
     check: bool
     checked: bool = False
@@ -100,21 +104,30 @@ def fuse_lm_head(
             then.
     """
     inner = _inner(model)
-    linear = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    where = (
-        seam.places(inner, linear) if isinstance(inner, nn.Module) and linear is not None else []
-    )
+    linear: Any = None
+    if hasattr(inner, "get_output_embeddings"):
+        linear = inner.get_output_embeddings()
+    found = isinstance(inner, nn.Module) and isinstance(linear, nn.Module)
+    where = seam.places(inner, linear) if found else []
     if not where or not hasattr(inner, "config"):
         raise TypeError(f"model must be a causal LM with a head, got {type(model).__name__}")
-    unfuse_lm_head(model)
     check_linear(linear)
     options = {"backend": backend, "memory_budget": memory_budget}
-    inner._fusion = Fusion(linear, where, options, check)
-    for module, forward in ((inner, _model_forward(type(inner))), (linear, _linear_forward)):
-        module._unfused_forward = module.forward
-        module._had_forward = "forward" in vars(module)
-        module.forward = types.MethodType(forward, module)
-    if check and all(is_materialised(p) for p in inner.parameters()):
+    previous = getattr(inner, "_fusion", None)
+    if previous is not None and previous.linear is not linear:
+        unfuse_lm_head(model)
+        previous = None
+    forward = _model_forward(type(inner)) if previous is None else previous.forward
+    kinds = {p.name: p.kind for p in inspect.signature(type(inner).forward).parameters.values()}
+    names = [name for name, kind in list(kinds.items())[1:] if kind not in VARIADIC]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    inner._fusion = Fusion(linear, where, forward, names, takes_any, options, check)
+    if previous is None:
+        for module, function in ((inner, forward), (linear, _linear_forward)):
+            module._had_forward = "forward" in vars(module)
+            module._unfused_forward = module.forward
+            module.forward = types.MethodType(function, module)
+    if check and all(map(is_materialised, inner.parameters())):
         try:
             _compare(inner)
         except BaseException:
@@ -133,13 +146,10 @@ def unfuse_lm_head(model: Any) -> Any:
     fusion = getattr(inner, "_fusion", None)
     if fusion is None:
         return model
-    for module in (inner, fusion.linear):
-        if getattr(vars(module).get("forward"), "__func__", None) not in (
-            _linear_forward,
-            _model_forward(type(module)),
-        ):
+    for module, forward in ((inner, fusion.forward), (fusion.linear, _linear_forward)):
+        if getattr(module.forward, "__func__", None) is not forward:
             raise ValueError(
-                f"forward of {type(module).__name__} was wrapped after fuse_lm_head: undo that first"
+                f"{type(module).__name__}.forward was wrapped after fuse_lm_head: undo that first"
             )
     for module in (inner, fusion.linear):
         if module._had_forward:
@@ -165,11 +175,10 @@ def _linear_forward(self: Any, hidden: Tensor, *args: Any, job: Any = None, **kw
     return job(self, hidden)
 
 
-@functools.lru_cache(maxsize=64)
-def _model_forward(cls: type) -> Any:
+def _model_forward(cls: Any) -> Any:
     """A forward with the signature of ``cls.forward``, which generation and trainers inspect."""
 
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if completion_mask is None:
             return self._unfused_forward(*args, **kwargs)
@@ -183,9 +192,10 @@ def _compare(model: Any) -> None:
 
     def score(hidden: Tensor, labels: Tensor, logit_map: seam.LogitMap) -> Tensor:
         job = functools.partial(fused_head, labels=labels, **fusion.options, **logit_map._asdict())
-        return _results(fusion.linear(hidden, job=job)).logps
+        logps: Tensor = _results(fusion.linear(hidden, job=job)).logps
+        return logps
 
-    defaults = _own_keywords(model, {})
+    defaults = _own_keywords(fusion, {})
     fusion.logit_map = seam.compare(model, fusion.linear, fusion.places, score, defaults)
     fusion.checked = True
 
@@ -206,7 +216,10 @@ def _scored(
     if linear is not fusion.linear:
         check_linear(linear)
         raise ValueError("the model's head was replaced after fuse_lm_head: call it again")
-    kwargs.update(zip(_parameters(type(self)), args))  # noqa: B905
+    for name, value in zip(fusion.names, args, strict=False):
+        if name in kwargs:
+            raise TypeError(f"{name} is given twice, by position and by name")
+        kwargs[name] = value
     kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and more
     input_ids = kwargs.get("input_ids")
     if input_ids is None:
@@ -221,7 +234,7 @@ def _scored(
     if objective is not None:
         options.update({k: kwargs.pop(k) for k in needed if k in kwargs})
         options["reduction"] = reduction
-    _refuse_unknown(type(self), kwargs, needed)
+    _refuse_unknown(fusion, kwargs, needed)
     mask = _predicting(completion_mask, input_ids)
     seq = Sequences.from_mask(mask, group_size=group_size)
     if totals is not None:
@@ -244,7 +257,7 @@ def _scored(
         if fusion.check and not (fusion.checked and all(map(is_materialised, self.parameters()))):
             _compare(self)
         fusion.called = True
-    hidden = _hidden(self, _own_keywords(self, kwargs), input_ids.shape)
+    hidden = _hidden(self, _own_keywords(fusion, kwargs), input_ids.shape)
     packed = seq.pack(hidden)
     assert fusion.logit_map is not None
     job = functools.partial(
@@ -300,31 +313,15 @@ def _results(value: Any) -> Any:
 # --- arguments ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters of the model's own forward, in order, without self."""
-    return dict(list(inspect.signature(cls.forward).parameters.items())[1:])  # type: ignore[attr-defined]
-
-
-def _takes_any(cls: type) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in _parameters(cls).values())
-
-
-def _own_keywords(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _own_keywords(fusion: Fusion, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of the model's own forward; no key-value cache is filled."""
-    if "use_cache" in _parameters(type(model)) or _takes_any(type(model)):
+    if "use_cache" in fusion.names or fusion.takes_any:
         return {"use_cache": False, **kwargs}
     return kwargs
 
 
-def _refuse_unknown(cls: type, kwargs: dict[str, Any], needed: tuple[str, ...]) -> None:
-    known = {
-        name
-        for name, p in _parameters(cls).items()
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
-    if _takes_any(cls):
-        known |= TRANSFORMERS_KEYWORDS
+def _refuse_unknown(fusion: Fusion, kwargs: dict[str, Any], needed: tuple[str, ...]) -> None:
+    known = {*fusion.names, *(TRANSFORMERS_KEYWORDS if fusion.takes_any else ())}
     for name in kwargs:
         if name in TRAINING_COLUMNS:
             raise TypeError(
@@ -337,8 +334,8 @@ def _refuse_unknown(cls: type, kwargs: dict[str, Any], needed: tuple[str, ...]) 
             hint = f"did you mean {near[0]}?" if near else "leave it out"
             takes = ", ".join(needed) if needed else "none"
             raise TypeError(
-                f"{name} is not an argument of {cls.__name__}'s forward nor an input of the "
-                f"objective, which takes {takes}: {hint}"
+                f"{name} is not an argument of the model's forward nor an input of the objective, "
+                f"which takes {takes}: {hint}"
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import linear_logprob, linear_loss
@@ -135,7 +134,7 @@ def _unlike_a_linear_layer(linear: nn.Module, weight: Tensor) -> str | None:
         return f"its weight has shape {tuple(weight.shape)}"
     x = torch.linspace(-1.0, 1.0, weight.shape[1], device=weight.device).to(weight.dtype)[None]
     with torch.no_grad():
-        want = F.linear(x, weight, getattr(linear, "bias", None))
+        want = nn.functional.linear(x, weight, getattr(linear, "bias", None))
         try:
             got = linear.forward(x)
         except Exception as error:

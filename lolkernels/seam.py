@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .head import close
@@ -123,10 +122,12 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
 def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
     weight, bias = linear.weight, getattr(linear, "bias", None)
-    plain = F.linear(hidden.to(weight.dtype), weight, bias)
+    plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
     wide = _wide(hidden, at_most=True)
     blocks = weight.split(VOCABULARY_BLOCK)
-    logits = torch.cat([F.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1)
+    logits = torch.cat(
+        [nn.functional.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1
+    )
     return plain, logits if bias is None else logits + bias.to(wide)
 
 
@@ -155,16 +156,14 @@ def compare(
 
         def answer(hidden: Tensor) -> Tensor:
             nonlocal given, linear_head
-            own, found = linear(hidden), []
+            own = linear(hidden)
+            found: list[tuple[Tensor, Tensor]] = []
             linear(hidden, job=lambda head, h: _stash(found, exact_logits(head, h)))
             plain, logits = found[0]
             linear_head = isinstance(own, Tensor) and own.shape == plain.shape and close(own, plain)
-            given = torch.empty_like(logits, dtype=_wide(hidden))
-            values = torch.tensor(PROBE, dtype=given.dtype, device=given.device)
-            given[:] = values.repeat(-(-given[0].numel() // len(PROBE)))[: given[0].numel()].view(
-                given[0].shape
-            )
-            given[0] = logits[0]
+            values = torch.tensor(PROBE, dtype=logits.dtype, device=logits.device)
+            which = torch.arange(logits[0].numel(), device=logits.device) % len(PROBE)
+            given = torch.stack([logits[0], values[which].view_as(logits[0])]).to(_wide(hidden))
             # What stands behind the head runs with gradients, so that a trained factor shows.
             torch.set_grad_enabled(True)
             return given.clone()
@@ -179,13 +178,15 @@ def compare(
                 f"the head is given hidden states of shape {tuple(hidden.shape)} for "
                 f"token ids of shape {tuple(ids.shape)}"
             )
+        if not bool(hidden.isfinite().all()):
+            raise _refused("the model's hidden states are not finite")
         if not linear_head:
             raise _refused(
                 "the head's output is not x W^T + b: a hook, a parametrisation or a "
                 "forward of its own changes it"
             )
         seen = (hidden[0, :-1] - hidden[1, :-1]).double().abs().amax(-1)
-        allowed = max(1e-4, 4 * torch.finfo(hidden.dtype).eps) * hidden.double().abs().max()
+        allowed = max(1e-4, torch.finfo(hidden.dtype).eps) * hidden.double().abs().max()
         if bool(seen.median() > allowed):
             raise _refused(
                 "the model is not causal: what it predicts of a token depends on later ones (a "
@@ -213,8 +214,8 @@ def compare(
 
 def _refused(reason: str) -> ValueError:
     return ValueError(
-        f"fuse_lm_head compared a few tokens with the model's own logits and refuses: {reason}. Use "
-        "linear_logprob on your own hidden states; check=False skips the comparison"
+        f"fuse_lm_head compared a few tokens with the model's own logits and refuses: {reason}. "
+        "Use linear_logprob on your own hidden states; check=False skips the comparison"
     )
 
 
@@ -246,7 +247,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 

@@ -51,6 +51,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     "hidden_size_per_layer_input": 8,
+    **dict.fromkeys(("mamba_chunk_size", "mamba_d_state", "ssm_state_size", "chunk_size"), 16),
+    **dict.fromkeys(("linear_num_heads", "linear_head_dim"), 8),
     # What stands between the hidden states and the logits: never the neutral value.
     "logit_scale": 0.3,
     "logits_scaling": 2.5,
@@ -68,6 +70,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "dbrx": {"attn_config": None, "ffn_config": None},
     "dots1": {"n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -80,6 +83,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16},
     "prophetnet": {"num_hidden_layers": None},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {

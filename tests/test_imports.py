@@ -80,6 +80,7 @@ PUBLIC_NAMES = [
     "loss_and_coef",
     "objectives",
     "side_inputs",
+    "unfuse_lm_head",
     "use_backend",
 ]
 
@@ -106,7 +107,8 @@ SIGNATURES = {
     "aggregate": "loss, seq, reduction='seq-mean'",
     "loss_and_coef": "fn, logps, seq, reduction='seq-mean', **side",
     "side_inputs": "fn",
-    "fuse_lm_head": "model, *, backend=None, memory_budget=None",
+    "fuse_lm_head": "model, *, backend=None, memory_budget=None, check=True",
+    "unfuse_lm_head": "model",
     "available_backends": "",
     "use_backend": "name",
 }
