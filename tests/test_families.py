@@ -83,7 +83,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8},
     "prophetnet": {"num_hidden_layers": None},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
@@ -106,6 +106,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlnet": {"max_position_embeddings": None},
     "xlstm": {"hidden_size": 64, "num_heads": 2, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 # A head with something before or after it, an odd backbone, or a name that misleads: all exact.
@@ -275,7 +277,7 @@ def in_short(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = text.partition("refuses: ")[2].partition(". Use linear_logprob")[0] or text
     text = re.sub(r"\bat 0x[0-9a-f]+|\|", "", re.split(r"(?<=[a-z])\. |; ", text)[0])
-    return text if len(text) <= 110 else text[:107] + "..."
+    return text if len(text) <= 170 else text[:167] + "..."
 
 
 def page() -> str:
