@@ -216,6 +216,8 @@ def _scored(
     if linear is not fusion.linear:
         check_linear(linear)
         raise ValueError("the model's head was replaced after fuse_lm_head: call it again")
+    if len(args) > len(fusion.names):
+        raise TypeError(f"{len(args)} positional arguments, forward takes {len(fusion.names)}")
     for name, value in zip(fusion.names, args, strict=False):
         if name in kwargs:
             raise TypeError(f"{name} is given twice, by position and by name")

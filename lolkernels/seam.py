@@ -228,16 +228,15 @@ def _stash(found: list[Any], value: Any) -> Tensor:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no autocast, and afterwards the same modes and random states as before."""
-    device = _device(model)
     modes = [(module, module.training) for module in model.modules()]
-    accelerators = [device] if device.type not in ("cpu", "mps", "meta") else []
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
+    kinds = {device.type for device in devices}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            torch.random.fork_rng(accelerators, device_type=device.type)
-            if accelerators
-            else torch.random.fork_rng([])
-        )
-        for kind in {"cpu", device.type} - {"meta"}:
+        stack.enter_context(torch.random.fork_rng([]))
+        for kind in kinds:
+            mine = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(mine, device_type=kind))
+        for kind in {"cpu", *kinds}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
         try:

@@ -201,6 +201,15 @@ def test_narrow_weights_are_compared_in_float32(name: str, dtype: torch.dtype) -
     assert model(**batch(name)).logps.isfinite().all()
 
 
+def test_a_fused_model_can_be_compiled() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama", torch.float32)), batch()
+    want = model(**inputs).logps
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**inputs).logps, want, atol=1e-6)
+    assert compiled(input_ids=inputs["input_ids"]).logits.shape == (3, 12, VOCAB)
+
+
 # --- what fusing leaves alone ---------------------------------------------------------------------
 
 
@@ -391,6 +400,8 @@ def test_positional_arguments_are_the_models_own() -> None:
         want = model(input_ids=ids, attention_mask=mask, **scored).logps
         given = (ids, mask) if family == "llama" else (ids, None, mask)
         assert torch.equal(model(*given, **scored).logps, want)
+        with pytest.raises(TypeError, match="99 positional arguments"):
+            model(ids, *[None] * 98, **scored)
         with pytest.raises(TypeError, match="input_ids is given twice"):
             model(ids, input_ids=ids, **scored)
 
