@@ -11,6 +11,7 @@ else is an error. :func:`compare` puts the whole beside the model's own logits.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
     x, y = given.detach().double().flatten(), made.detach().double().flatten()
     small, large = x.abs().argmin(), x.abs().argmax()
     scale = float(y[small] / x[small])
-    if not 0 < scale < float("inf"):
+    if not 0 < scale < math.inf:
         raise error
     cap = float(y[large].abs())
     softcap = None if abs(cap / (scale * float(x[large].abs())) - 1) < 1e-4 else cap
@@ -152,15 +153,17 @@ def compare(
     with _undisturbed(model):
         ids = _token_ids(model, linear)
         given = torch.empty(0)
-        linear_head = True
+        off = 0.0  # the head's own output from x W^T + b
 
         def answer(hidden: Tensor) -> Tensor:
-            nonlocal given, linear_head
+            nonlocal given, off
             own = linear(hidden)
             found: list[tuple[Tensor, Tensor]] = []
             linear(hidden, job=lambda head, h: _stash(found, exact_logits(head, h)))
             plain, logits = found[0]
-            linear_head = isinstance(own, Tensor) and own.shape == plain.shape and close(own, plain)
+            same = isinstance(own, Tensor) and own.shape == plain.shape
+            if not same or not close(own, plain):
+                off = float((own.double() - plain.double()).abs().max()) if same else math.inf
             values = torch.tensor(PROBE, dtype=logits.dtype, device=logits.device)
             which = torch.arange(logits[0].numel(), device=logits.device) % len(PROBE)
             given = torch.stack([logits[0], values[which].view_as(logits[0])]).to(_wide(hidden))
@@ -180,10 +183,10 @@ def compare(
             )
         # Weights of nan give nan on both paths: for the caller to see, and nothing to compare.
         finite = bool(hidden.isfinite().all()) and bool(given.isfinite().all())
-        if finite and not linear_head:
+        if finite and off > 0:
             raise _refused(
-                "the head's output is not x W^T + b: a hook, a parametrisation or a "
-                "forward of its own changes it"
+                f"the head's output differs from x W^T + b by up to {off:.3g}: a hook or a forward "
+                "of its own changes it"
             )
         seen = (hidden[0, :-1] - hidden[1, :-1]).double().abs().amax(-1)
         allowed = max(1e-4, torch.finfo(hidden.dtype).eps) * hidden.double().abs().max()
