@@ -36,7 +36,7 @@ INTERNAL: dict[str, set[str]] = {
     "functional": {"backends", "checks", "chunked", "loss_op", "objectives", "ops", "sequences"},
     "head": {"functional", "objectives", "sequences"},
     "seam": {"head"},
-    "fuse": {"", "functional", "head", "objectives", "seam", "sequences"},
+    "fuse": {"functional", "head", "objectives", "seam", "sequences"},
     "info": {"", "backends", "backends.*", "chunked", "planner"},
     "plan": {"planner"},
     "testing": {"", "backends", "objectives", "sequences"},
