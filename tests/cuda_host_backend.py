@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolkernels.backends.contract import Exps
+
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
@@ -75,6 +77,12 @@ def _vectors(size: int, dtype: torch.dtype, *tensors: Tensor) -> Any:
     return _words(*(word for t in tensors for word in (t.data_ptr(), t.stride(0))))
 
 
+def _narrower(logits: Tensor, out: Tensor) -> bool:
+    """Whether out lies over logits with narrower elements."""
+    assert out.shape == logits.shape
+    return out.data_ptr() == logits.data_ptr() and out.element_size() < logits.element_size()
+
+
 def _address(t: Tensor) -> Any:
     return ctypes.c_void_p(t.data_ptr())
 
@@ -118,6 +126,30 @@ class Host:
             assert status == 0
         return result
 
+    def exps_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        anchor: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Exps:
+        target, n = logits if out is None else out, len(logits)
+        sums = Exps(*(torch.empty(n) for _ in Exps._fields))
+        if n:
+            status = self.kernels.host_exps(
+                *(_matrix(logits), _matrix(target), _vectors(n, torch.int64, labels)),
+                _words(0, 0) if anchor is None else _vectors(n, torch.float32, anchor),
+                _numbers(scale, softcap, temperature),
+                int(_narrower(logits, target)),
+                (ctypes.c_void_p * 6)(*(t.data_ptr() for t in sums)),
+            )
+            assert status == 0
+        return sums
+
     def dlogits_(
         self,
         logits: Tensor,
@@ -133,9 +165,6 @@ class Host:
         out: Tensor | None = None,
     ) -> Tensor:
         target, n = logits if out is None else out, len(logits)
-        assert target.shape == logits.shape
-        narrower = target.element_size() < logits.element_size()
-        aliased = narrower and target.data_ptr() == logits.data_ptr()
         if logits.numel():
             status = self.kernels.host_dlogits(
                 _matrix(logits),
@@ -143,7 +172,7 @@ class Host:
                 _vectors(n, torch.int64, labels),
                 _vectors(n, torch.float32, lse, a, b, c),
                 _numbers(scale, softcap, temperature),
-                int(aliased),
+                int(_narrower(logits, target)),
             )
             assert status == 0
         return target
@@ -178,4 +207,5 @@ class Host:
 
 
 _host = Host()
-row_stats, dlogits_, sequence_coef = _host.row_stats, _host.dlogits_, _host.sequence_coef
+row_stats, exps_ = _host.row_stats, _host.exps_
+dlogits_, sequence_coef = _host.dlogits_, _host.sequence_coef

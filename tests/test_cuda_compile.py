@@ -20,7 +20,7 @@ ARCHITECTURES = ("80", "90a", "100")
 THREADS, BLOCKS = 256, 3  # kMaxThreads and kMinBlocks of rows.cuh
 REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8  # they are handed out by eights
 SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor
-KERNELS = 12 + 44 + 3 + 3  # row_stats, dlogits, sequence_coef, merge_spans and span_dlogits
+KERNELS = 12 + 44 + 44 + 3 + 3  # row_stats, exps, dlogits, sequence_coef, merge_spans and span_dlogits
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
@@ -123,7 +123,7 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
             bits = None
         elif kind == "span_dlogits":
             bits = 128
-        elif kind == "dlogits" and given[3] == "true":
+        elif kind in ("exps", "dlogits") and given[3] == "true":
             bits = 8 * min(16, 16 // sizes[given[0]] * sizes[given[1]])
         else:
             continue
@@ -132,7 +132,7 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
             assert re.search(r"\bLDG\.E\.128", code), name
             assert bits is None or re.search(rf"\bSTG\.E\.{bits}", code), name
             assert not re.search(r"\b(RED|ATOM|ATOMG)\.", code), name
-    assert contiguous == 6 + 22 + 2
+    assert contiguous == 6 + 22 + 22 + 2
 
 
 def test_only_the_c_shim_of_torch_is_needed(built: Built) -> None:

@@ -21,6 +21,9 @@ from cuda_host_backend import CXX, ROOT, Host, compile_host, why_unavailable
 from test_backends_rows import DTYPES, WIDTHS, close, true_gradient, true_stats, zoned
 from torch import Tensor
 
+from lolkernels.backends import reference
+from lolkernels.backends.contract import statistics
+
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NORESERVE = 0x4000  # of mmap, on Linux
 
@@ -87,17 +90,58 @@ def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
     assert x.intact()
 
 
+def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
+    """Into each dtype, in place and over the logits; one row reaches far above its anchor."""
+    for out_dtype, over in [(d, over) for d in DTYPES for over in (False, True)]:
+        if over and out_dtype != dtype and out_dtype.itemsize >= dtype.itemsize:
+            continue
+        raw, labels = torch.randn(n, v) * 3, torch.randint(v, (n,))
+        labels[0], labels[-1] = v - 1, 0
+        anchor = rows.draw((None, torch.randn(n)))
+        if options.get("softcap"):
+            anchor = anchor if anchor is None else anchor.index_fill(0, torch.tensor(n - 1), -60.0)
+        else:
+            raw[-1, torch.randint(v, (3,))] += 90.0 + 20.0 * torch.rand(3)
+            raw[-1, 0] = 1.0
+        x = zoned(raw.to(dtype))
+        wide = x.view.double()
+        out = zoned(torch.zeros(n, v, dtype=out_dtype), rows.draw(("padded", "columns"))).view
+        if over:
+            out = x.view if out_dtype == dtype else aliased(x.view, out_dtype)
+        used = reference.exps_(
+            wide, labels, anchor, **options, out=torch.zeros(n, v, dtype=out_dtype)
+        ).anchor
+        exact = torch.zeros(n, v, dtype=torch.float64)
+        want = reference.exps_(wide, labels, used, **options, out=exact)
+        got = host.exps_(x.view, labels, anchor, **options, out=out)
+        assert x.intact()
+        assert close(got.anchor, used, 2e-5)
+        assert bool(((got.rest - want.rest).abs() <= 2e-5 * want.rest).all())
+        assert bool(((got.deviation - want.deviation).abs() <= 2e-3 * (1e-9 + want.rest)).all())
+        for name in ("max_logit", "target_logit", "slope"):
+            assert close(getattr(got, name), getattr(want, name), 2e-5), name
+        finfo = torch.finfo(out_dtype)  # where a row is scaled down its exponentials round twice
+        bound = (finfo.eps + 4e-5) * exact.abs() + 1e-37
+        if out_dtype == torch.float16:
+            bound += finfo.smallest_normal * finfo.eps
+        if options.get("softcap"):
+            bound += 1e-6 * exact.abs().amax(1, keepdim=True)
+        assert bool(((out.double() - exact).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", rows.OPTIONS, ids=str)
 def test_every_width(host: Host, dtype: torch.dtype, options: dict[str, float]) -> None:
     for v in WIDTHS[:10]:
         check_rows(host, 3, v, dtype, **options)
+        check_exps(host, 3, v, dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", WIDTHS[10:])
 def test_long_rows(host: Host, dtype: torch.dtype, v: int) -> None:
     check_rows(host, 2, v, dtype, softcap=30.0 * (v % 2))
+    check_exps(host, 2, v, dtype)
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -126,6 +170,13 @@ def test_rows_that_begin_anywhere(compiled: Host, dtype: torch.dtype, offset: in
             assert close(got, want, 2e-5)
         one = torch.ones(2)
         want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
+        e = torch.zeros(2, v, dtype=torch.float64)
+        sums = reference.exps_(x.double(), labels, stats[0], out=e)
+        got = compiled.exps_(x, labels, stats[0], out=torch.empty(2, v, dtype=dtype))
+        for one_sum, exact in zip(got[3:], sums[3:], strict=True):
+            assert close(one_sum, exact, 2e-5)
+        if dtype != torch.float16:
+            assert bool(((got.rest - sums.rest).abs() <= 2e-5 * sums.rest).all())
         compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one)
         assert close(x, want, 1e-5 + torch.finfo(dtype).eps)
         assert int(whole.isnan().sum()) == len(whole) - 2 * v
@@ -142,6 +193,33 @@ def test_the_gradient_of_special_rows(compiled: Host) -> None:
         )
 
 
+def test_exps_of_special_rows(compiled: Host) -> None:
+    for name, row, want in rows.SPECIAL:
+        for anchor in (None, torch.zeros(1)):
+            x, labels = torch.tensor([row]), torch.tensor([0])
+            exact = torch.empty(1, len(row))
+            true = reference.exps_(x, labels, anchor, out=exact)
+            stats = statistics(compiled.exps_(x, labels, anchor))
+            got = (stats.lse, stats.expected_logit, stats.max_logit)
+            for found, expected in zip(got, want, strict=True):
+                if expected is not rows.EITHER:
+                    torch.testing.assert_close(
+                        *(float(found), expected), rtol=1e-6, atol=2e-5, equal_nan=True, msg=name
+                    )
+            if bool(true.rest.isfinite()):
+                torch.testing.assert_close(x, exact, rtol=1e-5, atol=1e-30, msg=name)
+
+
+def test_exps_of_labels_outside(host: Host) -> None:
+    x, labels = torch.randn(7, 2100), torch.tensor([-100, -1, 2100, 2101, 2**31 + 5, 2**40, 2099])
+    for anchor in (None, torch.zeros(7)):
+        exact, got = torch.empty(7, 2100), torch.empty(7, 2100)
+        want = reference.exps_(x, labels, anchor, out=exact)
+        for found, true in zip(host.exps_(x, labels, anchor, out=got), want, strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-9)
+
+
 def test_labels_at_every_boundary_and_outside(host: Host) -> None:
     rows.test_labels_at_every_boundary_and_outside(host)
 
@@ -156,6 +234,11 @@ def test_offsets_beyond_two_to_the_31(compiled: Host) -> None:
     stats = compiled.row_stats(x, labels)
     for got, want in zip(stats, true_stats(x, labels), strict=True):
         assert close(got, want, 2e-5)
+    exact = torch.empty(2, v)
+    reference.exps_(x.float(), labels, out=exact)
+    e = whole.as_strided((2, v), (stride, 1), 64)
+    compiled.exps_(x, labels, out=e)
+    torch.testing.assert_close(e.float(), exact, rtol=1e-2, atol=0.0)
     one = torch.ones(2)
     want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
     assert close(compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one), want, 1e-2)
@@ -177,6 +260,11 @@ def test_a_row_gives_the_same_bits_in_any_company(compiled: Host) -> None:
     for i in (0, 1):
         alone = slice(1098 + i, 1099 + i)
         for all_rows, single in zip(few, compiled.row_stats(x[alone], labels[alone]), strict=True):
+            assert torch.equal(all_rows[i : i + 1], single)
+        for all_rows, single in zip(
+            *(compiled.exps_(x[r], labels[r], out=torch.empty_like(x[r])) for r in (some, alone)),
+            strict=True,
+        ):
             assert torch.equal(all_rows[i : i + 1], single)
     many = [t[some].repeat(600, *[1] * (t.dim() - 1)) for t in (x, labels)]
     repeated = [t.repeat(600) for t in given]
@@ -210,6 +298,7 @@ def fuzz(library: Path, seeds: int) -> None:
             torch.manual_seed(seed)
             n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(DTYPES)
             check_rows(host, n, v, dtype, **rows.draw(rows.OPTIONS))
+            check_exps(host, n, v, dtype, **rows.draw(rows.OPTIONS))
             rows.fuzz_case(host, seed)
         for ratio in (0, 1, 2):
             sequences.test_the_formulas(host, ratio, (-0.1, 0.1), 0.1, True)
@@ -256,6 +345,18 @@ MUTANTS = [
     ("rows.cuh", "return m == -HUGE_VALF ? 0.0f : m;", "return m;"),
     ("rows.cuh", "if (b.m > a.m)", "if (b.m < a.m)"),
     ("rows.cuh", "b, c) * v.slope", "b, c)"),
+    ("exps.cuh", "  __syncthreads();  // all have", "  // all have"),
+    ("exps.cuh", "kAliased ? __syncthreads_or(over) != 0 : over", "over"),
+    ("exps.cuh", "over = top > limit", "over = false"),
+    ("exps.cuh", "pack < done && pack", "pack"),
+    ("exps.cuh", "if (edge_done && has_edge) {\n      narrow(fall", "if (false) {\n      narrow(fall"),
+    ("exps.cuh", "s.dev + s.rest * fall", "s.dev"),
+    ("exps.cuh", "e * half * half", "e * half"),
+    ("exps.cuh", "+ i == label", "+ i == label + 1"),
+    ("exps.cuh", "if (kContiguous && !edge_done)", "if (kContiguous)"),
+    ("exps.cuh", "edge_done && has_edge) {\n        const", "has_edge) {\n        const"),
+    ("exps.cuh", "finite_or_zero(top_of_row)", "top_of_row"),
+    ("exps.cuh", "done = begin", "done = at.packs + begin"),
     ("launch.cuh", "return x_past == out_past && x_row == out_row;", "return true;"),
     ("sequences.cuh", "last <= first", "false"),
     ("sequences.cuh", "first + threadIdx.x", "threadIdx.x"),
@@ -304,6 +405,7 @@ def test_no_fault_is_found_in_the_kernels_as_they_are(tmp_path: Path) -> None:
 def specials(library: Path) -> None:
     host = Host(library)
     test_the_gradient_of_special_rows(host)
+    test_exps_of_special_rows(host)
     rows.test_labels_at_every_boundary_and_outside(host)
     for name, row, want in rows.SPECIAL:
         rows.test_special_rows(name, row, want, "rows", host)

@@ -13,6 +13,8 @@
 namespace lolkernels::cuda {
 namespace {
 
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 int gpu_of(const Tensor& t) {
   STD_TORCH_CHECK(t.is_cuda(), "the first argument must be a CUDA tensor");
   return t.get_device_index();
@@ -66,6 +68,41 @@ bool begins_with(const Matrix& x, const Matrix& out) {
          out.col_stride == 1;
 }
 
+// Whether that is so; out may also be logits itself, or share no memory with it.
+bool check_out(const Matrix& x, const Matrix& out) {
+  check_size(x);
+  STD_TORCH_CHECK(out.rows == x.rows && out.cols == x.cols, "out must have the shape of logits");
+  STD_TORCH_CHECK(writes_once(out), "out must not hold two elements in one place; pass a copy");
+  const bool aliased = begins_with(x, out);
+  STD_TORCH_CHECK(same_view(x, out) || disjoint(x, out) || aliased,
+                  "out must be logits itself, share no memory with it, or hold narrower elements "
+                  "in rows that begin where those of logits do");
+  return aliased;
+}
+
+Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
+            double scale, double softcap, double temperature, Tensor out) {
+  const Here here(logits);
+  const Matrix x = matrix(logits, "logits", here.device);
+  const Matrix e = matrix(out, "out", here.device);
+  const bool aliased = check_out(x, e);
+  const int64_t n = x.rows;
+  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  Vector<float> given = {nullptr, 0};
+  if (anchor.has_value()) {
+    given = vector<float>(*anchor, "anchor", ScalarType::Float, n, here.device);
+  }
+  const LogitMap map = logit_map(scale, softcap, temperature);
+  Six sums{new_float(logits, n), new_float(logits, n), new_float(logits, n),
+           new_float(logits, n), new_float(logits, n), new_float(logits, n)};
+  if (n == 0) return sums;
+  check_launch(exps({x, e, y, given, map, floats(std::get<0>(sums)), floats(std::get<1>(sums)),
+                     floats(std::get<2>(sums)), floats(std::get<3>(sums)),
+                     floats(std::get<4>(sums)), floats(std::get<5>(sums))},
+                    aliased, here.stream));
+  return sums;
+}
+
 void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
                 const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
                 Tensor out) {
@@ -73,13 +110,7 @@ void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, c
   const Matrix x = matrix(logits, "logits", here.device);
   const Matrix g = matrix(out, "out", here.device);
   const int64_t n = x.rows;
-  check_size(x);
-  STD_TORCH_CHECK(g.rows == n && g.cols == x.cols, "out must have the shape of logits");
-  STD_TORCH_CHECK(writes_once(g), "out must not hold two elements in one place; pass a copy");
-  const bool aliased = begins_with(x, g);
-  STD_TORCH_CHECK(same_view(x, g) || disjoint(x, g) || aliased,
-                  "out must be logits itself, share no memory with it, or hold narrower elements "
-                  "in rows that begin where those of logits do");
+  const bool aliased = check_out(x, g);
   const auto floats_of = [&](const Tensor& t, const char* name) {
     return vector<float>(t, name, ScalarType::Float, n, here.device);
   };
@@ -150,8 +181,6 @@ Spans spans_of(const Matrix& m, const Tensor& parts) {
 }
 
 #if defined(LOLKERNELS_HOPPER)
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Six linear_spans_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Tensor& labels, const std::optional<Tensor>& out, double scale,
                     double softcap, double temperature, int64_t schedule) {
@@ -244,6 +273,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lolkernels_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(lolkernels_cuda, CUDA, m) {
   using namespace lolkernels::cuda;
   m.impl("row_stats", TORCH_BOX(&row_stats_op));
+  m.impl("exps", TORCH_BOX(&exps_op));
   m.impl("dlogits", TORCH_BOX(&dlogits_op));
   m.impl("sequence_coef", TORCH_BOX(&sequence_coef_op));
 #if defined(LOLKERNELS_HOPPER)

@@ -74,8 +74,8 @@ struct Split {
 template <typename T, bool kContiguous>
 constexpr int kPackOf = kContiguous ? kLoadBytes / static_cast<int>(sizeof(T)) : 1;
 
-// Packs a thread reads before it computes: in row_stats 64 bytes, in dlogits, which has as much to
-// write, 16 columns; 8 columns of a strided row.
+// Packs a thread reads before it computes: in row_stats 64 bytes, where it has as much to write 16
+// columns; 8 columns of a strided row.
 template <typename T, bool kContiguous>
 constexpr int kReads = kContiguous ? 4 : 8;
 template <typename T, bool kContiguous>
@@ -142,9 +142,10 @@ __device__ __forceinline__ Running merge(Running a, Running b) {
 }
 
 // In the first thread of the block: everyone's, in an order that depends on blockDim alone.
-__device__ __forceinline__ Running merge_block(Running s) {
+template <typename Merge>
+__device__ __forceinline__ Running merge_block(Running s, const Merge& merge) {
   __shared__ Running of_warp[kMaxThreads / kWarp];
-  const auto merge_warp = [](Running mine) {
+  const auto merge_warp = [&](Running mine) {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       Running other;
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   if (thread < at.edges()) {
     absorb(s, {logit<kCapped>(widen(x[at.edge(thread) * stride]), args.map).z});
   }
-  s = merge_block(s);
+  s = merge_block(s, merge);
 
   if (thread != 0) return;
   const int64_t label = args.labels[row];

@@ -30,6 +30,15 @@ int host_row_stats(const int64_t* logits, const int64_t* labels, const double* m
                          nullptr);
 }
 
+// sums: six rows of float32. anchor: address (0: none), stride.
+int host_exps(const int64_t* logits, const int64_t* out, const int64_t* labels,
+              const int64_t* anchor, const double* map, int aliased, float* const* sums) {
+  return cuda::exps({matrix(logits), matrix(out), vector<int64_t>(labels), vector<float>(anchor),
+                     make_logit_map(map[0], map[1], map[2]), sums[0], sums[1], sums[2], sums[3],
+                     sums[4], sums[5]},
+                    aliased != 0, nullptr);
+}
+
 int host_dlogits(const int64_t* logits, const int64_t* out, const int64_t* labels,
                  const int64_t* vectors, const double* map, int aliased) {
   return cuda::dlogits(
