@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolkernels.backends import cuda
+
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
@@ -26,7 +28,6 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 DEVICES = ("cpu",)
 DTYPES = tuple(CODES)
-WHOLE_ROWS = True  # as the cuda backend
 
 
 def why_unavailable() -> str | None:
@@ -179,3 +180,11 @@ class Host:
 
 _host = Host()
 row_stats, dlogits_, sequence_coef = _host.row_stats, _host.dlogits_, _host.sequence_coef
+BACKEND = cuda.BACKEND._replace(
+    name="cuda_host",
+    devices=DEVICES,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)
