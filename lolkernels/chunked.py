@@ -12,8 +12,7 @@ On a CPU tiles are column panels, so that the row sweeps find the logits in cach
 in bf16 or fp16 are multiplied in fp32 panel by panel (CPUs without matrix units run bf16 GEMMs at
 half the fp32 rate). On a GPU a tile is as wide as the vocabulary: bf16 and fp16 operands are
 multiplied as they are, with fp32 logits, and the gradients of the logits are rounded to their dtype
-over the first half of the fp32 rows. A backend with a GEMM of its own may hold something smaller
-than logits in between (``linear_spans``). Nothing here waits for the device.
+over the first half of the fp32 rows. Nothing here waits for the device.
 
 The extra memory of each is stated by :func:`lolkernels.planner.extra_bytes`.
 """
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import planner
+from .backends.contract import Backend
 from .gemm import HALF, has_fp32_output, matmul
 from .planner import PANEL, Piece, chunk_index
 
@@ -59,7 +59,7 @@ class Head:
         bias: Tensor | None,  # (V,)
         labels: Tensor,  # (N,)
         scaling: Scaling,
-        backend: Any,
+        backend: Backend,
         *,
         poison: Tensor | None = None,  # (N,) zero, nan where a row is spoilt
     ) -> None:
@@ -71,7 +71,6 @@ class Head:
         self.vocab = weight.shape[0]
         self.whole_rows, self.operand = walk(hidden.device, hidden.dtype, weight.dtype, backend)
         self.width = self.vocab if self.whole_rows else min(PANEL, self.vocab)
-        self.scores_on_chip, self.spans = own_gemms(self.whole_rows, self.operand, backend)
         self._panel: Tensor | None = None
 
     def panels(self) -> Iterator[tuple[int, int]]:
@@ -97,16 +96,15 @@ class Head:
 
     def held_rows(self, memory_budget: int | None) -> int:
         """Rows that a chunk of whole groups may have."""
-        itemsize = self.operand.itemsize if self.spans else self.dtype.itemsize
-        return planner.chunk_rows(self.vocab, itemsize, memory_budget, self.hidden.device)
+        return self.chunk_rows(self.vocab, memory_budget)
 
     def empty(self, *shape: int) -> Tensor:
         return self.hidden.new_empty(shape, dtype=self.dtype)
 
-    def empty_logits(self, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    def empty_logits(self, rows: int, width: int) -> Tensor:
         """(rows, width). Whole rows start at multiples of 16 elements, whatever the vocabulary."""
         stride = planner.padded(width) if self.whole_rows else width
-        return self.hidden.new_empty(rows, stride, dtype=dtype or self.dtype)[:, :width]
+        return self.hidden.new_empty(rows, stride, dtype=self.dtype)[:, :width]
 
     def empty_stats(self, n: int) -> RowStats:
         return RowStats(*(self.empty(n) for _ in RowStats._fields))
@@ -127,8 +125,7 @@ class Head:
     def dlogits_(self, x: Tensor, labels: Tensor, lse: Tensor, abc: tuple[Tensor, ...]) -> Tensor:
         """In the dtype that the next GEMMs take, in the memory of ``x``."""
         rounded = None if self.operand == x.dtype else x.view(self.operand)[:, : x.shape[1]]
-        dx: Tensor = self.backend.dlogits_(x, labels, lse, *abc, **self.options, out=rounded)
-        return dx
+        return self.backend.dlogits_(x, labels, lse, *abc, **self.options, out=rounded)
 
 
 class Grads:
@@ -220,7 +217,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def walk(
-    device: torch.device, hidden: torch.dtype, weight: torch.dtype, backend: Any
+    device: torch.device, hidden: torch.dtype, weight: torch.dtype, backend: Backend
 ) -> tuple[bool, torch.dtype]:
     """Whether tiles are as wide as the vocabulary, and the dtype of the GEMMs' operands.
 
@@ -228,16 +225,8 @@ def walk(
     """
     wide = torch.float64 if torch.float64 in (hidden, weight) else torch.float32
     alike = hidden == weight and (hidden not in HALF or has_fp32_output(device, hidden))
-    whole_rows = (device.type != "cpu" or backend.WHOLE_ROWS) and (alike or weight == wide)
+    whole_rows = (device.type != "cpu" or not backend.panels) and (alike or weight == wide)
     return whole_rows, hidden if whole_rows and alike else wide
-
-
-def own_gemms(whole_rows: bool, operand: torch.dtype, backend: Any) -> tuple[bool, bool]:
-    """Whether the backend's own GEMM scores, and whether it holds less than logits in between."""
-    takes = whole_rows and operand in getattr(backend, "GEMM_DTYPES", ())
-    return (takes and hasattr(backend, "linear_row_stats")), (
-        takes and hasattr(backend, "linear_spans")
-    )
 
 
 def merge_stats(parts: list[RowStats]) -> RowStats:
@@ -265,11 +254,6 @@ def _blocks(rows: slice | Tensor, n: int, size: int) -> Iterator[tuple[int, int,
 
 def tile_stats(head: Head, rows: slice | Tensor, n: int, memory_budget: int | None) -> RowStats:
     """Row statistics, each (n,): one GEMM."""
-    if head.scores_on_chip:
-        stats = head.backend.linear_row_stats(
-            head.rows(rows), head.weight, head.bias, head.labels[rows], **head.options
-        )
-        return head.poisoned(RowStats(*stats), rows)
     size = head.chunk_rows(head.width, memory_budget)
     buffer = head.empty_logits(min(size, n), head.width)
     out = head.empty_stats(n)
@@ -335,21 +319,13 @@ def tile_grads(
 
 def _chunk_stats(
     head: Head, h: Tensor, labels: Tensor, x: Tensor, index: slice | Tensor
-) -> tuple[RowStats, Any]:
-    """Fill ``x`` (n, V) with logits and take their statistics while each panel is in cache.
-
-    Where the backend's own GEMM leaves exponentials in ``x``, also what makes gradients of them.
-    """
-    if head.spans:
-        stats, spans = head.backend.linear_spans(
-            h, head.weight, head.bias, labels, x, **head.options
-        )
-        return head.poisoned(RowStats(*stats), index), spans
+) -> RowStats:
+    """Fill ``x`` (n, V) with logits and take their statistics while each panel is in cache."""
     parts = []
     for v0, v1 in head.panels():
         tile = head.logits(h, head.weight_panel(v0, v1), v0, v1, x[:, v0:v1])
         parts.append(head.row_stats(tile, labels - v0))
-    return head.poisoned(merge_stats(parts), index), None
+    return head.poisoned(merge_stats(parts), index)
 
 
 def _chunk_grads(
@@ -357,7 +333,6 @@ def _chunk_grads(
     h: Tensor,
     labels: Tensor,
     x: Tensor,
-    spans: Any,
     lse: Tensor,
     coef: Tensor,
     grads: Grads,
@@ -366,10 +341,7 @@ def _chunk_grads(
     dh = head.empty(h.shape[0] if grads.need_hidden else 0, h.shape[1])
     abc, sizes, weighted = grads.rows_in_range(h, (coef, -coef, torch.zeros_like(coef)))
     for v0, v1 in head.panels():
-        if spans is None:
-            dx = head.dlogits_(x[:, v0:v1], labels - v0, lse, abc)
-        else:
-            dx = head.backend.span_dlogits_(x, spans, labels, lse, abc[0], **head.options)
+        dx = head.dlogits_(x[:, v0:v1], labels - v0, lse, abc)
         if grads.need_hidden:
             matmul(dx, head.weight_panel(v0, v1), dh, accumulate=v0 > 0)
         if grads.need_weight:
@@ -398,13 +370,13 @@ def loss_and_grads(
     placed = [(pieces, *chunk_index(pieces, head.hidden.device)) for pieces in chunks]
     longest = min(max_rows, max((n for *_, n in placed), default=0))
     held = longest if _holds_rows(grads, placed, max_rows) else 0
-    buffer = head.empty_logits(held, head.vocab, head.operand if head.spans else None)
+    buffer = head.empty_logits(held, head.vocab)
     for pieces, index, n in placed:
         if grads.any and n <= max_rows:
             h, labels, x = head.rows(index), head.labels[index], buffer[:n]
-            part, spans = _chunk_stats(head, h, labels, x, index)
+            part = _chunk_stats(head, h, labels, x, index)
             coef = step(part.target_logit - part.lse, pieces, index)
-            dh = _chunk_grads(head, h, labels, x, spans, part.lse, coef, grads)
+            dh = _chunk_grads(head, h, labels, x, part.lse, coef, grads)
             if grads.need_hidden:
                 grads.store_rows(index, dh)
         elif grads.any and not (grads.need_weight or grads.need_bias):
@@ -438,9 +410,9 @@ def _unit_grads(
     out, dh = head.empty_stats(n), head.empty(n, head.hidden.shape[1])
     for i, j, index in _blocks(rows, n, buffer.shape[0]):
         h, labels, x = head.rows(index), head.labels[index], buffer[: j - i]
-        part, spans = _chunk_stats(head, h, labels, x, index)
+        part = _chunk_stats(head, h, labels, x, index)
         ones = torch.ones_like(part.lse)
-        dh[i:j] = _chunk_grads(head, h, labels, x, spans, part.lse, ones, grads)
+        dh[i:j] = _chunk_grads(head, h, labels, x, part.lse, ones, grads)
         for into, value in zip(out, part, strict=True):
             into[i:j] = value
     return out, dh

@@ -33,8 +33,8 @@ def report() -> str:
     lines.append("backends, first choice first:")
     for name, reason in available_backends().items():
         module = backends.TABLE[name]
-        where = "/".join(module.DEVICES or ("any device",))
-        dtypes = ", ".join(str(d).removeprefix("torch.") for d in module.DTYPES)
+        where = "/".join(module.devices or ("any device",))
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in module.dtypes)
         lines.append(f"  {name:<14} {'ok' if reason is None else 'missing'}  {where}: {dtypes}")
         if reason is not None:
             lines.append(f"                 {reason}")
@@ -57,16 +57,13 @@ def route(
     whole_rows, operand = chunked.walk(device, dtype, dtype, module)
     width = vocab if whole_rows else min(planner.PANEL, vocab)
     tile = min(rows, planner.chunk_rows(width, 4, memory_budget, device))
-    on_chip, spans = chunked.own_gemms(whole_rows, operand, module)
-    held = operand.itemsize if spans else 4
-    chunk = min(rows, planner.chunk_rows(vocab, held, memory_budget, device))
+    chunk = min(rows, planner.chunk_rows(vocab, 4, memory_budget, device))
     product = "stored as they are" if operand == dtype else "converted panel by panel"
-    scoring = "in the GEMM's epilogue, no logits" if on_chip else f"tiles of {tile} x {width}"
     lines = [
         f"route of ({rows}, {hidden}) x ({vocab}, {hidden}) {_name(dtype)} on {device}:",
         f"  backend         {name}",
         f"  GEMMs           {_name(operand)} operands, {product}; fp32 logits",
-        f"  scoring         {scoring}",
+        f"  scoring         tiles of {tile} x {width}",
         f"  linear_logprob  backward in tiles of {tile} x {width}",
         f"  linear_loss     chunks of whole sequences, {chunk} rows of {vocab} logits at most",
         "  extra memory    beyond the inputs and the returned gradients",
@@ -84,7 +81,6 @@ def route(
                 frozen_weight=frozen,
                 memory_budget=memory_budget,
                 device=device,
-                spans=spans,
             )
             what = f"{op}{', frozen head' if frozen and op != 'score' else ''}"
             lines.append(f"    {what:<28} {extra / 2**20:8.1f} MiB")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolkernels.backends import cuda
 from lolkernels.backends.contract import Exps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,6 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 DEVICES = ("cpu",)
 DTYPES = tuple(CODES)
-WHOLE_ROWS = True  # as the cuda backend
 
 
 def why_unavailable() -> str | None:
@@ -209,3 +209,12 @@ class Host:
 _host = Host()
 row_stats, exps_ = _host.row_stats, _host.exps_
 dlogits_, sequence_coef = _host.dlogits_, _host.sequence_coef
+BACKEND = cuda.BACKEND._replace(
+    name="cuda_host",
+    devices=DEVICES,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

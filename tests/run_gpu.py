@@ -117,8 +117,8 @@ def first_results(device: str, seconds: float) -> list[dict[str, Any]]:
     until = time.monotonic() + seconds
     for backend in ("cuda", "triton"):
         why, module = lk.available_backends()[backend], lk.backends.TABLE[backend]
-        if why is None and device not in module.DEVICES:
-            why = f"takes tensors on {', '.join(module.DEVICES)}"
+        if why is None and device not in module.devices:
+            why = f"takes tensors on {', '.join(module.devices)}"
         if why is not None:
             rows.append({"backend": backend, "process": "", "skipped": why})
             continue
@@ -144,8 +144,8 @@ def matrix(device: str) -> list[dict[str, Any]]:
     rows = []
     for backend, why in lk.available_backends().items():
         module = lk.backends.TABLE[backend]
-        if why is None and module.DEVICES is not None and device not in module.DEVICES:
-            why = f"takes tensors on {', '.join(module.DEVICES)}"
+        if why is None and module.devices is not None and device not in module.devices:
+            why = f"takes tensors on {', '.join(module.devices)}"
         for dtype in (torch.float32, torch.bfloat16, torch.float16) if why is None else ():
             for op in OPS:
                 try:

@@ -10,20 +10,15 @@ from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives, testing
-from lolkernels.backends import TABLE
+from lolkernels.backends import TABLE, triton
 from lolkernels.testing import LAYOUTS, LOGPROB_ATOL, VOCABULARIES, RedZones, eager, fuzz
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 CORPUS = 500
 BLOCK = 25
-# Those that take the CPU's tensors; triton_onchip has triton's row functions: it differs in whole
-# calls alone.
-ROWS = [
-    name
-    for name, m in TABLE.items()
-    if name != "triton_onchip" and (m.DEVICES is None or "cpu" in m.DEVICES)
-]
-WHOLE_ROWS = {name for name, module in TABLE.items() if module.WHOLE_ROWS}
+# Those that take the CPU's tensors.
+ROWS = [name for name, m in TABLE.items() if m.devices is None or "cpu" in m.devices]
+WHOLE_ROWS = {name for name, m in TABLE.items() if not m.panels}
 
 
 def corpus(pairs: list[tuple[str, str]], both: int = 0) -> list[Any]:
@@ -102,7 +97,7 @@ def test_row_functions(first: str, second: str, start: int) -> None:
         z = exact[3].abs()[:, None] + exact[1].abs()[:, None]
         terms = (abc[0].abs() + abc[1].abs())[:, None] + abc[2].abs()[:, None] * z
         rounding = torch.finfo(logits.dtype).eps / 2
-        if logits.dtype == torch.bfloat16 and TABLE["triton"].INTERPRETED:
+        if logits.dtype == torch.bfloat16 and triton.INTERPRETED:
             rounding *= 2  # Triton's interpreter cuts bfloat16 off, compiled kernels round it
         chain = options["scale"] / options["temperature"]
         allowed = 1e-5 * chain * terms + rounding * true.abs() + 1e-7
@@ -155,15 +150,11 @@ def test_sequence_coefficients(
         assert float(results[0][1].abs().max()) > 0
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "start"), corpus([*PAIRS, ("reference", "triton_onchip")])
-)
+@pytest.mark.parametrize(("first", "second", "start"), corpus(PAIRS))
 def test_whole_calls(first: str, second: str, start: int) -> None:
     """linear_logprob and linear_loss by two backends: both near float64, and near each other."""
     for seed in range(start, start + BLOCK):
         p = fuzz(seed + 10_000, max_rows=25, max_hidden=24)
-        if second == "triton_onchip" and p.hidden.dtype == torch.bfloat16:
-            continue  # the interpreter's products of bfloat16 blocks are wrong
         n = p.labels.shape[0]
         truth = eager(p.double()).logps
         seq = lk.Sequences.from_lengths([n - n // 3, n // 3])

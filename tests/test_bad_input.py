@@ -57,14 +57,19 @@ def good_loss() -> dict[str, Any]:
     }
 
 
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) -> None:
+    monkeypatch.setitem(TABLE, name, TABLE[name]._replace(**fields))
+
+
 class Spy:
     """Counts the launches: calls of any row function of any backend."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launches = 0
-        for module in TABLE.values():
-            for name in ("row_stats", "dlogits_", "sequence_coef"):
-                monkeypatch.setattr(module, name, self.counting(getattr(module, name)))
+        for name, backend in TABLE.items():
+            functions = ("row_stats", "exps_", "dlogits_", "sequence_coef")
+            spies = {f: self.counting(getattr(backend, f)) for f in functions}
+            replace(monkeypatch, name, **spies)
 
     def counting(self, f: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*a: Any, **k: Any) -> Any:
@@ -480,7 +485,7 @@ def test_a_sharded_parameter_is_told_from_a_whole_one() -> None:
 
 
 def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TABLE["cpu"], "why_unavailable", lambda: "no compiler: install one")
+    replace(monkeypatch, "cpu", why_unavailable=lambda: "no compiler: install one")
     assert lk.available_backends()["cpu"] == "no compiler: install one"
     with pytest.raises(ValueError, match="backend='cpu' is not available: no compiler"):
         lk.linear_logprob(**{**good(), "backend": "cpu"})
@@ -495,12 +500,12 @@ def test_the_next_best_backend_takes_the_place_of_a_missing_one(
         return backends.pick(None, torch.device("cuda"), torch.float32)
 
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(TABLE["triton"], "why_unavailable", lambda: "no Triton: install it")
-    monkeypatch.setattr(TABLE["cuda"], "why_unavailable", lambda: None)
+    replace(monkeypatch, "triton", why_unavailable=lambda: "no Triton: install it")
+    replace(monkeypatch, "cuda", why_unavailable=lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen() == "cuda"
-    monkeypatch.setattr(TABLE["cuda"], "why_unavailable", lambda: "no nvcc")
+    replace(monkeypatch, "cuda", why_unavailable=lambda: "no nvcc")
     with pytest.warns(RuntimeWarning, match="triton backend is missing.*no Triton"):
         assert chosen() == "reference"
     with warnings.catch_warnings():

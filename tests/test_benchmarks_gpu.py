@@ -88,12 +88,17 @@ SEEDS = {
 }
 
 
+def seed_fault(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    honest = TABLE["reference"]
+    seeded = honest._replace(**{name: SEEDS[name](getattr(honest, name))})
+    monkeypatch.setitem(TABLE, "reference", seeded)
+
+
 @pytest.mark.parametrize("name", SEEDS)
 def test_a_wrong_kernel_has_no_time(
     name: str, bench: Flags, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = getattr(TABLE["reference"], name)
-    monkeypatch.setattr(TABLE["reference"], name, SEEDS[name](honest))
+    seed_fault(monkeypatch, name)
     code, record, page = bench("--only", "linear_loss-llama-4096|kernels-129")
     assert code == 1
     for task, label in (("linear_loss-llama-4096", "reference"), ("kernels-129", name)):
@@ -259,9 +264,8 @@ def test_the_runner_reports_passes_failures_and_crashes(runner: ModuleType, tmp_
 def test_the_matrix_finds_a_wrong_backend(
     name: str | None, runner: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = TABLE["reference"]
     if name:
-        monkeypatch.setattr(module, name, SEEDS[name](getattr(module, name)))
+        seed_fault(monkeypatch, name)
     for op in runner.OPS:
         faults = runner._faults(op, "reference", torch.bfloat16, 129, "cpu")
         wrong = name == "row_stats" or (name == "dlogits_" and op != "score")
@@ -341,7 +345,7 @@ def test_the_runner_measures_the_first_result(
     seconds = json.loads(output.splitlines()[-1])
     assert len(seconds) == len(runner.STEPS) and min(seconds) >= 0 and seconds[0] > 0.01
 
-    module = SimpleNamespace(DEVICES=("cpu",))
+    module = SimpleNamespace(devices=("cpu",))
     monkeypatch.setattr(runner.lk.backends, "TABLE", {"cuda": module, "triton": module})
     monkeypatch.setattr(runner.lk, "available_backends", lambda: {"cuda": None, "triton": "gone"})
     monkeypatch.setattr(runner, "FIRST", "print([1.0, 2.0, 3.0, 4.0, 5.0])")

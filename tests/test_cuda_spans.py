@@ -1,8 +1,6 @@
 """The epilogue of the Hopper GEMM and what follows it, on the CPU: what nvcc sees, built by g++.
 
 Float32 products stand in for the GEMM's accumulators, tests/cuda_host for CUDA.
-
-Then linear_loss and scoring on top: the driver's path of the cuda_hopper backend.
 """
 
 import ctypes
@@ -20,9 +18,8 @@ from test_backends_rows import close, logit_map, true_gradient, true_stats, zone
 from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized, seed_fault
 from torch import Tensor
 
-import lolkernels as lk
-from lolkernels import objectives, planner
-from lolkernels.backends import TABLE, cuda_hopper, reference
+from lolkernels import planner
+from lolkernels.backends import cuda_hopper, reference
 
 HALF = (torch.bfloat16, torch.float16)
 SPAN = cuda_hopper.SPAN
@@ -100,9 +97,9 @@ def backend(library: Path) -> ModuleType:
         return linear_spans(*operands, None, **options)[0]
 
     module = ModuleType("host")
-    for name in ("row_stats", "dlogits_", "sequence_coef", "DTYPES"):
+    for name in ("row_stats", "dlogits_", "sequence_coef"):
         setattr(module, name, getattr(reference, name))
-    module.why_unavailable, module.DEVICES, module.WHOLE_ROWS = lambda: None, ("cpu",), True
+    module.why_unavailable = lambda: None
     module.GEMM_DTYPES, module.finish, module.order = HALF, finish, host.host_order
     module.linear_spans, module.span_dlogits_ = linear_spans, span_dlogits_
     module.linear_row_stats = linear_row_stats
@@ -318,125 +315,6 @@ def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) 
         fuzz_sanitized(__file__, library, 24)
 
 
-# --- through the driver ---------------------------------------------------------------------------
-
-N, D, V = 40, 24, 700
-LENGTHS = [7, 0, 12, 1, 20]
-
-
-@pytest.fixture
-def in_table(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setitem(TABLE, "cuda_hopper", compiled)
-    return compiled
-
-
-def problem(dtype: torch.dtype, *, frozen: bool = False, bias: bool = False) -> Any:
-    hidden = torch.randn(N, D).to(dtype).requires_grad_()
-    weight = (torch.randn(V, D) * 0.3).to(dtype).requires_grad_(not frozen)
-    b = torch.randn(V).to(dtype).requires_grad_() if bias else None
-    return SimpleNamespace(hidden=hidden, weight=weight, bias=b, labels=torch.randint(V, (N,)))
-
-
-def leaves(p: Any) -> list[Tensor]:
-    return [t for t in (p.hidden, p.weight, p.bias) if t is not None and t.requires_grad]
-
-
-def run(p: Any, objective: Any, given: dict[str, Any], **options: Any) -> tuple[Tensor, list[Any]]:
-    seq = lk.Sequences.from_lengths(LENGTHS)
-    out = lk.linear_loss(
-        objective,
-        *(p.hidden, p.weight, p.labels, seq),
-        bias=p.bias,
-        return_outputs=True,
-        **given,
-        **options,
-    )
-    return out.logps, [out.loss.detach(), *torch.autograd.grad(out.loss, leaves(p))]
-
-
-REF = torch.linspace(-9, -5, N)
-CASES = {
-    "a_lol": (
-        objectives.a_lol,
-        {"ref_logps": REF, "advantages": torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7]), "clip": 0.9},
-    ),
-    "nll": (objectives.nll, {}),
-    "a_lol_seq": (
-        objectives.a_lol_seq,
-        {"ref_logps": REF, "advantages": torch.ones(5), "clip": 0.5},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("rows", [None, 25, 13])  # a chunk; two; groups longer than a chunk
-@pytest.mark.parametrize("dtype", HALF)
-def test_linear_loss(
-    in_table: ModuleType, name: str, frozen: bool, rows: int | None, dtype: torch.dtype
-) -> None:
-    objective, given = CASES[name]
-    p = problem(dtype, frozen=frozen, bias=rows == 25)
-    options = {} if rows != 13 else {"softcap": 20.0, "temperature": 0.8}
-    budget = None if rows is None else rows * V * 2
-    logps, got = run(*(p, objective, given), **options, backend="cuda_hopper", memory_budget=budget)
-    exact = SimpleNamespace(
-        labels=p.labels,
-        **{
-            k: None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-            for k, t in (("hidden", p.hidden), ("weight", p.weight), ("bias", p.bias))
-        },
-    )
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
-    want_logps, want = run(exact, objective, wide, **options, backend="reference")
-    assert close(logps, want_logps, 2e-5)
-    _, peer = run(p, objective, given, **options, backend="reference")
-    assert math.isclose(float(got[0]), float(want[0]), rel_tol=1e-4, abs_tol=1e-5)
-    eps = torch.finfo(dtype).eps
-    for ours, theirs, true in zip(got[1:], peer[1:], want[1:], strict=True):
-        size = true.abs().max()
-        # Exponentials are rounded before they are gradients: twice the error of one rounding.
-        bound = 2 * (theirs.double() - true).abs().max() + 2 * eps * size
-        assert (ours.double() - true).abs().max() <= bound
-
-
-def test_its_gemm_is_taken(in_table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the row functions, for half-precision operands; those, for any others."""
-    calls: list[str] = []
-    for name in ("linear_spans", "span_dlogits_", "linear_row_stats", "row_stats", "dlogits_"):
-        real = getattr(in_table, name)
-        monkeypatch.setattr(
-            in_table,
-            name,
-            lambda *a, _name=name, _real=real, **o: (calls.append(_name), _real(*a, **o))[1],
-        )
-    p = problem(torch.bfloat16)
-    run(p, *CASES["a_lol"], backend="cuda_hopper")
-    assert calls == ["linear_spans", "span_dlogits_"]
-    calls.clear()
-    with torch.no_grad():
-        lk.linear_logprob(p.hidden, p.weight, p.labels, backend="cuda_hopper")
-    assert calls == ["linear_row_stats"]
-    calls.clear()
-    run(problem(torch.float32), *CASES["a_lol"], backend="cuda_hopper")
-    assert calls == ["row_stats", "dlogits_"]
-
-
-def test_linear_logprob(in_table: ModuleType) -> None:
-    p = problem(torch.bfloat16, bias=True)
-    out = lk.linear_logprob(p.hidden, p.weight, p.labels, bias=p.bias, backend="cuda_hopper")
-    want = lk.linear_logprob(
-        *(t.detach().double() for t in (p.hidden, p.weight)),
-        p.labels,
-        bias=p.bias.detach().double(),
-        backend="reference",
-    )
-    for name in ("logps", "lse", "entropy", "max_logit"):
-        assert close(getattr(out, name), getattr(want, name), 5e-5), name
-    (out.logps * torch.randn(N)).sum().backward()
-    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in leaves(p))
-
-
 @pytest.mark.parametrize(
     ("hidden", "weight", "text"),
     [
@@ -448,30 +326,10 @@ def test_linear_logprob(in_table: ModuleType) -> None:
     ],
 )
 def test_operands_it_cannot_take(
-    in_table: ModuleType, hidden: Tensor, weight: Tensor, text: str
+    compiled: ModuleType, hidden: Tensor, weight: Tensor, text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        in_table.linear_spans(hidden, weight, None, torch.zeros(4, dtype=torch.int64), None)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("op", ["linear_loss", "score"])
-def test_the_memory_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, op: str) -> None:
-    from test_whole_rows import check_memory  # it needs the conftest: a sanitized run has none
-
-    def linear_spans(h: Tensor, w: Tensor, bias: Any, labels: Tensor, out: Any, **o: Any) -> Any:
-        zeros, parts = torch.zeros(5, len(h)), torch.zeros(3, -(-len(w) // SPAN), len(h))
-        return zeros[:4].unbind(), cuda_hopper.Spans(parts, zeros[0], zeros[4])
-
-    module = SimpleNamespace(
-        WHOLE_ROWS=True,
-        GEMM_DTYPES=HALF,
-        linear_spans=linear_spans,
-        linear_row_stats=lambda *a, **o: linear_spans(*a, None, **o)[0],
-        span_dlogits_=lambda x, *a, **o: x,
-        sequence_coef=reference.sequence_coef,
-    )
-    check_memory(monkeypatch, module, op, torch.bfloat16, frozen, spans=True)
+        compiled.linear_spans(hidden, weight, None, torch.zeros(4, dtype=torch.int64), None)
 
 
 def test_the_columns_of_a_span_are_those_of_the_kernel() -> None:

@@ -30,7 +30,7 @@ INTERNAL: dict[str, set[str]] = {
     "backends": {"backends.*"},
     "deferred": {"checks"},
     "gemm": set(),
-    "chunked": {"", "gemm", "planner"},
+    "chunked": {"backends.contract", "", "gemm", "planner"},
     "ops": {"backends", "chunked", "deferred"},
     "loss_op": {"backends", "chunked", "deferred", "objectives", "planner", "sequences"},
     "functional": {"backends", "checks", "chunked", "loss_op", "objectives", "ops", "sequences"},
@@ -41,8 +41,6 @@ INTERNAL: dict[str, set[str]] = {
 }
 TOOLCHAINS: dict[str, set[str]] = {
     "backends.triton_kernels": {"triton"},
-    "backends.triton_onchip": {"triton"},
-    "backends.triton_onchip_kernels": {"triton"},
 }
 # Modules of one toolchain.
 SIBLINGS = {
@@ -50,8 +48,6 @@ SIBLINGS = {
     "backends.cuda": {"backends.compiled"},
     "backends.cuda_hopper": {"backends.cuda"},
     "backends.triton": {"backends.triton_kernels"},
-    "backends.triton_onchip": {"backends.triton", "backends.triton_onchip_kernels"},
-    "backends.triton_onchip_kernels": {"backends.triton_kernels"},
 }
 THIRD_PARTY = {"torch"}
 
@@ -102,7 +98,7 @@ TRAINER_MODULES = modules(TRAINER, "lolrl")
 @pytest.mark.parametrize(("name", "path"), KERNEL_MODULES, ids=[n for n, _ in KERNEL_MODULES])
 def test_kernel_library_imports_torch_and_its_own_layer_only(name: str, path: Path) -> None:
     if name.startswith("backends."):
-        allowed = SIBLINGS.get(name, set())
+        allowed = {"backends.contract"} | SIBLINGS.get(name, set())
     elif name == "":
         allowed = {inner.partition(".")[0] for inner, _ in KERNEL_MODULES} | {"backends"}
     else:

@@ -225,7 +225,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
 
     sizes = testing.gradient_sizes(problem, {"logps": true["coef"]})
-    if TABLE[backend].WHOLE_ROWS:
+    if not TABLE[backend].panels:
         sizes = rounded_sizes(sizes, problem, drawn)
     # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
     longest = max(1, int(seq.lengths.max()))

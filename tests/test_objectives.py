@@ -162,7 +162,7 @@ def test_the_fused_coefficient_equals_autograd(
     assert family is not None
     arguments = {**objectives.defaults(objective), **options, **side}
     fam = family(seq=SEQ, **arguments)
-    kinds = [k for k in (torch.float32, torch.float64) if k in TABLE[backend].DTYPES]
+    kinds = [k for k in (torch.float32, torch.float64) if k in TABLE[backend].dtypes]
     for kind in kinds:
         ref = side["ref_logps"].to(kind) if fam.uses_ref and "ref_logps" in side else None
         loss, got, log_ratio, clipped = TABLE[backend].sequence_coef(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import lolkernels as lk
 from lolkernels import chunked, deferred, gemm, loss_op, objectives, ops, planner
-from lolkernels.backends import TABLE, reference
+from lolkernels.backends import TABLE
 
 N, D, V = 40, 24, 2100  # more than one panel, not a multiple of 16
 LENGTHS = [7, 0, 12, 1, 20]
@@ -27,7 +27,7 @@ INF = math.inf
 
 @pytest.fixture
 def whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+    monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ WALKERS = [
     pytest.param(backend, dtype, id=f"{backend}-{dtype}")
     for backend in ("reference", "cuda_host")
     for dtype in TOLERANCE
-    if dtype in TABLE[backend].DTYPES
+    if dtype in TABLE[backend].dtypes
 ]
 
 
@@ -103,7 +103,7 @@ def test_linear_loss_is_that_of_the_panels(
     p = problem(dtype, frozen=frozen, bias=bias)
     options = {"memory_budget": BUDGETS[budget], "softcap": 20.0, "temperature": 0.8}
     want, want_grads = a_lol(p, **options)
-    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+    monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
     got, got_grads = a_lol(p, backend=backend, **options)
     for a, b in zip(got, want, strict=True):
         close(a, b, min(TOLERANCE[dtype], 1e-5))  # the forward rounds nothing
@@ -134,7 +134,7 @@ def test_linear_logprob_is_that_of_the_panels(
         return [*out, *torch.autograd.grad(total, p.leaves)]
 
     want = run("reference")
-    monkeypatch.setattr(reference, "WHOLE_ROWS", True)
+    monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
     got = run(backend)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         close(a, b, min(TOLERANCE[dtype], 1e-5) if i < 4 else TOLERANCE[dtype])
@@ -182,7 +182,7 @@ def test_logits_rows_are_aligned_and_their_gradients_lie_over_them(
         return real(x, *args, out=out, **options)
 
     real = TABLE[backend].dlogits_
-    monkeypatch.setattr(TABLE[backend], "dlogits_", spy)
+    monkeypatch.setitem(TABLE, backend, TABLE[backend]._replace(dlogits_=spy))
     a_lol(problem(dtype), backend=backend)
     assert sum(seen) == 28  # the tokens of sequences with an advantage
 
@@ -434,12 +434,10 @@ def check_memory(
     op: str,
     dtype: torch.dtype,
     frozen: bool,
-    *,
-    spans: bool = False,
 ) -> None:
     """Kernels and products that allocate nothing stand in: what is left is the driver's."""
     n, d, v, rows = 1024, 96, 20_001, 300
-    budget = rows * v * (2 if spans else 4)
+    budget = rows * v * 4
     monkeypatch.setattr(chunked, "matmul", lambda a, b, out, **options: None)
     monkeypatch.setattr(deferred, "immediate", lambda device: False)
     monkeypatch.setitem(TABLE, "reference", backend)
@@ -473,7 +471,6 @@ def check_memory(
         itemsize=dtype.itemsize,
         frozen_weight=frozen,
         tile=rows,
-        spans=spans,
     )
     assert abs((live.peak - gradients) / stated - 1) <= 0.05, (live.peak - gradients, stated)
 
@@ -484,10 +481,9 @@ def check_memory(
 def test_the_memory_formula_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frozen: bool, op: str
 ) -> None:
-    backend = SimpleNamespace(
-        WHOLE_ROWS=True,
+    backend = TABLE["reference"]._replace(
+        panels=False,
         row_stats=lambda x, labels, **o: [x.new_zeros(x.shape[0]) for _ in range(4)],
         dlogits_=lambda x, labels, lse, a, b, c, out=None, **o: x if out is None else out,
-        sequence_coef=reference.sequence_coef,
     )
     check_memory(monkeypatch, backend, op, dtype, frozen)

@@ -15,6 +15,7 @@ REACH = 50.0  # a row whose maximum stands higher than this above its anchor is 
 class Backend(NamedTuple):
     """Row functions for some devices and dtypes. The reference backend defines what they compute.
 
+    Adding one is a module with a ``BACKEND`` and an entry in the table of ``backends``.
     ``gemm(hidden, weight, bias, labels, anchor, out, **scaling) -> Exps`` is a matrix product whose
     epilogue does what ``exps_`` does, so that no logits are written.
     """
@@ -22,6 +23,7 @@ class Backend(NamedTuple):
     name: str
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]  # of the logits
+    panels: bool  # on a CPU the caller hands over panels of columns that fit its cache
     why_unavailable: Callable[[], str | None]  # None where it can be used, else why and what to do
     row_stats: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     exps_: Callable[..., Exps]
@@ -29,6 +31,9 @@ class Backend(NamedTuple):
     sequence_coef: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     gemm: Callable[..., Exps] | None = None
     gemm_dtypes: tuple[torch.dtype, ...] = ()  # of the operands
+
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return (self.devices is None or device.type in self.devices) and dtype in self.dtypes
 
 
 class Exps(NamedTuple):

@@ -9,10 +9,10 @@ from functools import cache
 import torch
 
 from .compiled import Compiled
+from .contract import Backend
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = True  # a tile is as wide as the vocabulary
 
 _compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
 row_stats = _compiled.row_stats
@@ -29,3 +29,16 @@ def why_unavailable() -> str | None:
             "(torch.version.cuda and torch.cuda.is_available() tell)"
         )
     return _compiled.why_unavailable
+
+
+BACKEND = Backend(
+    name="cuda",
+    devices=DEVICES,
+    dtypes=DTYPES,
+    panels=False,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=_compiled.exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda import DEVICES, DTYPES, WHOLE_ROWS, _compiled, dlogits_, row_stats, sequence_coef
+from .cuda import DEVICES, DTYPES, _compiled, dlogits_, row_stats, sequence_coef
 from .cuda import why_unavailable as _why_cuda_is_unavailable
 
 __all__ = [
     "DEVICES",
     "DTYPES",
     "GEMM_DTYPES",
-    "WHOLE_ROWS",
     "dlogits_",
     "linear_row_stats",
     "linear_spans",

@@ -19,15 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import REACH, SHIFT, Exps
-
-DEVICES = None  # any
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = False  # on a CPU the driver hands over panels of columns
-
-
-def why_unavailable() -> str | None:
-    return None
+from .contract import REACH, SHIFT, Backend, Exps
 
 
 def row_stats(
@@ -174,3 +166,16 @@ def _transform(
 def _target(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     has_target = (labels >= 0) & (labels < vocab)
     return has_target, torch.where(has_target, labels, 0)
+
+
+BACKEND = Backend(
+    name="reference",
+    devices=None,
+    dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    panels=True,
+    why_unavailable=lambda: None,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import Backend, Exps
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = True  # a tile is as wide as the vocabulary
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
 STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
 
@@ -212,3 +211,20 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+def exps_(*args: Any, **options: Any) -> Exps:
+    raise NotImplementedError
+
+
+BACKEND = Backend(
+    name="triton",
+    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    panels=False,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)
