@@ -101,7 +101,7 @@ def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
         if options.get("softcap"):
             anchor = anchor if anchor is None else anchor.index_fill(0, torch.tensor(n - 1), -60.0)
         else:
-            raw[-1, torch.randint(v, (3,))] += 90.0 + 20.0 * torch.rand(3)
+            raw[-1, torch.randint(v, (4,))] += 60.0 + 20.0 * torch.rand(4)
             raw[-1, 0] = 1.0
         x = zoned(raw.to(dtype))
         wide = x.view.double()

@@ -46,7 +46,7 @@ TOOLCHAINS: dict[str, set[str]] = {
 SIBLINGS = {
     "backends.cpu": {"backends.compiled"},
     "backends.cuda": {"backends.compiled"},
-    "backends.cuda_hopper": {"backends.cuda"},
+    "backends.cuda_gemm": {"backends.cuda"},
     "backends.triton": {"backends.triton_kernels"},
 }
 THIRD_PARTY = {"torch"}

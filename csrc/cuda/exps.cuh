@@ -28,7 +28,7 @@ __device__ __forceinline__ Running add_up(Running a, Running b) {
 struct Fall {
   float fall, half;
   __device__ Fall(float from, float to)
-      : fall(fmaxf(from - to, -256.0f)), half(fast_exp(0.5f * fall)) {}
+      : fall(fmaxf(fminf(from - to, 0.0f), -256.0f)), half(fast_exp(0.5f * fall)) {}
   __device__ float operator()(float e) const { return e * half * half; }
   __device__ void move(Running& s) const {
     s.dev = (*this)(s.dev + s.rest * fall);

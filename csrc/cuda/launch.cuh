@@ -3,8 +3,6 @@
 
 #include <type_traits>
 
-#include "exps.cuh"
-#include "rows.cuh"
 #include "sequences.cuh"
 #include "span_rows.cuh"
 
@@ -144,29 +142,10 @@ inline cudaError_t sequence_coef(const SequencesArgs& args, int64_t sequences,
   return cudaErrorInvalidValue;
 }
 
-inline cudaError_t merge_spans(const MergeSpansArgs& args, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((args.spans.rows + kWarp - 1) / kWarp);
-  return launch(merge_spans_kernel, blocks, 1, kMergeWarps * kWarp, stream, args);
-}
-
-inline cudaError_t span_dlogits(const SpanDlogitsArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.spans.rows, spans = span_count(args.spans.cols);
-  const int threads = block_threads(spans * kWarp, kSpansAtOnce);
-  const int64_t batch = threads / kWarp * kSpansAtOnce, batches = (spans + batch - 1) / batch;
-  const int64_t wanted = (kEnoughBlocks + rows - 1) / rows,
-                parts = wanted < batches ? wanted : batches;
-  const int64_t spans_a_block = (batches + parts - 1) / parts * batch;
-  const auto blocks = static_cast<unsigned>((spans + spans_a_block - 1) / spans_a_block);
-  const auto go = [&](auto kernel) {
-    return launch(kernel, static_cast<unsigned>(rows), blocks, threads, stream, args,
-                  static_cast<int>(spans_a_block));
-  };
-  switch (args.spans.dtype) {
-    case DType::bf16: return go(span_dlogits_kernel<__nv_bfloat16>);
-    case DType::f16: return go(span_dlogits_kernel<__half>);
-    case DType::f32: break;
-  }
-  return cudaErrorInvalidValue;
+// span: the columns of one.
+inline cudaError_t merge_spans(const SpansArgs& args, int span, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((args.rows + kWarp - 1) / kWarp);
+  return launch(merge_spans_kernel, blocks, 1, kMergeWarps * kWarp, stream, args, span);
 }
 
 }  // namespace lolkernels::cuda

@@ -12,14 +12,17 @@ from contextlib import contextmanager
 
 import torch
 
-from . import cpu, cuda, reference, triton
+from . import cpu, cuda, cuda_gemm, reference, triton
 from .contract import Backend
 
 # The first that fits is taken; the reference always fits: what follows it is taken by name only.
 # Adding a backend is one module and one entry here.
 TABLE: dict[str, Backend] = {
     backend.name: backend
-    for backend in (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
+    for backend in (
+        *(cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND),
+        *cuda_gemm.BACKENDS,
+    )
 }
 
 _forced: list[str] = []

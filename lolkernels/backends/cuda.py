@@ -11,13 +11,7 @@ import torch
 from .compiled import Compiled
 from .contract import Backend
 
-DEVICES = ("cuda",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
-row_stats = _compiled.row_stats
-dlogits_ = _compiled.dlogits_
-sequence_coef = _compiled.sequence_coef
+compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
 
 
 @cache
@@ -28,17 +22,17 @@ def why_unavailable() -> str | None:
             "torch sees no NVIDIA GPU: install a CUDA build of torch on a machine that has one "
             "(torch.version.cuda and torch.cuda.is_available() tell)"
         )
-    return _compiled.why_unavailable
+    return compiled.why_unavailable
 
 
 BACKEND = Backend(
     name="cuda",
-    devices=DEVICES,
-    dtypes=DTYPES,
+    devices=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
     panels=False,
     why_unavailable=why_unavailable,
-    row_stats=row_stats,
-    exps_=_compiled.exps_,
-    dlogits_=dlogits_,
-    sequence_coef=sequence_coef,
+    row_stats=compiled.row_stats,
+    exps_=compiled.exps_,
+    dlogits_=compiled.dlogits_,
+    sequence_coef=compiled.sequence_coef,
 )

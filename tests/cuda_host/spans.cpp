@@ -9,29 +9,20 @@ namespace {
 constexpr int kRows = 64, kThreads = 128;
 
 // What TMA reads past the operands is zero.
-template <typename Out>
-void finish_kernel(const LinearSpansArgs args, const float* products, int64_t stride) {
+template <int kHeld>
+void finish_kernel(const SpansArgs args, const float* products, int64_t stride) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int half = 0; half < 2; ++half) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + cuda::held_row(thread, half);
-    float x[cuda::kHeld];
-    for (int i = 0; i < cuda::kHeld; ++i) {
-      const int64_t column =
-          static_cast<int64_t>(blockIdx.y) * cuda::kSpan + cuda::held_column(thread, i);
-      const bool inside = row < args.spans.rows && column < args.spans.cols;
+    const int64_t begin = static_cast<int64_t>(blockIdx.y) * kHeld * cuda::kQuad;
+    float x[kHeld];
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t column = begin + cuda::held_column(thread, i);
+      const bool inside = row < args.rows && column < args.cols;
       x[i] = inside ? products[row * stride + column] : 0.0f;
     }
-    cuda::finish_span<Out>(args, row, blockIdx.y, x);
+    cuda::finish_span(args, row, blockIdx.y, x);
   }
-}
-
-Spans spans(const int64_t* s, float* parts) {
-  return {reinterpret_cast<void*>(s[0]), static_cast<DType>(s[1]), s[2], s[3], s[4], parts};
-}
-
-template <typename T>
-Vector<T> adjacent(const T* data) {
-  return {data, 1};
 }
 
 }  // namespace
@@ -40,32 +31,32 @@ extern "C" {
 
 void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
 
-// held: address (0: none), dtype, rows, cols, row_stride. result: five rows of float32.
-int host_linear_spans(const float* products, int64_t stride, const int64_t* held, float* parts,
-                      const float* bias, const int64_t* labels, const double* map, float* result) {
-  const Spans s = spans(held, parts);
-  float *target = result, *slope = result + 4 * s.rows;
-  const LinearSpansArgs args{s,      bias, adjacent(labels), make_logit_map(map[0], map[1], map[2]),
-                             target, slope};
+// out: address (0: none), rows, cols, row_stride. sums: six rows of float32.
+int host_linear_exps(const float* products, int64_t stride, const int64_t* out, float* parts,
+                     const float* bias, const int64_t* labels, const float* anchor,
+                     const double* map, int64_t span, float* sums) {
+  const int64_t n = out[1];
+  const SpansArgs args{reinterpret_cast<void*>(out[0]),
+                       n,
+                       out[2],
+                       out[3],
+                       bias,
+                       {labels, 1},
+                       {anchor, 1},
+                       make_logit_map(map[0], map[1], map[2]),
+                       parts,
+                       sums,
+                       sums + n,
+                       sums + 2 * n,
+                       sums + 3 * n,
+                       sums + 4 * n,
+                       sums + 5 * n};
   // One more of each: a GEMM's tiles may go beyond the matrix.
-  const auto tiles = static_cast<unsigned>((s.rows + kRows - 1) / kRows + 1);
-  const auto columns = static_cast<unsigned>(cuda::span_count(s.cols) + 1);
-  const cudaError_t status = s.dtype == DType::bf16
-                                 ? cuda::launch(finish_kernel<__nv_bfloat16>, tiles, columns,
-                                                kThreads, nullptr, args, products, stride)
-                                 : cuda::launch(finish_kernel<__half>, tiles, columns, kThreads,
-                                                nullptr, args, products, stride);
+  const auto tiles = static_cast<unsigned>((n + kRows - 1) / kRows + 1);
+  const auto spans = static_cast<unsigned>(cuda::span_count(out[2], static_cast<int>(span)) + 1);
+  const cudaError_t status = cuda::launch(span == 192 ? finish_kernel<48> : finish_kernel<64>,
+                                          tiles, spans, kThreads, nullptr, args, products, stride);
   if (status != cudaSuccess) return status;
-  return cuda::merge_spans(
-      {s, adjacent(labels), target, result + s.rows, result + 2 * s.rows, result + 3 * s.rows},
-      nullptr);
-}
-
-int host_span_dlogits(const int64_t* held, float* parts, const int64_t* labels, const float* target,
-                      const float* slope, const float* lse, const float* coef, const double* map) {
-  return cuda::span_dlogits(
-      {spans(held, parts), adjacent(labels), adjacent(target), adjacent(slope), adjacent(lse),
-       adjacent(coef), make_logit_map(map[0], map[1], map[2])},
-      nullptr);
+  return cuda::merge_spans(args, static_cast<int>(span), nullptr);
 }
 }
