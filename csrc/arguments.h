@@ -31,6 +31,15 @@ struct RowStatsArgs {
   float *target_logit, *lse, *expected_logit, *max_logit;
 };
 
+struct ExpsArgs {
+  Matrix logits;
+  Matrix out;  // as in DlogitsArgs
+  Vector<int64_t> labels;
+  Vector<float> anchor;  // null: the label's own logit + kShift
+  LogitMap map;
+  float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
+};
+
 struct DlogitsArgs {
   Matrix logits;
   Matrix out;  // the same view as logits, or disjoint memory of the same shape; see cuda/rows.cuh

@@ -10,8 +10,8 @@ void define_row_functions(Library& m) {
   m.def(
       "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be logits
-  // itself: the exponentials then take its place.
+  // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be
+  // logits itself: the exponentials then take its place.
   m.def(
       "exps(Tensor logits, Tensor labels, Tensor? anchor, float scale, float softcap,"
       " float temperature, *, Tensor(a!) out)"
