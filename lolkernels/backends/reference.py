@@ -56,7 +56,7 @@ def exps_(
 
     The anchor is known before the row is read, so that one read and one write make E. A row that
     reaches more than REACH above it, or whose anchor is not finite, is anchored at its maximum over
-    v != label instead; fp16, whose range is small, always is. The sums are of what stands before
+    v != label instead (at the label's logit where that is -inf); fp16, whose range is small, always is. The sums are of what stands before
     the rounding to ``out``'s dtype.
     """
     out = logits if out is None else out
@@ -73,7 +73,8 @@ def exps_(
     if out.dtype == torch.float16:
         again = torch.ones_like(again)
     anchor = torch.where(again, top, anchor)
-    anchor = torch.where(anchor == -torch.inf, 0.0, anchor)  # no other column counts
+    # Where no other column counts, the label's own logit.
+    anchor = torch.where(anchor == -torch.inf, z_y.nan_to_num(0.0, 0.0, 0.0), anchor)
     d = others - anchor[:, None]
     e = d.exp()
     out.copy_(torch.where(e == 0, 0.0, e * slope))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Backend, Exps
+from .contract import REACH, SHIFT, Backend, Exps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
@@ -85,6 +85,51 @@ def row_stats(
                 num_stages=STAGES,
             )
     return target, lse, expected, largest
+
+
+def exps_(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # (n, V)
+) -> Exps:
+    """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
+
+    `out` as for :func:`dlogits_`. Memory traffic: each logit is read once and its exponential
+    written once; twice in rows that reach too far above their anchor, and in float16.
+    """
+    target = logits if out is None else out
+    n, vocab = logits.shape
+    sums = Exps(*(logits.new_empty(n, dtype=torch.float32) for _ in Exps._fields))
+    if n:
+        block, warps = dlogits_block(vocab, softcap != 0)
+        with _device(logits):
+            _kernels().exps[(n,)](
+                logits,
+                labels,
+                anchor,
+                target,
+                *sums,
+                vocab,
+                *logits.stride(),
+                *target.stride(),
+                labels.stride(0),
+                0 if anchor is None else anchor.stride(0),
+                *_scaling(scale, softcap, temperature),
+                SHIFT,
+                REACH,
+                HAS_ANCHOR=anchor is not None,
+                CAP=softcap != 0,
+                AT_TOP=target.dtype == torch.float16,
+                BLOCK=block,
+                num_warps=warps,
+                num_stages=STAGES,
+            )
+    return sums
 
 
 def dlogits_(
@@ -211,10 +256,6 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
-
-
-def exps_(*args: Any, **options: Any) -> Exps:
-    raise NotImplementedError
 
 
 BACKEND = Backend(
