@@ -18,6 +18,13 @@ __device__ __forceinline__ bool within_reach(float top, float anchor) {
   return fabsf(anchor) < HUGE_VALF && !(top > anchor + kReach);
 }
 
+// What exponentials out of its reach are relative to: the maximum, or where no column but the
+// label's counts, the label's logit.
+__device__ __forceinline__ float own_anchor(float top, float target) {
+  if (top != -HUGE_VALF) return top;
+  return fabsf(target) < HUGE_VALF ? target : 0.0f;
+}
+
 // Of sums relative to one anchor; `m` is the maximum.
 __device__ __forceinline__ Running add_up(Running a, Running b) {
   return {fmaxf(a.m, b.m), a.rest + b.rest, a.dev + b.dev};
@@ -152,7 +159,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
     __syncthreads();
     if (limit != -HUGE_VALF && !(top_of_row > limit)) break;
     // Once more, from where the thread stopped, relative to the maximum.
-    const float top = finite_or_zero(top_of_row);
+    const float top = own_anchor(top_of_row, target.z);
     const Fall fall(limit == -HUGE_VALF ? top : anchor, top);
     fall.move(s);
     for (int pack = thread; pack < done && pack < at.packs; pack += threads) {

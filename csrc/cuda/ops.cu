@@ -13,8 +13,6 @@
 namespace lolkernels::cuda {
 namespace {
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 int gpu_of(const Tensor& t) {
   STD_TORCH_CHECK(t.is_cuda(), "the first argument must be a CUDA tensor");
   return t.get_device_index();

@@ -51,10 +51,11 @@ __global__ void __launch_bounds__(kWarp* kMergeWarps)
       args.target_logit[row] = -HUGE_VALF;
       args.slope[row] = 0.0f;
     }
-    args.used[row] = base_of(s.m, args.anchor[row]);
+    const float anchor = args.anchor[row], target = args.target_logit[row];
+    args.used[row] = within_reach(s.m, anchor) ? anchor : own_anchor(s.m, target);
     args.rest[row] = s.rest;
     args.deviation[row] = s.dev;
-    args.max_logit[row] = max_logit(s, args.target_logit[row]);
+    args.max_logit[row] = max_logit(s, target);
   }
 
   if (args.out == nullptr) return;
