@@ -105,34 +105,51 @@ int64_t count_equal(const float* z, int64_t count, float value) {
   return equal;
 }
 
-struct BlockHead {
-  int64_t count;  // columns, padding included
+// kBlock columns of logits.
+template <typename D, bool kCapped, bool kSlopes>
+struct Block {
+  alignas(64) float z[kBlock];  // padded with -inf to a multiple of kStep
+  alignas(64) float slope[kSlopes ? kBlock : kLanes];
+  int64_t count;  // padding included
   float max;      // NaN does not count
-};
 
-// Writes z of columns [col, col + kBlock) to z, padded with -inf to a multiple of kStep.
-template <typename D, bool kCapped>
-BlockHead read_block(const Row<D>& row, int64_t col, const LogitMap& map, float* z) {
-  const int64_t left = row.cols - col;
-  const int64_t count = left < kBlock ? left : kBlock;
-  F32 max = splat(-kInf);
-  int64_t i = 0;
-  if (row.stride == 1) {
-    for (; i + kLanes <= count; i += kLanes) {
-      const F32 v = logit<kCapped>(D::read(row.data + col + i), map).z;
-      store(z + i, v);
-      max = at_least(max, v);
+  // Columns [col, col + kBlock).
+  void read(const Row<D>& row, int64_t col, const LogitMap& map) {
+    const int64_t left = row.cols - col;
+    const int64_t cols = left < kBlock ? left : kBlock;
+    F32 top = splat(-kInf);
+    int64_t i = 0;
+    const auto keep = [&](const Logit& x) {
+      store(z + i, x.z);
+      if constexpr (kSlopes) store(slope + i, x.slope);
+      top = at_least(top, x.z);
+    };
+    if (row.stride == 1) {
+      for (; i + kLanes <= cols; i += kLanes) {
+        keep(logit<kCapped>(D::read(row.data + col + i), map));
+      }
     }
+    for (; i < cols; i += kLanes) {
+      Logit x = logit<kCapped>(gather(row, col + i), map);
+      for (int64_t j = cols - i; j < kLanes; ++j) x.z[j] = -kInf;
+      keep(x);
+    }
+    for (; i % kStep != 0; i += kLanes) {
+      store(z + i, splat(-kInf));
+      if constexpr (kSlopes) store(slope + i, F32{});
+    }
+    count = i;
+    max = largest(top);
   }
-  for (; i < count; i += kLanes) {
-    F32 v = logit<kCapped>(gather(row, col + i), map).z;
-    for (int64_t j = count - i; j < kLanes; ++j) v[j] = -kInf;
-    store(z + i, v);
-    max = at_least(max, v);
+
+  // Column i takes no part.
+  void leave_out(int64_t i) {
+    z[i] = -kInf;
+    F32 top = splat(-kInf);
+    for (i = 0; i < count; i += kLanes) top = at_least(top, load<F32>(z + i));
+    max = largest(top);
   }
-  for (; i % kStep != 0; i += kLanes) store(z + i, splat(-kInf));
-  return {i, largest(max)};
-}
+};
 
 // Sums over the columns with z < ref, or NaN; z > ref does not occur. A column at ref counts 1, and
 // the caller adds it in double: in a float lane it would swallow the rest of a confident row.
@@ -158,13 +175,13 @@ Sums block_sums(const float* z, int64_t count, float ref, const Row<D>& row, int
 
 template <typename D, bool kCapped>
 void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float z[kBlock];
+  Block<D, kCapped, false> block;
   for (int64_t r = begin; r < end; ++r) {
     const Row<D> row(args.logits, r);
     float max = -kInf;
     Sums sum = {0.0, 0.0};  // relative to max
     for (int64_t col = 0; col < row.cols; col += kBlock) {
-      const BlockHead block = read_block<D, kCapped>(row, col, args.map, z);
+      block.read(row, col, args.map);
       if (block.max > max) {
         if (max != -kInf) {
           const double shift = static_cast<double>(max) - static_cast<double>(block.max);
@@ -175,13 +192,13 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
       }
       // While every logit is -inf, 0 takes the place of the maximum and only a NaN counts.
       const bool nothing = max == -kInf;
-      const Sums s = block_sums(z, block.count, nothing ? 0.0f : max, row, col + kBlock);
+      const Sums s = block_sums(block.z, block.count, nothing ? 0.0f : max, row, col + kBlock);
       if (!nothing || s.p != s.p) {
         sum.p += s.p;
         sum.pz += s.pz;
       }
       if (!nothing && block.max == max) {
-        sum.p += static_cast<double>(count_equal(z, block.count, max));
+        sum.p += static_cast<double>(count_equal(block.z, block.count, max));
       }
     }
     const int64_t label = args.labels[r];
@@ -194,55 +211,14 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// A block of columns as exps takes it, padded to a multiple of kStep. The label is at -inf, so that
-// it is in no sum and its exponential is 0.
-template <typename D, bool kCapped>
-struct Block {
-  alignas(64) float z[kBlock];
-  alignas(64) float slope[kCapped ? kBlock : kLanes];
-  int64_t count;  // padding included
-  float max;      // of what is not the label; NaN does not count
-
-  void read(const Row<D>& row, int64_t col, int64_t label, const LogitMap& map) {
-    const int64_t left = row.cols - col;
-    const int64_t cols = left < kBlock ? left : kBlock;
-    F32 top = splat(-kInf);
-    int64_t i = 0;
-    const auto keep = [&](F32 raw) {
-      const Logit x = logit<kCapped>(raw, map);
-      store(z + i, x.z);
-      if constexpr (kCapped) store(slope + i, x.slope);
-      top = at_least(top, x.z);
-    };
-    if (row.stride == 1) {
-      for (; i + kLanes <= cols; i += kLanes) keep(D::read(row.data + col + i));
-    }
-    for (; i < cols; i += kLanes) keep(gather(row, col + i));
-    for (int64_t j = cols; j < i; ++j) z[j] = -kInf;
-    for (; i % kStep != 0; i += kLanes) {
-      store(z + i, splat(-kInf));
-      if constexpr (kCapped) store(slope + i, F32{});
-    }
-    count = i;
-    max = largest(top);
-    const bool pads = cols % kLanes != 0 && (kCapped || map.gain <= 0.0f);  // f(-inf) is not -inf
-    const bool here = label >= col && label < col + cols;
-    if (here) z[label - col] = -kInf;
-    if (here || pads) {
-      top = splat(-kInf);
-      for (i = 0; i < count; i += kLanes) top = at_least(top, load<F32>(z + i));
-      max = largest(top);
-    }
-  }
-};
-
-// The maximum of the columns from `col` on.
+// The maximum of the columns from `col` on but for the label.
 template <typename D, bool kCapped>
 [[gnu::noinline]] float highest(const Row<D> row, int64_t col, int64_t label, const LogitMap& map) {
-  Block<D, kCapped> block;
+  Block<D, kCapped, false> block;
   float max = -kInf;
   for (; col < row.cols; col += kBlock) {
-    block.read(row, col, label, map);
+    block.read(row, col, map);
+    if (label >= col && label < col + block.count) block.leave_out(label - col);
     max = block.max > max ? block.max : max;
   }
   return max;
@@ -261,7 +237,7 @@ template <typename In, typename Out, bool kCapped>
 void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
   const LogitMap map = args.map;
   const F32 gain = splat(map.gain);
-  Block<In, kCapped> block;
+  Block<In, kCapped, kCapped> block;
   for (int64_t r = begin; r < end; ++r) {
     const Row<In> row(args.logits, r);
     const Row<Out> out(args.out, r);
@@ -282,7 +258,8 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
     float top = -kInf;
     Sums sum = {0.0, 0.0};  // relative to the anchor
     for (int64_t col = 0; col < row.cols; col += kBlock) {
-      block.read(row, col, label, map);
+      block.read(row, col, map);
+      if (label >= col && label < col + block.count) block.leave_out(label - col);
       top = block.max > top ? block.max : top;
       if (!at_top && top - anchor > kReach) {
         // Before anything of this block is written, which may take the place of its logits.

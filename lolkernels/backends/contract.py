@@ -62,19 +62,20 @@ class RowStats(NamedTuple):
 
 def statistics(sums: Exps) -> RowStats:
     """What the sums over whole rows say of them."""
-    d = sums.target_logit - sums.anchor
-    above = d.clamp(min=0)  # where the label stands above the anchor, it is the base
-    mine, fall = (d - above).exp(), (-above).exp()
+    base = torch.maximum(sums.target_logit, sums.anchor)
+    mine, fall = (sums.target_logit - base).exp(), (sums.anchor - base).exp()
     rest = sums.rest * fall
     total = rest + mine
-    lse = sums.anchor + above + total.log()
+    lse = base + total.log()
     lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
     logps = torch.where(mine > rest, -torch.log1p(rest / mine), sums.target_logit - lse)
-    expected = sums.deviation * fall + torch.where(mine == 0, 0.0, mine * d)
+    others = fall * (sums.deviation + sums.rest * (sums.anchor - base))
+    own = mine * (sums.target_logit - base)
+    deviation = torch.where(fall == 0, 0.0, others) + torch.where(mine == 0, 0.0, own)
     return RowStats(
         logps=logps + 0.0 * lse,  # nan where the row is spoilt
         lse=lse,
-        expected_logit=sums.anchor + expected / total,
+        expected_logit=base + deviation / total,
         max_logit=sums.max_logit,
         target_logit=sums.target_logit,
         slope=sums.slope,

@@ -56,8 +56,9 @@ def exps_(
 
     The anchor is known before the row is read, so that one read and one write make E. A row that
     reaches more than REACH above it, or whose anchor is not finite, is anchored at its maximum over
-    v != label instead (at the label's logit where that is -inf); fp16, whose range is small, always is. The sums are of what stands before
-    the rounding to ``out``'s dtype.
+    v != label instead, or at the label's logit where that is -inf; fp16, whose range is small,
+    always is. An anchor that stands above all of a row is kept: what is 87 below it counts as 0.
+    The sums are of what stands before the rounding to ``out``'s dtype.
     """
     out = logits if out is None else out
     z, dz_dx = _transform(logits, scale, softcap, temperature)

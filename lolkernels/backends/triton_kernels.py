@@ -208,7 +208,7 @@ def exps(
     dev = tl.zeros([BLOCK], tl.float32)
     blocks = tl.cdiv(V, BLOCK)
     done = 0  # blocks that hold exponentials
-    for _ in range(2):
+    while done < blocks:
         for block in range(done, blocks):
             v = block * BLOCK + tl.arange(0, BLOCK)
             if block < V // BLOCK:
@@ -234,7 +234,7 @@ def exps(
         if done < blocks:
             # Where no other column counts, the label's own logit.
             base = tl.where(top == NEG_INF, tl.where(tl.abs(z_y) < POS_INF, z_y, 0.0), top)
-            fall = anchor - base
+            fall = tl.where(done == 0, 0.0, anchor - base)
             half = tl.exp(0.5 * fall)  # its square may be too small for a float
             dev = (dev + total * fall) * half * half
             total = total * half * half
