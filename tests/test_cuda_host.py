@@ -305,7 +305,7 @@ MUTANTS = [
     ("exps.cuh", "+ i == label", "+ i == label + 1"),
     ("exps.cuh", "if (kContiguous && !edge_done)", "if (kContiguous)"),
     ("exps.cuh", "edge_done && has_edge) {\n        const", "has_edge) {\n        const"),
-    ("exps.cuh", "finite_or_zero(top_of_row)", "top_of_row"),
+    ("exps.cuh", "own_anchor(top_of_row, target.z)", "top_of_row"),
     ("exps.cuh", "done = begin", "done = at.packs + begin"),
     ("launch.cuh", "return x_past == out_past && x_row == out_row;", "return true;"),
     ("sequences.cuh", "last <= first", "false"),
