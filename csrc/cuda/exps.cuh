@@ -3,8 +3,6 @@
 // this is text for nvcc and for tests/cuda_host.
 #pragma once
 
-#include <type_traits>
-
 #include "rows.cuh"
 
 namespace lolkernels::cuda {
@@ -97,32 +95,29 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
     return writing;
   };
   for (;;) {
-    const auto batch = [&](int begin, auto count) {
+    in_batches<kBatch>(done, at.packs, threads, [&](int begin, auto count) {
       constexpr int kCount = decltype(count)::value;
-      const auto place = [&](int u) { return begin + u * threads + thread; };
-      const auto there = [&](int u) { return kCount > 1 || place(u) < at.packs; };
+      const auto column = [&](int u) { return at.column(begin + u * threads + thread); };
+      const bool there = kCount > 1 || begin + thread < at.packs;
       Pack<In, kPack> raw[kCount];
 #pragma unroll
-      for (int u = 0; u < kCount; ++u) {
-        if (!there(u)) continue;
-        raw[u] = *reinterpret_cast<const Pack<In, kPack>*>(x + at.column(place(u)) * x_stride);
+      for (int u = 0; u < kCount && there; ++u) {
+        raw[u] = *reinterpret_cast<const Pack<In, kPack>*>(x + column(u) * x_stride);
       }
       Logit v[kCount][kPack];
       float top = -HUGE_VALF;
 #pragma unroll
-      for (int u = 0; u < kCount; ++u) {
-        if (!there(u)) continue;
+      for (int u = 0; u < kCount && there; ++u) {
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
-          v[u][i] = masked(raw[u].lane[i], at.column(place(u)) + i == label);
+          v[u][i] = masked(raw[u].lane[i], column(u) + i == label);
           top = fmaxf(top, v[u][i].z);
         }
       }
       if (!may_write(top)) return;
       float rest = 0.0f, dev = 0.0f;
 #pragma unroll
-      for (int u = 0; u < kCount; ++u) {
-        if (!there(u)) continue;
+      for (int u = 0; u < kCount && there; ++u) {
         Pack<Out, kPack> e;
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
@@ -131,17 +126,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
           dev += one * depth(v[u][i].z, anchor);
           narrow(one * v[u][i].slope, &e.lane[i]);
         }
-        *reinterpret_cast<Pack<Out, kPack>*>(out + at.column(place(u)) * out_stride) = e;
+        *reinterpret_cast<Pack<Out, kPack>*>(out + column(u) * out_stride) = e;
       }
       s.rest += rest;
       s.dev += dev;
       done = begin + kCount * threads;
-    };
-    int begin = done;
-    for (; begin + kBatch * threads <= at.packs; begin += kBatch * threads) {
-      batch(begin, std::integral_constant<int, kBatch>{});
-    }
-    for (; begin < at.packs; begin += threads) batch(begin, std::integral_constant<int, 1>{});
+    });
     if (kContiguous && !edge_done) {
       Logit v = {-HUGE_VALF, 0.0f};
       if (has_edge) v = masked(x[at.edge(thread)], at.edge(thread) == label);
