@@ -43,6 +43,7 @@ extern "C" {
 
 void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
 
+#if !defined(SPANS_ALONE)  // quicker to compile
 int host_row_stats(const int64_t* logits, const int64_t* labels, const double* map, float* target,
                    float* lse, float* expected, float* largest) {
   return cuda::row_stats({matrix(logits), vector<int64_t>(labels),
@@ -78,6 +79,10 @@ int host_sequence_coef(const int64_t* logps, const int64_t* ref, const int64_t* 
       sequences, nullptr);
 }
 
+// The grid a row count, a width and a batch make, for tests of the table of launches.
+int host_threads(int64_t cols, int64_t columns) { return cuda::block_threads(cols, columns); }
+#endif
+
 // out: address (0: none), rows, cols, row_stride. sums: six rows of float32.
 int host_linear_exps(const float* products, int64_t stride, const int64_t* out, float* parts,
                      const float* bias, const int64_t* labels, const float* anchor,
@@ -106,7 +111,4 @@ int host_linear_exps(const float* products, int64_t stride, const int64_t* out, 
   if (status != cudaSuccess) return status;
   return cuda::merge_spans(args, static_cast<int>(span), nullptr);
 }
-
-// The grid a row count, a width and a batch make, for tests of the table of launches.
-int host_threads(int64_t cols, int64_t columns) { return cuda::block_threads(cols, columns); }
 }
