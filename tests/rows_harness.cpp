@@ -201,14 +201,15 @@ void check_exps(const RowKernels& kernels, const Owned& logits, const Vector<int
     double want_rest = 0.0, want_deviation = 0.0, spread = 1e-30;
     for (int64_t k = 0; k < v; ++k) {
       const double d = z[r * v + k] - static_cast<double>(used[r]);
-      const bool counts = k != labels[r] && d > -1e30;
+      const bool counts = k != labels[r] && d > -700.0;
       const double e = counts ? std::exp(d) : 0.0;
       want_rest += e;
       want_deviation += counts && e > 0 ? e * d : 0.0;
       spread += counts ? e * (1.0 + std::fabs(d)) : 0.0;
       double want = e * scale / temperature;
       if (cap > 0) want *= 1.0 / std::pow(std::cosh(logits.get(r, k) * scale / cap), 2);
-      double tolerance = e * scale / temperature * (size + 1e-6 * (1.0 + std::fabs(d))) + 1e-36;
+      double tolerance =
+          e * scale / temperature * (size + 1e-6 * (1.0 + std::fabs(counts ? d : 0.0))) + 1e-36;
       if (out.m.dtype != DType::f32) {  // twice where the row was scaled down
         tolerance += 2 * std::fabs(want) * (narrow ? 0x1p-10 : 0x1p-7) + (narrow ? 0x1p-24 : 0.0);
       }
