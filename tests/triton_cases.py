@@ -30,9 +30,11 @@ def compile_cases() -> list[Case]:
         for x, out in (("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
             for cap in (False, True):
                 cases.append(dlogits_case(arch, x, out, 128256, cap))
+                cases.append(exps_case(arch, x, out, 50257 if cap else 128256, cap))
         cases += [sequence_case(arch, ratio, ref) for ratio in (0, 1, 2) for ref in (True, False)]
         cases += [one_column(stats_case(arch, "fp32", 1, False))]
         cases += [one_column(dlogits_case(arch, "fp32", "bf16", 1, True))]
+        cases += [one_column(exps_case(arch, "fp32", "bf16", 1, False))]
         cases += [one_program_a_row(dlogits_case(arch, "bf16", "bf16", 50257, False))]
     return cases
 
@@ -47,6 +49,7 @@ def one_column(case: Case) -> Case:
         constexprs={**case.constexprs, **dict.fromkeys(ones, 1)},
         aligned=[k for k in case.aligned if k not in ones],
         vector_loads=False,
+        vector_stores=False,
     )
 
 
@@ -94,6 +97,34 @@ def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
         num_stages=rows.STAGES,
         aligned=("x_ptr", "labels_ptr", "out_ptr", *vectors, "span", "x_row", "out_row"),
         vector_loads=True,
+        vector_stores=True,
+    )
+
+
+def exps_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
+    """With an anchor where the vocabulary is a multiple of 16, without one where it is not."""
+    block, warps = rows.exps_block(vocab)
+    given = vocab % 16 == 0
+    sums = ("used_ptr", "rest_ptr", "deviation_ptr", "max_ptr", "target_ptr", "slope_ptr")
+    signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64", "out_ptr": f"*{out}"}
+    signature |= dict.fromkeys(sums, "*fp32") | dict.fromkeys(("V", "x_row", "out_row"), "i32")
+    signature |= SCALARS | {"shift": "fp32", "reach": "fp32"}
+    signature |= {"anchor_ptr": "*fp32"} if given else {"anchor_row": "i32"}
+    constexprs: dict[str, Any] = dict.fromkeys(("x_col", "out_col", "labels_row"), 1)
+    constexprs |= {"anchor_row": 1} if given else {"anchor_ptr": None}
+    constexprs |= {"HAS_ANCHOR": given, "CAP": cap, "AT_TOP": out == "fp16", "BLOCK": block}
+    aligned = ["x_ptr", "labels_ptr", "out_ptr", *sums, "x_row", "out_row"]
+    return Case(
+        name=f"exps-sm{arch}-{x}-{out}-{vocab}{'-cap' * cap}",
+        fn=triton_kernels.exps,
+        signature=signature,
+        constexprs=constexprs,
+        arch=arch,
+        num_warps=warps,
+        num_stages=rows.STAGES,
+        aligned=[*aligned, *(("V", "anchor_ptr") if given else ())],
+        vector_loads=True,
+        vector_stores=True,
     )
 
 

@@ -50,6 +50,11 @@ def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
     return block, max(1, min(8, block // (32 * columns)))
 
 
+def exps_block(vocab: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) of ``exps_``: 8 columns a thread, because its sums take registers too."""
+    return dlogits_block(vocab, cap=True)
+
+
 def row_stats(
     logits: Tensor,  # (n, V)
     labels: Tensor,  # (n,) int64
@@ -106,7 +111,7 @@ def exps_(
     n, vocab = logits.shape
     sums = Exps(*(logits.new_empty(n, dtype=torch.float32) for _ in Exps._fields))
     if n:
-        block, warps = dlogits_block(vocab, softcap != 0)
+        block, warps = exps_block(vocab)
         with _device(logits):
             _kernels().exps[(n,)](
                 logits,

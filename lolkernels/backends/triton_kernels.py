@@ -192,6 +192,8 @@ def exps(
     x_y = tl.load(x_ptr + label * x_col, mask=has_target, other=0.0).to(tl.float32)
     z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
     z_y = tl.where(has_target, z_y, NEG_INF)
+    tl.store(target_ptr + row, z_y)
+    tl.store(slope_ptr + row, tl.where(has_target, slope_y, 0.0))
     if HAS_ANCHOR:
         anchor = tl.load(anchor_ptr + row * anchor_row)
     else:
@@ -239,7 +241,7 @@ def exps(
             dev = (dev + total * fall) * half * half
             total = total * half * half
             tl.debug_barrier()
-            for block in range(0, done):
+            for block in range(done):
                 at = out_ptr + (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * out_col
                 e = tl.load(at).to(tl.float32) * half * half
                 tl.store(at, e.to(out_ptr.dtype.element_ty))
@@ -252,8 +254,6 @@ def exps(
     tl.store(rest_ptr + row, rest)
     tl.store(deviation_ptr + row, tl.sum(dev, 0))
     tl.store(max_ptr + row, tl.where(spoilt, NAN, tl.maximum(top, z_y)))
-    tl.store(target_ptr + row, z_y)
-    tl.store(slope_ptr + row, tl.where(has_target, slope_y, 0.0))
 
 
 @triton.jit
