@@ -94,6 +94,8 @@ def check(
     anchor = anchors(x, labels, **options)
     if reach:
         anchor[0] = draw((-math.inf, math.nan, -60.0))
+    if n > 2:
+        labels[1] = draw((-1, v, v + 9))
     place = aligned_rows(n, v)
     got = host.finish(products.view, bias, labels, anchor, place.view, **options, tile=tile)
     assert intact(place)
