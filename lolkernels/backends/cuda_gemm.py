@@ -75,7 +75,7 @@ def gemm(
     weight: Tensor,  # (V, D) bfloat16
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (n,) int64
-    anchor: Tensor,  # (n,) float32
+    anchor: Tensor,  # (n,) float32: about the label's z + SHIFT
     out: Tensor | None,  # (n, V) bfloat16; None: the sums only
     *,
     scale: float = 1.0,
@@ -87,8 +87,8 @@ def gemm(
 
     The label's logit comes from the same product as the others. Rows of the three matrices are
     adjacent elements and start at multiples of 16 bytes; those of `out` have room for a multiple of
-    8 columns. 2 n V D flops; 2 n V bytes are written, beside 12 n of sums for each 256 columns
-    (192). Rows out of their anchor's reach are read and written once more.
+    8 columns. 2 n V D flops; 2 n V bytes are written, beside 12 n of sums for each span of
+    columns. Exponentials of rows out of their anchor's reach are read and written once more.
 
     Raises:
         ValueError: operands that it does not take; the text says which, and what to pass.
