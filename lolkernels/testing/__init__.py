@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .objectives import check_objective as check_objective
+
 LOGPROB_ATOL = 2e-5  # nat per token
 SEQUENCE_ATOL = 1e-3  # nat per sequence
 # A few units in the last place of a gradient whose largest entry is one.
