@@ -10,7 +10,6 @@ from torch import Tensor
 from ..sequences import Sequences
 from .reductions import reduction_weights
 from .registry import DIFFERENTIABLE, Objective, name_of, statistics
-from .values import check_side
 
 
 class Evaluated(NamedTuple):
@@ -116,10 +115,8 @@ def loss_and_coef(
         detached.
 
     Raises:
-        ValueError: the objective does not read ``logps``; a side input on the CPU is not finite.
+        ValueError: the objective does not read ``logps``, or returns another shape.
     """
-    for name, value in side.items():
-        check_side(name, value)
     return weighted_loss_and_coef(fn, logps, seq, reduction_weights(seq, reduction), **side)
 
 

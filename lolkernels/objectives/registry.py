@@ -147,8 +147,8 @@ def _signature(fn: Objective) -> Description:
     named = tuple(s for s in STATISTICS if s in parameters)
     if not named or "seq" not in parameters:
         raise TypeError(
-            f"objective {name} must take seq and a row statistic ({', '.join(STATISTICS)}) by "
-            f"these names, got ({', '.join(parameters)})"
+            f"objective {name} must take parameters named logps and seq (for logps also another "
+            f"row statistic: {', '.join(STATISTICS[1:])}), got ({', '.join(parameters)})"
         )
     inner = fn
     while isinstance(inner, functools.partial):
