@@ -200,6 +200,17 @@ class Sequences:
         seq._held = held
         return seq
 
+    def for_autograd(self) -> Sequences:
+        """These sequences, or a copy where they were built in inference mode: autograd can save
+        a copy that is made outside of it.
+        """
+        if not self.token_to_sequence.is_inference() and not self.lengths.is_inference():
+            return self
+        seq = copy.copy(self)
+        seq.lengths, seq._held = self.lengths.clone(), self._held.clone()
+        seq.token_to_sequence = self.token_to_sequence.clone()
+        return seq
+
     @property
     def offsets(self) -> Tensor:
         """``cu_seqlens`` on ``device``."""

@@ -43,6 +43,7 @@ def evaluate(
         raise TypeError(f"{missing[0]} is missing: objective {name} names it")
     # Inference tensors cannot be saved for a backward; their clones out here can.
     with torch.inference_mode(False), torch.enable_grad():
+        seq, weights = seq.for_autograd(), _leaf(weights, False)
         given = {s: _leaf(stats[s], s in DIFFERENTIABLE) for s in named}
         inputs = {
             k: _leaf(v, v.requires_grad) if isinstance(v, Tensor) else v for k, v in side.items()
