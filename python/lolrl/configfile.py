@@ -183,5 +183,6 @@ def _plain(value: Any) -> Any:
 
 def dump_config(config: Any, path: str | os.PathLike[str]) -> Path:
     """Write every field to a YAML file that `load_config` reads back to an equal configuration."""
-    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    # Escaped: PyYAML writes some Unicode line breaks as they are and reads them back as spaces.
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=False)
     return write_atomic(path, text.encode("utf-8"))

@@ -28,12 +28,14 @@ from lolrl.data import Record
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
 from lolrl.prepare import (
+    check_columns,
     check_reward_funcs,
     evaluation_rows,
     objective_options,
     resolve_auto,
     resolve_objective,
     training_rows,
+    warn_of_negative_rewards,
     wrap_peft,
 )
 from lolrl.sampler import UpdateSampler
@@ -141,7 +143,9 @@ class LoLTrainer(SavingTrainer):
         self.options = objective_options(args, self.needed, self.objective_name)
         self.reward_funcs = reward_funcs
         self.tokenizer = processing_class
-        resolve_auto(args, self.needed, has_rewards=reward_funcs is not None)
+        resolve_auto(args, self.objective, self.options, has_rewards=reward_funcs is not None)
+        if data_collator is None:
+            check_columns(self.needed, self.objective_name)
         self.train_report: dict[str, Any] = {}
         if train_dataset is not None:
             train_dataset, self.train_report = training_rows(
@@ -153,6 +157,7 @@ class LoLTrainer(SavingTrainer):
                 self.needed,
                 self.objective_name,
             )
+            warn_of_negative_rewards(self.objective, self.needed, self.options, train_dataset)
         self.eval_records: list[Record] = []
         self.eval_rows: LoLDataset | None = None
         if eval_dataset is not None:
@@ -178,7 +183,7 @@ class LoLTrainer(SavingTrainer):
         self._skipped_in_a_row = 0
         self._resumed: dict[str, Any] | None = None
         self._sampler: UpdateSampler | None = None
-        self._meter = self._new_meter()
+        self._meter = Meter(self.args.device)
         self.step0: dict[str, float] | None = None
         self.summary: dict[str, Any] = {}
         if self.is_world_process_zero():
@@ -277,10 +282,6 @@ class LoLTrainer(SavingTrainer):
             logs.update(self._meter.pop(self.accelerator.gather))
         super().log(logs, start_time)
 
-    def _new_meter(self) -> Meter:
-        clip, beta = self.options.get("clip"), float(self.options.get("beta", 0.0))
-        return Meter(self.objective_name, clip=clip, beta=beta, device=self.args.device)
-
     # --- start, resume, checkpoints ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -291,7 +292,7 @@ class LoLTrainer(SavingTrainer):
             CheckpointError: the checkpoint is incomplete, damaged, or of other data, seed or batch.
         """
         self._resumed = None
-        self._meter = self._new_meter()
+        self._meter = Meter(self.args.device)
         if resume_from_checkpoint:
             folder = (
                 last_complete(self.args.output_dir)
@@ -441,6 +442,8 @@ def sft(
     """
     args = copy.copy(args)
     args.objective, args.sampling, args.advantage_filter = "nll", "uniform", "none"
+    args.clip = args.beta = args.floor = "auto"
+    args.objective_args = None
     return train(
         model,
         tokenizer,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+import lolkernels as lk
 from lolrl.annotate import RewardFuncs, call_reward_funcs, shared_columns
 from lolrl.config import LoLConfig
 from lolrl.data import Record
@@ -96,7 +97,16 @@ def row_losses(
             if with_loss:
                 mask = batch["completion_mask"]
                 side = {n: batch[n][mask] if batch[n].dim() == 2 else batch[n] for n in required}
-                loss += float(objective(out.logps, **side, seq=out.seq, **options).double().sum())
+                stats = {
+                    "logps": out.logps,
+                    "lse": out.lse,
+                    "entropy": out.entropy,
+                    "max_logit": out.max_logit,
+                    "target_logit": out.logps + out.lse,
+                }
+                weights = torch.ones(out.seq.num_groups, device=device)
+                found = lk.objectives.evaluate(objective, stats, out.seq, weights, side | options)
+                loss += float(found.seq_loss.double().sum())
     metrics = {"nll": nll / tokens}
     if with_loss:
         metrics["loss"] = loss / len(rows)
