@@ -129,6 +129,13 @@ class LoLConfig(TrainingArguments):
         default="auto",
         metadata=_help("Lower bound of r_gold's token probability; auto: the objective's own."),
     )
+    group_size: int = field(
+        default=1,
+        metadata=_help(
+            "Consecutive rows that one loss value couples: 2 for pairs (a chosen/rejected row is "
+            "one), K for ranked lists, best first."
+        ),
+    )
     temperature: float = field(
         default=1.0, metadata=_help("Divides the logits in training and in the reference's scores.")
     )
@@ -230,6 +237,7 @@ class LoLConfig(TrainingArguments):
             _positive("clip (null switches it off, a_lol_ref_free is weight one)", self.clip)
         for name in ("temperature", "step0_tolerance", "step0_rows", "eval_max_new_tokens"):
             _positive(name, getattr(self, name))
+        self._check_groups()
         for name in ("beta", "floor", "eval_temperature"):
             if getattr(self, name) != "auto":
                 _positive(name, getattr(self, name), zero=True)
@@ -261,6 +269,22 @@ class LoLConfig(TrainingArguments):
         if self.report_to == "auto":
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"group_size={size!r} must be an integer >= 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) % size:
+                raise ConfigError(f"{name}={getattr(self, name)} must hold whole groups of {size}")
+        if size > 1:
+            for name, value in (
+                ("on_bad", "skip"),
+                ("advantage_filter", "positive"),
+                ("sampling", "advantage"),
+            ):
+                if getattr(self, name) == value:
+                    raise ConfigError(f"{name}={value!r} would tear groups of {size} rows apart")
 
 
 @dataclass

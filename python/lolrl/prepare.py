@@ -134,6 +134,32 @@ def check_columns(needed: dict[str, str], name: str) -> None:
             )
 
 
+def check_groups(dataset: LoLDataset, args: LoLConfig) -> None:
+    """Refuse rows that do not come in whole groups of one prompt each.
+
+    Raises:
+        ConfigError: the objective's recipe draws single rows.
+        DataError: naming the row that is torn from its group.
+    """
+    size = args.group_size
+    if size == 1:
+        return
+    if args.sampling == "advantage" or args.advantage_filter == "positive":
+        raise ConfigError(
+            f"group_size={size}: the objective's recipe filters and draws single rows; set "
+            "sampling='uniform' and advantage_filter='none', or choose another objective"
+        )
+    for start in range(0, len(dataset), size):
+        group = dataset.records[start : start + size]
+        for record in group:
+            if record.prompt != group[0].prompt:
+                how = f"give {size} consecutive rows of one prompt, best first"
+                raise record.error("prompt", f"differs from that of its group of {size}", how)
+        if len(group) < size:
+            how = f"give {size} consecutive rows per prompt"
+            raise group[-1].error("prompt", f"stands in a group of {len(group)} rows", how)
+
+
 def warn_of_negative_rewards(
     objective: Objective, needed: dict[str, str], options: dict[str, Any], dataset: LoLDataset
 ) -> None:

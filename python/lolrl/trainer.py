@@ -29,6 +29,7 @@ from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
 from lolrl.prepare import (
     check_columns,
+    check_groups,
     check_reward_funcs,
     evaluation_rows,
     objective_options,
@@ -157,6 +158,7 @@ class LoLTrainer(SavingTrainer):
                 self.needed,
                 self.objective_name,
             )
+            check_groups(train_dataset, args)
             warn_of_negative_rewards(self.objective, self.needed, self.options, train_dataset)
         self.eval_records: list[Record] = []
         self.eval_rows: LoLDataset | None = None
@@ -204,6 +206,7 @@ class LoLTrainer(SavingTrainer):
             update_batch_size=update,
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=dataset.lengths,
+            group_size=args.group_size,
         )
         return self._sampler
 
@@ -250,6 +253,7 @@ class LoLTrainer(SavingTrainer):
             reduction=self.args.reduction,
             totals=totals,
             temperature=self.args.temperature,
+            **({"group_size": self.args.group_size} if self.args.group_size > 1 else {}),
         )
         # Data parallelism averages gradients over ranks; the totals are sums over ranks.
         loss = out.loss * self.accelerator.num_processes if totals is not None else out.loss
@@ -443,7 +447,7 @@ def sft(
     args = copy.copy(args)
     args.objective, args.sampling, args.advantage_filter = "nll", "uniform", "none"
     args.clip = args.beta = args.floor = "auto"
-    args.objective_args = None
+    args.objective_args, args.group_size = None, 1
     return train(
         model,
         tokenizer,

@@ -84,7 +84,12 @@ def row_losses(
     size, device = args.per_device_eval_batch_size, args.device
     known = {"ref_logps": rows.ref_logps, "advantages": rows.advantages, "rewards": rows.rewards}
     required = [name for name, kind in needed.items() if kind != "option"]
+    groups = args.group_size
     with_loss = all(known.get(name) is not None for name in required)
+    if with_loss and len(rows) % groups:
+        raise ValueError(
+            f"eval_dataset has {len(rows)} rows, which are no whole groups of {groups}"
+        )
     nll = tokens = loss = 0.0
     with evaluation_mode(model):
         for start in range(0, len(rows), size):
@@ -104,10 +109,11 @@ def row_losses(
                     "max_logit": out.max_logit,
                     "target_logit": out.logps + out.lse,
                 }
-                weights = torch.ones(out.seq.num_groups, device=device)
-                found = lk.objectives.evaluate(objective, stats, out.seq, weights, side | options)
+                seq = lk.Sequences.from_lengths(out.seq.lengths, group_size=groups)
+                weights = torch.ones(seq.num_groups, device=device)
+                found = lk.objectives.evaluate(objective, stats, seq, weights, side | options)
                 loss += float(found.seq_loss.double().sum())
     metrics = {"nll": nll / tokens}
     if with_loss:
-        metrics["loss"] = loss / len(rows)
+        metrics["loss"] = loss / (len(rows) // groups)
     return metrics
