@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 import lolkernels as lk
 import lolrl.saving
-from lolkernels.head import FusedOutput
 from lolrl.annotate import annotate
 from lolrl.checkpoints import CheckpointError, last_complete
 from lolrl.config import AnnotateConfig, ConfigError, LoLConfig
@@ -28,7 +27,7 @@ from tests.lolrl.toys import make_config, make_llama, make_rows, parameters, rel
 
 OBJECTIVES = ["nll", "wbc", "r_gold", "r_lol", "a_lol", "a_lol_seq", "a_lol_ref_free", "a_lol_kl"]
 OBJECTIVES += ["r_lol_kl"]
-REPORTS = "metrics" in FusedOutput._fields
+REPORTS = "metrics" in lk.LinearLossOutput._fields
 GROUPS = "group_size" in inspect.signature(lk.LogprobHead.forward).parameters
 
 
