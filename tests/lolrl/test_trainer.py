@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import math
@@ -18,17 +17,15 @@ import lolkernels as lk
 import lolrl.saving
 from lolrl.annotate import annotate
 from lolrl.checkpoints import CheckpointError, last_complete
-from lolrl.config import AnnotateConfig, ConfigError, LoLConfig
+from lolrl.config import AnnotateConfig, LoLConfig
 from lolrl.data import DataError
-from lolrl.prepare import check_columns
 from lolrl.tokens import LoLDataset
 from lolrl.trainer import LoLTrainer, sft, train
-from tests.lolrl.toys import make_config, make_llama, make_rows, parameters, reload
+from tests.lolrl.toys import make_config, make_llama, make_rows, parameters, reload, run
 
 OBJECTIVES = ["nll", "wbc", "r_gold", "r_lol", "a_lol", "a_lol_seq", "a_lol_ref_free", "a_lol_kl"]
 OBJECTIVES += ["r_lol_kl"]
 REPORTS = "metrics" in lk.LinearLossOutput._fields
-GROUPS = "group_size" in inspect.signature(lk.LogprobHead.forward).parameters
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +41,6 @@ def tokenizer_module() -> Any:
     from tests.lolrl.toys import make_tokenizer
 
     return make_tokenizer()
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradient of every update."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kw) -> None:
-        self.seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
-
-
-def run(
-    folder: Path, data: Any, tok: Any, *, dtype=torch.float64, resume=None, seed=0, **kw
-) -> Any:
-    gradients = Gradients()
-    model = make_llama(len(tok), dtype=dtype, seed=seed)
-    trainer = LoLTrainer(
-        model,
-        args=make_config(folder, **kw),
-        train_dataset=data,
-        processing_class=tok,
-        callbacks=[gradients],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.gradients = gradients.seen
-    return trainer
 
 
 def loss_by_hand(model: Any, rows: LoLDataset, index: list[int], name: str) -> torch.Tensor:
@@ -629,113 +599,6 @@ def test_a_callable_objective(rows, tokenizer_module, tmp_path) -> None:
         go("d", objective=focal, config={"objective_args": {"powder": 1}})
 
 
-def test_filter_sampling_and_options_are_what_the_objective_declares_or_the_user_says(
-    rows, tokenizer_module, tmp_path
-) -> None:
-    def gradient(logps, advantages, seq, *, clip: float = 0.2, beta: float = 0.5):
-        """A policy gradient learns from negative advantages too."""
-        assert (clip, beta) in ((0.2, 0.5), (0.4, 0.5))
-        return -advantages * seq.sum(logps)
-
-    def build(function: Any = None, **kw: Any) -> LoLTrainer:
-        return LoLTrainer(
-            make_llama(len(tokenizer_module)),
-            args=make_config(tmp_path, **kw),
-            train_dataset=rows,
-            processing_class=tokenizer_module,
-            objective=function,
-        )
-
-    def chosen(trainer: LoLTrainer) -> tuple[Any, ...]:
-        args = trainer.args
-        return args.sampling, args.advantage_filter, args.clip, args.beta, args.floor
-
-    own = build(gradient)
-    assert chosen(own) == ("uniform", "none", 0.2, 0.5, "auto") and own.options == {}
-    assert own.train_report["share_kept"] == 1.0
-    own.train()  # the assertion inside sees the objective's own options
-    said = build(gradient, clip=0.4, sampling="advantage", advantage_filter="positive")
-    assert chosen(said) == ("advantage", "positive", 0.4, 0.5, "auto")
-    assert said.options == {"clip": 0.4} and said.train_report["share_kept"] < 1
-    assert chosen(build(objective_args={"clip": 0.3})) == (
-        "advantage", "positive", 0.3, "auto", "auto",
-    )  # fmt: skip
-    bound = build(functools.partial(lk.objectives.a_lol, clip=0.7))
-    assert chosen(bound)[:3] == ("advantage", "positive", 0.7)
-    assert bound.objective_name == "a_lol"
-    for objective, option in (("nll", "clip"), ("wbc", "beta"), ("a_lol", "floor")):
-        with pytest.raises(ConfigError, match=f"{objective} has no option '{option}'"):
-            build(objective=objective, **{option: 0.5})
-
-
-def test_objectives_that_rows_cannot_feed_are_refused_before_training(
-    rows, tokenizer_module, tmp_path
-) -> None:
-    fed = set()
-    for name, fn in lk.objectives.REGISTRY.items():
-        try:
-            check_columns(dict(lk.side_inputs(fn)), name)
-            fed.add(name)
-        except ConfigError as error:
-            assert f"objective {name} needs" in str(error)
-    assert fed == {*OBJECTIVES, "dpo", "ipo", "simpo", "pro"}
-    with pytest.raises(ConfigError, match=r"gspo needs old_logps \(per token\).*data_collator"):
-        run(tmp_path, rows, tokenizer_module, objective="gspo")
-
-
-def test_negative_rewards_warn(rows, tokenizer_module, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(lk.objectives.warn_unlearned.__globals__, "_warned", set())
-    assert float(rows.rewards.min()) < 0
-    with pytest.warns(UserWarning, match="wbc got negative rewards"):
-        run(tmp_path, rows, tokenizer_module, objective="wbc", max_steps=1)
-
-
-PAIRS = [{"prompt": f"it moves {i} ", "chosen": f"me {i}", "rejected": "slowly"} for i in range(6)]
-
-
-@pytest.mark.skipif(not GROUPS, reason="the fused model takes no group_size")
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_pairs_train_with_dpo(accumulation, tokenizer_module, tmp_path) -> None:
-    """The update's gradient is that of the pairs' mean, from the model's own logits."""
-    trainer = run(
-        tmp_path, PAIRS, tokenizer_module, objective="dpo", beta=0.3, group_size=2, max_steps=1,
-        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.0,
-    )  # fmt: skip
-    index = list(trainer._sampler)[:8]
-    model = make_llama(len(tokenizer_module), dtype=torch.float64)
-    data, scores = trainer.train_dataset, []
-    for i in index:
-        item = data[i]
-        ids, p = item["input_ids"], item["prompt_length"]
-        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1]
-        l = logps.gather(1, ids[1:, None])[p - 1 :, 0]  # noqa: E741
-        scores.append(l.sum() - item["ref_logps"].double().sum())
-    margin = torch.stack(scores[0::2]) - torch.stack(scores[1::2])
-    loss = -torch.nn.functional.logsigmoid(0.3 * margin).mean()
-    loss.backward()
-    for key, parameter in model.named_parameters():
-        theirs = parameter.grad
-        assert (trainer.gradients[0][key] - theirs).abs().max() <= 1e-8 * theirs.abs().max() + 1e-12
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-8)
-
-
-def test_rows_that_are_no_whole_groups_are_refused(rows, tokenizer_module, tmp_path) -> None:
-    def attempt(data: Any, **kw: Any) -> None:
-        run(tmp_path, data, tokenizer_module, objective="simpo", **{"group_size": 2, **kw})
-
-    with pytest.raises(DataError, match="differs from that of its group of 2"):
-        attempt(rows)
-    with pytest.raises(DataError, match="stands in a group of 1"):
-        attempt([*PAIRS, {"prompt": "a ", "completion": "b"}])
-    with pytest.raises(ConfigError, match="must hold whole groups of 3"):
-        attempt(PAIRS, group_size=3)
-    with pytest.raises(ConfigError, match="on_bad='skip' would tear"):
-        attempt(PAIRS, on_bad="skip")
-    with pytest.raises(ConfigError, match="draws single rows"):
-        run(tmp_path, rows, tokenizer_module, objective="a_lol", group_size=2)
-
-
 def test_non_finite_gradients_are_left_out_and_counted(rows, tokenizer_module, tmp_path) -> None:
     """T7: a poisoned update changes nothing; five in a row stop the run."""
 
@@ -990,7 +853,6 @@ def test_activation_checkpointing_changes_nothing(
 
 
 def test_constructor_has_trl_s_order() -> None:
-    import inspect
 
     names = list(inspect.signature(LoLTrainer.__init__).parameters)[1:]
     assert names == [
