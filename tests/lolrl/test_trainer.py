@@ -258,7 +258,7 @@ def no_pickle(folder: Path) -> None:
 
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "ratio/min", "ratio/mean", "ratio/max", "kl")
-FIGURES += ("entropy", "logps/mean", "clip_ratio", "advantage/mean", "num_tokens", "epoch")
+FIGURES += ("entropy", "logps/mean", *CLIPS, "advantage/mean", "num_tokens", "epoch")
 
 
 def test_resume_is_bit_equal(rows, tokenizer_module, tmp_path) -> None:
