@@ -6,7 +6,7 @@ python benchmarks/train.py --model qwen2.5-0.5b llama-3.1-8b --memory 80GiB --de
 The models are transformers' own, of random weights; half of each sequence is prompt. A step is
 forward, loss, backward and AdamW. Before anything is timed, losses and gradients are compared. Peak
 memory and the largest batch are measured in a process of their own each, beside the formulas of
-lolkernels/plan.py. OUT.json is written after every measurement; the same command again does what
+python/lolrl/plan.py. OUT.json is written after every measurement; the same command again does what
 the last one had no time for.
 """
 
@@ -35,7 +35,7 @@ import torch
 import train_report
 from train_cases import GRADIENT_LIMIT, LOSSES, MODELS, MODES, Case, Run, errors
 
-from lolkernels import plan
+from lolrl import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # what is measured without --model

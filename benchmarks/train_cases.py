@@ -16,8 +16,8 @@ from shapes import CLIP, DTYPES, Shape
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import plan
-from lolkernels.plan import ModelShape, Setup
+from lolrl import plan
+from lolrl.plan import ModelShape, Setup
 
 RANK = 16
 PROMPT = 0.5

@@ -114,7 +114,7 @@ def page(record: dict[str, Any]) -> str:
         f"lolkernels {where['lolkernels']}, commit {where['commit']}.",
         f"Medians of up to {record['rounds']} interleaved rounds. Step memory is the peak above "
         "weights and optimiser states, in a process of its own; the formula is that of "
-        f"`python -m lolkernels.plan`.{into} "
+        f"`lolrl plan`.{into} "
         "Gradient off: relative to the same loss from fp32 logits.",
         "",
         f"    {where['command']}",

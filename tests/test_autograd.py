@@ -72,7 +72,7 @@ def side_inputs(objective: Callable[..., Tensor], drift: float) -> dict[str, Ten
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
 @pytest.mark.parametrize("rows_held", [4, 100])
-@pytest.mark.parametrize(("name", "objective", "options"), GRADCHECKED, ids=lambda x: str(x))
+@pytest.mark.parametrize(("name", "objective", "options"), GRADCHECKED)
 def test_gradcheck_of_linear_loss(
     name: str,
     objective: Callable[..., Tensor],

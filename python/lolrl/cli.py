@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a policy from the reference by any objective (a_lol, nll, wbc, ...)",
     "evaluate": "measure a policy and its reference on held-out prompts",
     "demo": "the whole recipe on real movie reviews: fetches them once, about ten minutes",
+    "plan": "how many tokens of training fit into a given memory, by formula",
     "env": "print versions, backends and device, for a bug report",
 }
 
@@ -71,7 +72,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
-    from lolrl import options
+    from lolrl import options, plan
     from lolrl.config import AnnotateConfig
     from lolrl.flags import add_config_flags, add_training_flags
     from lolrl.settings import DemoSettings
@@ -82,6 +83,7 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         "train": options.TrainOptions,
         "evaluate": options.EvaluateOptions,
         "demo": options.DemoOptions,
+        "plan": plan.PlanOptions,
     }
     add_config_flags(sub, classes[verb])
     if verb in ("sft", "train"):
@@ -90,6 +92,8 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         add_config_flags(sub, AnnotateConfig)
     elif verb == "demo":
         add_config_flags(sub, DemoSettings)
+    elif verb == "plan":
+        sub.description, sub.formatter_class = plan.__doc__, argparse.RawDescriptionHelpFormatter
 
 
 def _share_cores() -> None:

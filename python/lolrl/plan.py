@@ -1,9 +1,9 @@
-"""``python -m lolkernels.plan``: how many tokens of training fit into a given memory.
+"""How many tokens of training fit into a given memory, by formula: nothing is run.
 
-    python -m lolkernels.plan --model-shape llama-3.1-8b --memory 24GiB --lora
-    python -m lolkernels.plan --model-shape 2048,24,49152 --memory 16GiB --gradient-checkpointing
+    lolrl plan --model-shape llama-3.1-8b --memory 24GiB --lora 16
+    lolrl plan --model-shape 2048,24,49152 --memory 16GiB --checkpointing
 
-Peak bytes of one training step on T tokens, N of them scored, with b bytes an element:
+Peak bytes of one training step on T tokens, N of them scored, with b bytes per element:
 
     weights + optimiser states + the largest of three moments
         loss       activations + what the loss holds
@@ -12,34 +12,37 @@ Peak bytes of one training step on T tokens, N of them scored, with b bytes an e
         update     gradients, + b V D for a tied trained embedding, to whose gradient the head's is
                    added; with eager + 2 b V D, as autograd adds them into a third tensor
 
-    activations    T times what autograd saves in each block (block_bytes in this module) and in
-                   the final norm; with checkpointing b T D of each block, and the final norm
+    activations    T times what autograd saves in each block and in the final norm; with
+                   checkpointing b T D of each block, and the final norm
     loss, eager    12 N V: three fp32 tensors in the backward of log_softmax, of the scored rows
                    alone; then dweight beside the logits' gradient, if that is more; + b N D
     loss, full     the same for all T rows
-    loss, fused    planner.extra_bytes + dweight + dhidden (b N D) + hidden (b (T + N) D)
+    loss, fused    the kernels' extra memory + dweight + dhidden (b N D) + hidden (b (T + N) D)
 
-D hidden size, I width of the MLP, V vocabulary. It assumes the blocks as transformers runs them,
-not compiled, without dropout; attention that stores no scores (SDPA; gpt-oss and Gemma 2 need a
-flash kernel for that); gradients and AdamW's two states in the dtype of the weights (no fp32 master
-copy), its update fused; LoRA on every linear layer of the blocks, in fp32 as peft makes it, with
-the head frozen. Not in it: what the CUDA context, the allocator's fragments and other libraries
-take (leave 1 to 2 GiB of a card), a softcap or a bias of the logits, sharding over several cards.
+D is the hidden size, I the width of the MLP, V the vocabulary. The formulas assume the blocks as
+transformers runs them, not compiled, without dropout; attention that stores no scores (SDPA;
+gpt-oss and Gemma 2 need a flash kernel for that); gradients and AdamW's two states in the dtype of
+the weights (no fp32 master copy), its update fused; LoRA on every linear layer of the blocks, in
+fp32 as peft makes it, with the head frozen. They leave out what the CUDA context, the allocator's
+fragments and other libraries take (leave 1 to 2 GiB of a card), a softcap or a bias of the logits,
+and sharding over several cards.
 
-benchmarks/train.py measures it: on a CPU within 5%; with checkpointing, where a block's backward is
-an estimate, within 12%. On a GPU nobody has measured it yet.
+benchmarks/train.py measures the same: on a CPU the formula is within 5%; with checkpointing, where
+a block's backward is an estimate, within 12%. It has not been measured on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from . import planner
+# The one look below the public names of the kernels: their own memory formula.
+from lolkernels import planner as kernel_memory
+from lolrl.configfile import ConfigError
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -47,6 +50,7 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 OPTIMIZERS = ("adamw", "8bit", "none")
 LOSSES = ("eager", "full logits", "fused")
+SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,11 @@ class ModelShape:
     active: int = 1  # experts a token goes through
 
     def __post_init__(self) -> None:
-        sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
-        for name in sizes:
+        for name in SIZES:
             if getattr(self, name) <= 0:
-                raise ValueError(f"--model-shape: {name} must be > 0, got {getattr(self, name)}")
+                raise ConfigError(f"--model-shape: {name} must be > 0, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"--model-shape: heads must be a multiple of kv_heads, got {self.heads} and "
                 f"{self.kv_heads}"
             )
@@ -124,10 +127,8 @@ class ModelShape:
 
 
 def _shape(family: str, sizes: str, tied: bool, **more: int) -> ModelShape:
-    hidden, layers, heads, kv_heads, head_dim, intermediate, vocab = map(int, sizes.split())
-    return ModelShape(
-        family, hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, tied, **more
-    )
+    known = dict(zip(SIZES, map(int, sizes.split()), strict=True))
+    return ModelShape(family, **known, tied=tied, **more)
 
 
 # Published configurations: hidden, layers, heads, kv heads, head dim, intermediate, vocabulary.
@@ -154,20 +155,26 @@ MODELS = {
 }
 
 
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Setup:
     """How the model is trained."""
 
-    dtype: str = "bf16"  # of weights, gradients and activations
-    lora: int = 0  # rank; 0 trains the model's own weights
-    frozen_head: bool = False  # with tied embeddings these too
-    seq_len: int = 2048
-    prompt_share: float = 0.0  # of each sequence's tokens: they are not scored
-    optimizer: str = "adamw"  # or 8bit (blocks of 256 values), none
-    checkpointing: bool = False
-    memory_budget: int | None = None  # of linear_loss; None: the library's default
-    device: str = "cuda"
-    card: int | None = None  # bytes of the GPU, which that default follows; None: of the one here
+    dtype: str = _field("bf16", "Of weights, gradients and activations: bf16, fp16 or fp32.")
+    lora: int = _field(0, "Rank of the adapters; 0 trains the model's own weights.")
+    frozen_head: bool = _field(False, "Head, and embedding if tied, get no gradient.")
+    seq_len: int = _field(2048, "Tokens of a sequence.")
+    prompt_share: float = _field(0.0, "Share of each sequence's tokens that is not scored.")
+    optimizer: str = _field("adamw", "adamw, 8bit (AdamW's states in blocks of 256) or none.")
+    checkpointing: bool = _field(False, "Gradient checkpointing of every block.")
+    memory_budget: int | str | None = _field(None, "Of linear_loss, as 512MiB; null: its default.")
+    device: str = _field("cuda", "cuda or cpu.")
+    card: int | str | None = _field(
+        None, "Memory of the GPU, which that default follows; null: --memory, or the GPU here."
+    )
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -176,21 +183,29 @@ class Setup:
             ("device", ("cuda", "cpu")),
         ):
             if getattr(self, name) not in known:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                raise ConfigError(
+                    f"--{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
                 )
         if self.lora < 0:
-            raise ValueError(f"--lora must be a rank >= 1, got {self.lora}")
+            raise ConfigError(f"--lora must be a rank >= 1, got {self.lora}")
+        if self.lora and self.frozen_head:
+            raise ConfigError("--lora freezes the head already: leave --frozen-head out")
         if self.seq_len < 1:
-            raise ValueError(f"--seq-len must be >= 1, got {self.seq_len}")
+            raise ConfigError(f"--seq-len must be >= 1, got {self.seq_len}")
         if not 0 <= self.prompt_share < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--prompt-share must be in [0, 1), got {self.prompt_share:g}: some tokens of each "
                 "sequence have to be scored"
             )
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise ValueError(f"--memory-budget must be >= 1 byte, got {self.memory_budget}")
+        for name in ("memory_budget", "card"):
+            size = getattr(self, name)
+            if size is not None:
+                flag = "--" + name.replace("_", "-")
+                object.__setattr__(self, name, parse_bytes(size, flag))
+
+    @property
+    def head_is_trained(self) -> bool:
+        return not (self.lora or self.frozen_head)
 
     @property
     def itemsize(self) -> int:
@@ -233,9 +248,9 @@ def trained(shape: ModelShape, setup: Setup) -> int:
 
 
 def block_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes that autograd saves for one token in one block, without vectors of a few elements.
+    """Bytes that autograd saves per token in one block, without vectors of a few elements.
 
-    With D, I, Q and K the widths of hidden states, MLP, queries and keys, b bytes an element:
+    With D, I, Q and K the widths of hidden states, MLP, queries and keys, b bytes per element:
 
     norms       each D (4 + b): its input in fp32 and the normalised rows; Gemma 8 D, both are fp32;
                 GPT-2 b D; with LoRA the input alone. Where queries and keys are normalised, the
@@ -267,7 +282,7 @@ def block_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def _norm_bytes(shape: ModelShape, setup: Setup) -> int:
-    """That a norm saves for each element."""
+    """What a norm saves per element."""
     if shape.family == "gpt2":
         return setup.itemsize
     if setup.lora:
@@ -279,7 +294,7 @@ def loss_bytes(shape: ModelShape, setup: Setup, sequences: int, loss: str) -> in
     """What the loss holds at its worst moment, the gradients it makes included."""
     b, D, V = setup.itemsize, shape.hidden, shape.vocab
     tokens, rows = sequences * setup.seq_len, sequences * setup.scored
-    dweight = 0 if setup.lora or setup.frozen_head else b * V * D
+    dweight = b * V * D if setup.head_is_trained else 0
     if loss == "fused":
         return fused_extra_bytes(shape, setup, sequences) + dweight + b * (2 * rows + tokens) * D
     if loss == "full logits":
@@ -289,15 +304,15 @@ def loss_bytes(shape: ModelShape, setup: Setup, sequences: int, loss: str) -> in
 
 
 def fused_extra_bytes(shape: ModelShape, setup: Setup, sequences: int) -> int:
-    """:func:`lolkernels.planner.extra_bytes` of the head: beyond hidden states and gradients."""
+    """What `linear_loss` takes beyond hidden states and gradients, by the kernels' own formula."""
     device, budget = torch.device(setup.device), setup.memory_budget
     if budget is None:
-        budget = planner.default_budget(shape.vocab, 4, device, setup.card)
-    held = planner.chunk_rows(shape.vocab, 4, budget, device)
+        budget = kernel_memory.default_budget(shape.vocab, 4, device, setup.card)
+    held = kernel_memory.chunk_rows(shape.vocab, 4, budget, device)
     longest = held  # a longer sequence goes through in parts
     if setup.scored <= held:
         longest = min(held // setup.scored, sequences) * setup.scored
-    return planner.extra_bytes(
+    return kernel_memory.extra_bytes(
         "linear_loss",
         longest_chunk=longest,
         num_rows=sequences * setup.scored,
@@ -305,7 +320,7 @@ def fused_extra_bytes(shape: ModelShape, setup: Setup, sequences: int) -> int:
         vocab=shape.vocab,
         hidden_bytes=setup.itemsize,
         weight_bytes=setup.itemsize,
-        frozen_weight=bool(setup.lora) or setup.frozen_head,
+        frozen_weight=not setup.head_is_trained,
         memory_budget=budget,
         device=device,
     )
@@ -318,11 +333,10 @@ def step_bytes(shape: ModelShape, setup: Setup, sequences: int, loss: str = "fus
         loss: fused (lolkernels), eager (logits of the scored rows) or full logits (of all rows).
     """
     if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     b, D, tokens = setup.itemsize, shape.hidden, sequences * setup.seq_len
     count = trained(shape, setup)
-    table = b * shape.vocab * D
-    dweight = 0 if setup.lora or setup.frozen_head else table
+    dweight = b * shape.vocab * D if setup.head_is_trained else 0
     gradients = count * (4 if setup.lora else b)
     states = {"adamw": 2 * gradients, "8bit": 2 * count + -(-count // 32), "none": 0}
     block = block_bytes(shape, setup)
@@ -353,26 +367,16 @@ def largest(fits: Callable[[int], bool], guess: int = 1, resolution: float = 0.0
     Starts at ``guess`` and asks fewer times the better that is. Stops when the first n that does
     not fit is within ``resolution`` (a share of n) of the one that does.
     """
-    good, bad, stride = 0, 0, max(1, guess // 8)
-    n = max(1, guess)
-    while not bad:
-        if fits(n):
-            good, n, stride = n, n + stride, 2 * stride
-        else:
-            bad = n
-    stride = max(1, guess // 8)
-    while good == 0 and bad > 1:  # the guess was too large
-        n = max(1, bad - stride)
-        if fits(n):
-            good = n
-        else:
-            bad, stride = n, 2 * stride
-    while bad - good > max(1, int(resolution * good)):
-        n = (good + bad) // 2
+    good, bad, n, stride = 0, 0, max(1, guess), max(1, guess // 8)
+    while not bad or bad - good > max(1, int(resolution * good)):
         if fits(n):
             good = n
         else:
             bad = n
+        if good and bad:
+            n = (good + bad) // 2
+        else:
+            n, stride = max(1, n + (stride if good else -stride)), 2 * stride
     return good
 
 
@@ -399,12 +403,10 @@ def plan(shape: ModelShape, setup: Setup, memory: int) -> Plan:
     """The largest batches, of eager and of the fused loss, whose step fits into ``memory`` bytes.
 
     Raises:
-        ValueError: memory is not positive, or the model has no positions for such sequences.
+        ConfigError: the model has no positions for such sequences.
     """
-    if memory <= 0:
-        raise ValueError(f"--memory must be > 0 bytes, got {memory}")
     if 0 < shape.positions < setup.seq_len:
-        raise ValueError(
+        raise ConfigError(
             f"--seq-len must be <= {shape.positions}, the model's positions; got {setup.seq_len}"
         )
     setup = replace(setup, card=setup.card or memory)
@@ -418,41 +420,27 @@ def plan(shape: ModelShape, setup: Setup, memory: int) -> Plan:
 def report(found: Plan, name: str) -> str:
     """The plan as text."""
     shape, setup = found.shape, found.setup
-    adapters = f", LoRA of rank {setup.lora}" if setup.lora else ""
-    frozen = ", frozen head" if setup.frozen_head and not setup.lora else ""
+    head = f", LoRA of rank {setup.lora}" if setup.lora else ""
+    head += ", frozen head" if setup.frozen_head else ""
     lines = [
-        f"{name}: {shape.parameters():,} parameters, {trained(shape, setup):,} trained{adapters}"
-        f"{frozen}",
+        f"{name}: {shape.parameters():,} parameters, {trained(shape, setup):,} trained{head}",
         f"{setup.dtype}, optimizer {setup.optimizer}, sequences of {setup.seq_len} tokens, "
         f"{setup.scored} of them scored, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing",
         f"memory {_gib(found.memory)} GiB ({setup.device})",
         "",
     ]
-    fixed = step_bytes(shape, setup, 1)
     if not found.fused:
-        always = fixed.weights + fixed.states + fixed.at_update
-        if always > found.memory:
-            why = f"weights, gradients and optimiser states take {_gib(always)} GiB"
-            ways = ["--dtype bf16"] if setup.dtype == "fp32" else []
-            ways += [] if setup.lora else ["--lora"]
-            ways += ["--optimizer 8bit"] if setup.optimizer == "adamw" and not setup.lora else []
-        else:
-            why = f"one sequence of {setup.seq_len} tokens takes {_gib(fixed.peak)} GiB"
-            ways = [] if setup.checkpointing else ["--gradient-checkpointing"]
-            ways += ["a shorter --seq-len"]
-        lines.append(f"nothing fits: {why}; try {', '.join([*ways, 'more --memory'])}")
-        return "\n".join(lines)
-    columns = {
-        "eager": step_bytes(shape, setup, found.eager, "eager"),
-        "lolkernels": step_bytes(shape, setup, found.fused, "fused"),
-        "eager there": step_bytes(shape, setup, found.fused, "eager"),
-    }
-    counts = (found.eager, found.fused, found.fused)
-    lines.append(" " * 28 + "".join(f"{column:>14}" for column in columns))
-    lines.append(f"{'sequences':<28}" + "".join(f"{n:>14,}" for n in counts))
-    lines.append(f"{'tokens':<28}" + "".join(f"{n * setup.seq_len:>14,}" for n in counts))
-    for field, title in (
+        return "\n".join([*lines, f"nothing fits: {_advice(found)}"])
+    counts = found.eager, found.fused, found.fused
+    losses = "eager", "fused", "eager"
+    steps = [step_bytes(shape, setup, n, loss) for n, loss in zip(counts, losses, strict=True)]
+    rows: list[tuple[str, list[str]]] = [
+        ("", ["eager", "lolkernels", "eager there"]),
+        ("sequences", [f"{n:,}" for n in counts]),
+        ("tokens", [f"{n * setup.seq_len:,}" for n in counts]),
+    ]
+    for attribute, title in (
         ("weights", "weights, GiB"),
         ("states", "optimiser states"),
         ("gradients", "gradients"),
@@ -463,34 +451,53 @@ def report(found: Plan, name: str) -> str:
         ("at_update", "moment of the update"),
         ("peak", "peak"),
     ):
-        values = "".join(f"{_gib(getattr(step, field)):>14}" for step in columns.values())
-        lines.append(f"{title:<28}{values}")
-    extra = fused_extra_bytes(shape, setup, found.fused)
+        rows.append((title, [_gib(getattr(step, attribute)) for step in steps]))
+    lines += [f"{title:<28}" + "".join(f"{cell:>14}" for cell in cells) for title, cells in rows]
     logits = 12 * found.fused * setup.scored * shape.vocab
     lines += [
         "",
         f"at {found.fused_tokens:,} tokens eager's three fp32 tensors of scored rows x vocabulary "
-        f"are {_gib(logits)} GiB; lolkernels' extra memory is {_gib(extra)} GiB",
-        "peak = weights + states + the largest moment; python -m lolkernels.plan --help states the "
-        "formulas and what they leave out",
+        f"are {_gib(logits)} GiB; lolkernels' extra memory is "
+        f"{_gib(fused_extra_bytes(shape, setup, found.fused))} GiB",
+        "peak = weights + states + the largest moment; lolrl plan --help states the formulas and "
+        "what they leave out",
     ]
     return "\n".join(lines)
+
+
+def _advice(found: Plan) -> str:
+    """Why not one sequence fits, and what to try."""
+    setup, step = found.setup, step_bytes(found.shape, found.setup, 1)
+    always = step.weights + step.states + step.at_update
+    if always > found.memory:
+        why = f"weights, gradients and optimiser states take {_gib(always)} GiB"
+        ways = ["--dtype bf16"] if setup.dtype == "fp32" else []
+        ways += [] if setup.lora else ["--lora 16"]
+        ways += ["--optimizer 8bit"] if setup.optimizer == "adamw" and not setup.lora else []
+    else:
+        why = f"one sequence of {setup.seq_len} tokens takes {_gib(step.peak)} GiB"
+        ways = [] if setup.checkpointing else ["--checkpointing"]
+        ways += ["a shorter --seq-len"]
+    return f"{why}; try {', '.join([*ways, 'more --memory'])}"
 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def parse_bytes(text: str, flag: str = "--memory") -> int:
-    """24GiB, 512MiB, 80GB or a number of bytes.
+def parse_bytes(given: int | str, flag: str = "--memory") -> int:
+    """24GiB, 512MiB, 80GB or a number of bytes, more than none.
 
     Raises:
-        ValueError: none of these.
+        ConfigError: none of these.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(given))
     if found is None or found[2].upper() not in UNITS:
-        raise ValueError(f"{flag} must be like 24GiB, 512MiB or 80GB; got {text!r}")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+        raise ConfigError(f"{flag} must be like 24GiB, 512MiB or 80GB; got {given!r}")
+    size = int(float(found[1]) * UNITS[found[2].upper()])
+    if size < 1:
+        raise ConfigError(f"{flag} must be >= 1 byte, got {given!r}")
+    return size
 
 
 def parse_shape(text: str) -> ModelShape:
@@ -499,7 +506,7 @@ def parse_shape(text: str) -> ModelShape:
     I is 4 D unless given, heads are 64 wide, and the head has a weight of its own unless tied.
 
     Raises:
-        ValueError: neither of the two, or sizes that make no model.
+        ConfigError: neither of the two, or sizes that make no model.
     """
     if text.lower() in MODELS:
         return MODELS[text.lower()]
@@ -510,7 +517,7 @@ def parse_shape(text: str) -> ModelShape:
     except ValueError:
         sizes = []
     if not 3 <= len(sizes) <= 6:
-        raise ValueError(
+        raise ConfigError(
             f"--model-shape must be one of {', '.join(MODELS)}, or hidden,layers,vocab"
             f"[,intermediate[,heads[,kv_heads]]][,tied]; got {text!r}"
         )
@@ -519,54 +526,22 @@ def parse_shape(text: str) -> ModelShape:
     heads = sizes[4] if len(sizes) > 4 else max(1, hidden // 64)
     kv_heads = sizes[5] if len(sizes) > 5 else heads
     if heads < 1 or hidden % heads:
-        raise ValueError(f"--model-shape: heads must divide hidden={hidden}, got {heads}")
+        raise ConfigError(f"--model-shape: heads must divide hidden={hidden}, got {heads}")
     return ModelShape(
         "llama", hidden, layers, heads, kv_heads, hidden // heads, intermediate, vocab, tied
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lolkernels.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = ", ".join(MODELS)
-    parser.add_argument(
-        "--model-shape",
-        required=True,
-        help=f"{names}; or hidden,layers,vocab[,intermediate[,heads[,kv_heads]]][,tied]",
-    )
-    parser.add_argument("--memory", required=True, help="like 24GiB, 512MiB or 80GB")
-    parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16")
-    head = parser.add_mutually_exclusive_group()
-    head.add_argument("--lora", type=int, nargs="?", const=16, default=0, metavar="RANK")
-    head.add_argument("--frozen-head", action="store_true")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--prompt-share", type=float, default=0.0, help="tokens without loss")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--memory-budget", help="of linear_loss (default: the library's own)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    given = parser.parse_args(argv)
-    try:
-        budget = given.memory_budget
-        setup = Setup(
-            dtype=given.dtype,
-            lora=given.lora,
-            frozen_head=given.frozen_head,
-            seq_len=given.seq_len,
-            prompt_share=given.prompt_share,
-            optimizer=given.optimizer,
-            checkpointing=given.gradient_checkpointing,
-            memory_budget=None if budget is None else parse_bytes(budget, "--memory-budget"),
-            device=given.device,
-        )
-        shape = parse_shape(given.model_shape)
-        print(report(plan(shape, setup, parse_bytes(given.memory)), given.model_shape))
-    except ValueError as error:
-        parser.error(str(error))
+@dataclass(frozen=True)
+class PlanOptions(Setup):
+    """Flags of `lolrl plan`."""
 
+    model_shape: str | None = _field(
+        None,
+        f"{', '.join(MODELS)}; or hidden,layers,vocab[,intermediate[,heads[,kv_heads]]][,tied].",
+    )
+    memory: int | str | None = _field(None, "What the step may take, like 24GiB, 512MiB or 80GB.")
 
-if __name__ == "__main__":
-    main()
+    def report(self) -> str:
+        name = str(self.model_shape)
+        return report(plan(parse_shape(name), self, parse_bytes(str(self.memory))), name)

@@ -1,4 +1,4 @@
-"""``python -m lolkernels.plan``: its counts and bytes against transformers' own models."""
+"""`lolrl plan`: its counts and bytes against transformers' own models."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +11,10 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lolkernels import plan, planner
-from lolkernels.plan import GIB, MODELS, ModelShape, Setup
+from lolkernels import planner
+from lolrl import cli, plan
+from lolrl.config import ConfigError
+from lolrl.plan import GIB, MODELS, ModelShape, Setup
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (tf.LlamaForCausalLM, tf.LlamaConfig),
@@ -319,16 +321,18 @@ def test_bytes(text: str, size: int) -> None:
     assert plan.parse_bytes(text) == size
 
 
-BASE = ["--model-shape", "gpt2", "--memory", "8GiB", "--seq-len", "512"]
+BASE = ["plan", "--model-shape", "gpt2", "--memory", "8GiB", "--seq-len", "512"]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--memory", "lots"], "--memory must be like 24GiB"),
-        (["--memory", "0"], "--memory must be > 0"),
+        (["--memory", "0"], "--memory must be >= 1 byte"),
+        (["--memory", "null"], "--memory is missing"),
         (["--memory-budget=-1GiB"], "--memory-budget must be like"),
         (["--memory-budget", "0"], "--memory-budget must be >= 1"),
+        (["--card", "big"], "--card must be like"),
         (["--model-shape", "gpt9"], "--model-shape must be one of gpt2"),
         (["--model-shape", "64,2"], "--model-shape must be one of"),
         (["--model-shape", "64,0,100"], "layers must be > 0"),
@@ -338,52 +342,61 @@ BASE = ["--model-shape", "gpt2", "--memory", "8GiB", "--seq-len", "512"]
         (["--seq-len", "2048"], "--seq-len must be <= 1024"),
         (["--prompt-share", "1"], "--prompt-share must be in [0, 1)"),
         (["--lora=-2"], "--lora must be a rank"),
-        (["--lora", "--frozen-head"], "not allowed with"),
-        (["--optimizer", "sgd"], "invalid choice"),
+        (["--lora", "8", "--frozen-head"], "leave --frozen-head out"),
+        (["--optimizer", "sgd"], "--optimizer must be one of"),
+        (["--dtype", "fp8"], "--dtype must be one of"),
+        (["--device", "tpu"], "--device must be one of"),
     ],
 )
 def test_bad_flags_are_named(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        plan.main([*BASE, *flags])
-    assert stop.value.code == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert words in error
+    assert cli.main([*BASE, *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
-def test_bad_settings_are_named() -> None:
-    for change in ({"dtype": "fp8"}, {"optimizer": "sgd"}, {"device": "tpu"}):
-        with pytest.raises(ValueError, match=f"--{next(iter(change))} must be one of"):
-            Setup(**change)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="loss must be one of"):
+def test_an_unknown_loss_is_named() -> None:
+    with pytest.raises(ConfigError, match="loss must be one of"):
         plan.step_bytes(MODELS["gpt2"], Setup(), 1, "fast")
 
 
-def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model-shape", "qwen2.5-0.5b", "--memory", "24GiB", "--seq-len", "1024"]
-    plan.main(flags)
+def test_the_command_prints_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "plan.yaml"
+    config.write_text("model_shape: qwen2.5-0.5b\nmemory: 24GiB\nmemory_budget: 512MiB\n")
+    assert cli.main(["plan", "--config", str(config), "--seq-len", "1024"]) == 0
     text = capsys.readouterr().out
-    found = plan.plan(MODELS["qwen2.5-0.5b"], Setup(seq_len=1024), 24 * GIB)
+    setup = Setup(seq_len=1024, memory_budget=2**29)
+    found = plan.plan(MODELS["qwen2.5-0.5b"], setup, 24 * GIB)
     tokens = next(line for line in text.splitlines() if line.startswith("tokens"))
     assert tokens.split()[1:3] == [f"{found.eager_tokens:,}", f"{found.fused_tokens:,}"]
     assert "494,032,768 parameters" in text
+    config.write_text("model_shape: gpt2\nmemroy: 24GiB\n")
+    assert cli.main(["plan", "--config", str(config), "--memory", "1GiB"]) == 2
+    assert "plan has no option 'memroy'" in capsys.readouterr().err
+
+
+def test_help_states_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "--help"])
+    assert stop.value.code == 0
+    assert str(plan.__doc__).strip() in capsys.readouterr().out
 
 
 def test_the_readme_says_what_the_command_does() -> None:
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    assert "plan --model-shape qwen2.5-0.5b --memory 24GiB" in text
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "lolrl plan --model-shape qwen2.5-0.5b --memory 24GiB" in text
     found = plan.plan(MODELS["qwen2.5-0.5b"], Setup(), 24 * GIB)
     said = f"{found.eager_tokens:,} tokens for eager and {found.fused_tokens:,} for lolkernels"
     assert said in " ".join(text.split())
 
 
 def test_the_command_says_why_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    plan.main(["--model-shape", "llama-3-8b", "--memory", "24GiB"])
+    large = ["plan", "--model-shape", "llama-3-8b", "--memory", "24GiB"]
+    cli.main(large)
     text = capsys.readouterr().out
     assert "nothing fits: weights, gradients and optimiser states take 59.83 GiB" in text
-    assert "--lora" in text
-    plan.main(["--model-shape", "llama-3-8b", "--memory", "24GiB", "--lora"])
+    assert "try --lora 16, --optimizer 8bit" in text
+    cli.main([*large, "--lora", "16"])
     text = capsys.readouterr().out
     assert "nothing fits: one sequence of 2048 tokens takes" in text
-    assert "--gradient-checkpointing" in text
+    assert "try --checkpointing" in text
