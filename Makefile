@@ -12,6 +12,8 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
+# One worker a core. A file's tests stay together, since they share what is slow to make.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots test-gpu
 .PHONY: bench-gpu lock clean install
@@ -24,15 +26,16 @@ demo-smollm2: install $(STAMPS)/smollm2
 	$(BIN)/lolrl demo --model smollm2 --output-dir demo-output-smollm2 $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
+	$(PYTEST) -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
 
 lint: $(STAMPS)/triton
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	PYTHONPATH=.:python $(BIN)/lint-imports --no-cache --no-logo
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs -r $(BIN)/clang-format --dry-run -Werror
 
