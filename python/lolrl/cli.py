@@ -72,7 +72,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
-    from lolrl import options, plan
+    from lolrl import options
     from lolrl.config import AnnotateConfig
     from lolrl.flags import add_config_flags, add_training_flags
     from lolrl.settings import DemoSettings
@@ -83,8 +83,12 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         "train": options.TrainOptions,
         "evaluate": options.EvaluateOptions,
         "demo": options.DemoOptions,
-        "plan": plan.PlanOptions,
     }
+    if verb == "plan":
+        from lolrl import plan
+
+        sub.description, sub.formatter_class = plan.__doc__, argparse.RawDescriptionHelpFormatter
+        classes[verb] = plan.PlanOptions
     add_config_flags(sub, classes[verb])
     if verb in ("sft", "train"):
         add_training_flags(sub)
@@ -92,8 +96,6 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         add_config_flags(sub, AnnotateConfig)
     elif verb == "demo":
         add_config_flags(sub, DemoSettings)
-    elif verb == "plan":
-        sub.description, sub.formatter_class = plan.__doc__, argparse.RawDescriptionHelpFormatter
 
 
 def _share_cores() -> None:
