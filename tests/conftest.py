@@ -38,6 +38,10 @@ else:
 # number of threads set their own. Child processes read the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a test starts is no worker of pytest-xdist: pytest-benchmark would refuse to measure in one.
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
+
 # No hub look-up can hide behind a library default.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
