@@ -19,9 +19,13 @@ TABLE["cuda_host"] = cuda_host_backend
 
 try:
     from hypothesis import HealthCheck, settings
+    from hypothesis.internal.conjecture import providers
 except ModuleNotFoundError:  # a machine that only runs the GPU's tests
     pass
 else:
+    # Hypothesis draws from the constants of whatever local modules are loaded. Which these are
+    # depends on the clone's path, on the tests picked and on the worker: see test_generated.py.
+    providers._get_local_constants = providers.Constants
     # Derandomized everywhere: a red test stays red for the next person who runs it.
     settings.register_profile(
         "default",
