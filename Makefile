@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up by themselves. The rest is for developers.
-# `make test-gpu` and `make bench-gpu` test and measure on a GPU, `make bench-train` times whole
-# training steps on a GPU or the CPU (ARGS=--help says what they do).
+# `make card` tests and measures on a GPU in ten minutes, with what `make gpu-bundle` built here
+# (ARGS=--help says what it does); `make bench-train` times whole training steps.
 #   PYTHON=...  the interpreter that makes .venv (3.10 or later)
 #   ARGS=...    extra flags, for instance: make demo ARGS="--seeds 3", make test ARGS="-k sequences"
 
@@ -12,9 +12,11 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 EXTENSION := lolkernels/_C.abi3.so
+# One worker a core. A file's tests stay together, since they share what is slow to make.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots test-gpu
-.PHONY: bench-gpu lock clean install
+.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots
+.PHONY: card test-gpu bench-gpu gpu-bundle lock clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -24,15 +26,16 @@ demo-smollm2: install $(STAMPS)/smollm2
 	$(BIN)/lolrl demo --model smollm2 --output-dir demo-output-smollm2 $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
+	$(PYTEST) -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
 
 lint: $(STAMPS)/triton
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	PYTHONPATH=.:python $(BIN)/lint-imports --no-cache --no-logo
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs -r $(BIN)/clang-format --dry-run -Werror
 
@@ -44,34 +47,40 @@ format: $(STAMPS)/requirements
 
 # Micro-benchmarks, a few minutes. The published table: python benchmarks/run.py --suite cpu
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-disable-gc \
-	  --benchmark-columns=min,median,iqr,max,rounds $(ARGS)
+	$(BIN)/python benchmarks/run.py --suite small $(ARGS)
 
 # The other libraries that both compare with, where they are installed.
 peers: $(STAMPS)/peers
 
-# These run from the source tree with PYTHON as it is: nothing is installed. They write
-# benchmarks/results/<device>-tests, <device> and train-<cuda or cpu>, .json and .md.
+# What a machine with a card lacks, built here without one: the compiled kernels, the peers' wheels.
+gpu-bundle: install
+	$(BIN)/python benchmarks/bundle.py make $(ARGS)
+
+# On that machine, with PYTHON as it is: nothing is installed. All that is found stands in $(CARD).
+CARD ?= card
+card:
+	$(PYTHON) benchmarks/card.py --out $(CARD) $(ARGS)
+
 test-gpu:
-	PYTHONPATH=.:python $(PYTHON) tests/run_gpu.py $(ARGS)
+	$(PYTHON) benchmarks/card.py --out $(CARD) --stages tests $(ARGS)
 
 bench-gpu:
-	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) benchmarks/card.py --out $(CARD) --stages smoke,bench $(ARGS)
 
 # Whole training steps, the largest batch, memory beside the formula.
 bench-train: install
-	$(BIN)/python benchmarks/train.py $(ARGS)
+	$(BIN)/python benchmarks/run.py train $(ARGS)
 
 bench-scaling: install
-	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/cpu-scaling $(ARGS)
+	$(BIN)/python benchmarks/run.py scaling --out benchmarks/results/cpu-scaling $(ARGS)
 
 # BASE=...  a commit: is the working tree faster or slower?
 bench-compare: install
-	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+	$(BIN)/python benchmarks/run.py compare $(BASE) $(ARGS)
 
 # Draws benchmarks/results/plots from the JSON beside it.
 plots: install
-	$(BIN)/python benchmarks/plots.py $(ARGS)
+	$(BIN)/python benchmarks/run.py plots $(ARGS)
 
 # The extension is built in place. Without a compiler the install succeeds, the library says that it
 # uses the reference backend, and the stamp is left out so that the next make tries again.

@@ -5,9 +5,9 @@ python benchmarks/compare.py HEAD~3 --ops linear_loss score --shapes 1024,768,50
 python benchmarks/compare.py main --fail-above 1.03        (for a script: exit status 1)
 
 BASE is checked out in a temporary worktree and HEAD, with its uncommitted changes, is copied beside
-it; both are built there by the same compiler. Each version then runs in a process of its own, and
-the two take turns: base, head, head, base. A round's ratio is the head's time over the base's.
-Before any timing the two must agree on the results.
+it; both are built there by the same compiler. Each version then runs in a process of its own, which
+uses public names of the library alone, and the two take turns: base, head, head, base. A round's
+ratio is the head's time over the base's. Before any timing the two must agree on the results.
 
 The interval holds the median ratio with a confidence of 99% (order statistics: no assumption about
 the noise). A version is called faster or slower only where the whole interval lies beyond a margin.
@@ -27,14 +27,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Shape
+from shapes import CLIP, Inputs, Shape, make_inputs
+from torch import Tensor
+
+import lolkernels as lk  # in a worker, the version's own
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("lolkernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -79,25 +84,18 @@ def fewest_rounds(level: float = LEVEL) -> int:
     return math.ceil(math.log2(2 / (1 - level)))
 
 
-def verdict(low: float, high: float, margin: float) -> str:
-    if high < 1 - margin:
-        return "faster"
-    if low > 1 + margin:
-        return "slower"
-    return "no difference shown"
-
-
 def summary(base: list[float], head: list[float], margin: float) -> dict[str, Any]:
     """The ratio head/base of paired rounds: median, interval and verdict."""
     ratios = [over / under for under, over in zip(base, head, strict=True)]
     low, high = interval(ratios)
+    verdict = "faster" if high < 1 - margin else "slower" if low > 1 + margin else None
     return {
         "base_ms": 1e3 * statistics.median(base),
         "head_ms": 1e3 * statistics.median(head),
         "ratio": statistics.median(ratios),
         "low": low,
         "high": high,
-        "verdict": verdict(low, high, margin),
+        "verdict": verdict or "no difference shown",
     }
 
 
@@ -151,17 +149,10 @@ def native(tree: Path) -> str:
 
 def build(name: str, tree: Path, device: str) -> None:
     """Builds the extension in place. Only a GPU's Triton kernels can do without it."""
-    environment = dict(os.environ)
-    if device == "cpu":
-        environment["LOLKERNELS_BUILD_CUDA"] = "0"
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tree,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    environment = {**os.environ, **({"LOLKERNELS_BUILD_CUDA": "0"} if device == "cpu" else {})}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=tree, env=environment, text=True, **pipes)
     if not done.returncode and any((tree / "lolkernels").glob("_C*.so")):
         return
     lines = [text for text in done.stdout.splitlines() if not re.match(r"\[\d+/\d+\]", text)]
@@ -202,7 +193,7 @@ class Version:
         path = os.pathsep.join([str(tree), str(ROOT / "benchmarks")])
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "compare_worker.py")],
+            [sys.executable, "-c", "import compare; compare.serve()"],
             cwd=tree,
             env={**os.environ, "PYTHONPATH": path},
             text=True,
@@ -232,21 +223,111 @@ class Version:
             raise CompareError(f"{self.name}: {reply['error']}")
         return reply
 
-    def prepare(self, case: Case, folder: Path) -> dict[str, Any]:
-        return self.ask(case=asdict(case), folder=str(folder / self.name))
-
-    def seconds(self, repeats: int) -> float:
-        return float(self.ask(repeats=repeats)["seconds"])
-
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
+def build_call(
+    op: str, inputs: Inputs, frozen_head: bool
+) -> Callable[[], dict[str, Tensor | None]]:
+    """One forward and backward (a forward for `score`); returns log-probs and gradients."""
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_(not frozen_head)
+    labels, shape = inputs.labels, inputs.shape
+    cu = torch.arange(0, shape.tokens + 1, shape.seq_len, device=labels.device)
+    leaves = {"dhidden": hidden, "dweight": weight}
+    if op == "logprob":
+        with torch.no_grad():
+            logits = (hidden.float() @ weight.float().T).to(hidden.dtype)
+        leaves = {"dlogits": logits.requires_grad_()}
+    side = {"ref_logps": inputs.ref_logps, "advantages": inputs.advantages, "clip": CLIP}
+
+    def call() -> dict[str, Tensor | None]:
+        if op == "linear_loss":
+            seq = lk.Sequences.from_cu_seqlens(cu)
+            given = (lk.objectives.a_lol, hidden, weight, labels, seq)
+            out = lk.linear_loss(*given, **side, return_outputs=True)
+            out.loss.backward()
+        elif op == "score":
+            with torch.no_grad():
+                return {"logps": lk.linear_logprob(hidden, weight, labels).logps}
+        else:
+            given = (logits, labels) if op == "logprob" else (hidden, weight, labels)
+            out = (lk.logprob if op == "logprob" else lk.linear_logprob)(*given)
+            out.logps.backward(inputs.upstream)
+        found: dict[str, Tensor | None] = {"logps": out.logps.detach()}
+        for name, leaf in leaves.items():
+            found[name], leaf.grad = leaf.grad, None
+        return found
+
+    return call
+
+
+class Worker:
+    def __init__(self, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        self.inputs: Inputs | None = None
+        self.call: Callable[[], Any] = dict
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "case" not in request:
+            return {"seconds": self.time(request["repeats"])}
+        case, folder = request["case"], Path(request["folder"])
+        shape = Shape(**case["shape"])
+        self.call = dict  # the last case's tensors go first
+        if self.inputs is None or shape != self.inputs.shape:
+            self.inputs = None
+            self.inputs = make_inputs(shape, device=self.device)
+        self.call = build_call(case["op"], self.inputs, case["frozen_head"])
+        sizes = {}
+        for name, tensor in self.call().items():
+            if tensor is not None:
+                sizes[name] = tensor.numel()
+                path = folder.with_name(f"{folder.name}-{name}")
+                kept = torch.from_file(str(path), shared=True, size=tensor.numel())
+                kept.copy_(tensor.detach().reshape(-1))
+        return {"sizes": sizes, "seconds": self.time(2)}
+
+    def time(self, repeats: int) -> float:
+        """Seconds of the median call."""
+        wait = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else dict
+        times = []
+        for _ in range(repeats):
+            wait()
+            start = time.perf_counter()
+            self.call()
+            wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+def serve() -> None:
+    """A worker: answers each line of JSON on stdin with a line on stdout, until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+
+    def reply(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    worker = None
+    for line in sys.stdin:
+        try:
+            if worker is None:
+                worker = Worker(**json.loads(line))
+                there = [name for name, why in lk.available_backends().items() if why is None]
+                reply(file=str(Path(lk.__file__).resolve()), backends=there)
+            else:
+                reply(**worker.answer(json.loads(line)))
+        except Exception as error:  # whatever the version fails with is for the other end to show
+            reply(error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+
 # --- the comparison -------------------------------------------------------------------------------
 
 
-def disagreement(base: torch.Tensor, head: torch.Tensor, name: str, shape: Shape) -> str | None:
+def disagreement(base: Tensor, head: Tensor, name: str, shape: Shape) -> str | None:
     """Says how far two versions' results lie apart, where that is too far."""
     base, head = base.double(), head.double()
     if name == "logps":
@@ -257,33 +338,28 @@ def disagreement(base: torch.Tensor, head: torch.Tensor, name: str, shape: Shape
     return None if apart <= limit else f"{name} differs by {apart:.1e} of its norm (> {limit:g})"
 
 
-def check(case: Case, base: dict[str, int], head: dict[str, int], folder: Path) -> None:
-    if base != head:
-        raise CompareError(f"the results differ in size: base {base}, head {head}")
-    for name, size in base.items():
-        found = [
-            torch.from_file(str(folder / f"{side}-{name}"), size=size) for side in ("base", "head")
-        ]
-        fault = disagreement(*found, name, case.shape)
-        if fault:
-            raise CompareError(f"the versions do not agree: {fault}")
-
-
 def compare(case: Case, base: Version, head: Version, rounds: int, margin: float) -> dict[str, Any]:
     """Checks that the results agree, then times rounds of base, head, head, base."""
     with tempfile.TemporaryDirectory() as folder:
-        ready = [side.prepare(case, Path(folder)) for side in (base, head)]
-        check(case, ready[0]["sizes"], ready[1]["sizes"], Path(folder))
+        sides = (base, head)
+        ready = [s.ask(case=asdict(case), folder=f"{folder}/{s.name}") for s in sides]
+        sizes = [one["sizes"] for one in ready]
+        if sizes[0] != sizes[1]:
+            raise CompareError(f"the results differ in size: base {sizes[0]}, head {sizes[1]}")
+        for name, size in sizes[0].items():
+            pair = [torch.from_file(f"{folder}/{s.name}-{name}", size=size) for s in sides]
+            if fault := disagreement(pair[0], pair[1], name, case.shape):
+                raise CompareError(f"the versions do not agree: {fault}")
     repeats = max(1, math.ceil(SAMPLE_SECONDS / ready[0]["seconds"]))
-    times: dict[Version, list[float]] = {base: [], head: []}
+    times: dict[str, list[float]] = {"base": [], "head": []}
     for turn in range(rounds):
         # Every other round begins with the head: neither always comes after the round's pause.
         first, second = (base, head) if turn % 2 == 0 else (head, base)
-        seen = [side.seconds(repeats) for side in (first, second, second, first)]
-        times[first].append(seen[0] + seen[3])
-        times[second].append(seen[1] + seen[2])
-    halves = [[value / 2 for value in times[side]] for side in (base, head)]
-    return summary(*halves, margin)
+        order = (first, second, second, first)
+        seen = [float(side.ask(repeats=repeats)["seconds"]) for side in order]
+        times[first.name].append((seen[0] + seen[3]) / 2)
+        times[second.name].append((seen[1] + seen[2]) / 2)
+    return summary(times["base"], times["head"], margin)
 
 
 def line(case: Case, found: dict[str, Any]) -> str:
@@ -311,9 +387,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name, tree in trees.items():
             sides.append(Version(name, tree, arguments.device, arguments.threads))
             stack.callback(sides[-1].close)
-        base, head = sides
-        for side in sides:
-            print(f"{side.name}: backends {', '.join(side.about['backends'])}")
+            print(f"{name}: backends {', '.join(sides[-1].about['backends'])}")
         changed = " with local changes" if git("status", "--porcelain") else ""
         now = git("rev-parse", "--short", "HEAD").strip()
         print(
@@ -325,7 +399,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         found = []
         for case in cases:
             try:
-                row = compare(case, base, head, arguments.rounds, arguments.margin)
+                row = compare(case, sides[0], sides[1], arguments.rounds, arguments.margin)
             except CompareError as error:
                 if any(side.process.poll() is not None for side in sides):
                     raise
@@ -350,20 +424,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", help="the commit to compare the working tree with")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape_of, metavar="T,D,V,L", help="e.g. 1024,768,50257,128,bf16"
-    )
-    parser.add_argument("--rounds", type=int, default=12, help="of four turns each (default: 12)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--margin", type=float, default=0.01, help="a smaller difference is not called (0.01)"
-    )
-    parser.add_argument(
-        "--fail-above", type=float, metavar="RATIO", help="exit 1 if an interval lies above RATIO"
-    )
+    add = parser.add_argument
+    add("base", help="the commit to compare the working tree with")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--ops", nargs="+", choices=OPS, default=list(OPS))
+    add("--shapes", nargs="+", type=shape_of, metavar="T,D,V,L", help="or T,D,V,L,bf16")
+    add("--rounds", type=int, default=12, help="of four turns each (default: 12)")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--margin", type=float, default=0.01, help="a smaller difference is not called (0.01)")
+    add("--fail-above", type=float, metavar="RATIO", help="exit 1 if an interval lies above it")
     arguments = parser.parse_args(argv)
     least = fewest_rounds()
     if arguments.rounds < least:

@@ -27,21 +27,21 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import kernels
-import objectives
+import library
 import peers
+import rowwise
 import torch
 from peers import Contestant, UnavailableError
 from shapes import Inputs, Shape, make_inputs
 from truth import Check, Result, Truth, judge, truth
-
-from lolkernels import planner
 
 GATED_ROWS = {"cpu": 2048, "cuda": 1 << 62}  # float64 on a CPU: beyond that, some of the sequences
 MIN_ROUNDS = 3
 SLOW_SECONDS = 3.0  # a contestant slower than this gets the fewest rounds
 BOX = 150.0  # seconds that a first call may take: compilers
 PHASES = ("both", "forward", "backward")
+# autocast: fp32 leaves under torch.autocast(bfloat16); tf32: fp32 products allowed in TF32
+FLAGS = ("", "autocast", "tf32")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Entry:
     backend: str | None = None  # of lolkernels
     budget: int | None = None  # of lolkernels, bytes
     phase: str = "both"
+    flag: str = ""  # one of FLAGS
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Row:
     extra_bytes: int | None = None
     formula_bytes: int | None = None
     wrong: list[str] = field(default_factory=list)  # failed its check: not timed
+    missed: list[str] = field(default_factory=list)  # a bound, by how much: timed all the same
     skipped: str = ""  # why it cannot run here
     error: str = ""  # it ran, and failed
 
@@ -123,6 +125,9 @@ class Cuda:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.fill()
+
+    def fill(self) -> None:
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         # Far more than the cache: while it is written (0.3 ms) the host gets ahead of the device,
         # and a launch's own latency stays outside the events.
@@ -249,6 +254,7 @@ def measure(
             continue
         row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
         row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
+        row.missed = check.missed
         row.formula_bytes = c.formula
         if check.faults:
             row.wrong = check.faults
@@ -294,19 +300,56 @@ def _truth(op: str, inputs: Inputs) -> Truth:
     return truth(op, inputs, GATED_ROWS[inputs.hidden.device.type])
 
 
+@lru_cache(maxsize=2)
+def _eager_errors(op: str, inputs: Inputs) -> dict[str, float]:
+    """Of eager's gradients, in the inputs' dtype."""
+    try:
+        got = peers.build("eager", op, inputs)()
+    except torch.OutOfMemoryError:
+        return {}
+    return judge(got, _truth(op, inputs), inputs, strict=False).gradients
+
+
+def forget(device: Device) -> None:
+    """Frees what is kept between cases, for who is to have the whole device."""
+    for kept in (inputs_of, _truth, _eager_errors, peers.gradient_logits):
+        kept.cache_clear()
+    gc.collect()
+    if isinstance(device, Cuda):
+        device.scratch = torch.empty(0, dtype=torch.uint8, device=device.device)
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def flagged(flag: str, device: torch.device) -> Iterator[None]:
+    """Runs the block under one of FLAGS."""
+    if flag == "autocast":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = flag == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | None:
     """The library's own statement of the memory a call takes beyond inputs and gradients."""
-    if entry.contestant != "lolkernels" or entry.op not in peers.OPS or entry.phase != "both":
+    known = entry.contestant == "lolkernels" and entry.op in peers.OPS and not entry.flag
+    if not known or entry.phase != "both":
         return None
     shape, device = entry.shape, device or torch.device("cpu")
     lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
-    spans = entry.backend == "cuda_hopper" and shape.dtype != "fp32"
-    held = planner.chunk_rows(shape.vocab, 2 if spans else 4, entry.budget, device)
+    named = entry.backend is not None and library.has_gemm(entry.backend)
+    own = named and shape.dtype == "bf16"
+    size = shape.itemsize if device.type == "cuda" else 4
+    held = library.kept_rows(shape.vocab, shape.hidden, size, entry.budget, device)
     cu = [0, *itertools.accumulate(lengths)]
-    chunks = planner.plan_chunks(cu, [True] * len(lengths), held)
-    return planner.extra_bytes(
+    return library.extra_bytes(
         entry.op,
-        longest_chunk=max(sum(piece.end - piece.start for piece in c) for c in chunks),
+        longest_block=max(b.stop - b.start for b in library.plan_blocks(cu, held)),
         num_rows=shape.scored,
         hidden_size=shape.hidden,
         vocab=shape.vocab,
@@ -315,7 +358,7 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         frozen_weight=entry.frozen_head,
         memory_budget=entry.budget,
         device=device,
-        spans=spans,
+        gemm=own,
     )
 
 
@@ -329,7 +372,7 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
     """Raises UnavailableError where it cannot run here."""
     shape = entry.shape
     if entry.op == "logprob":
-        return kernels.build(entry.contestant, shape, entry.backend, device)
+        return rowwise.build(entry.contestant, shape, entry.backend, device)
     inputs = inputs_of(shape, entry.frozen_head, device)
     gemms = peers.gemm_count(entry.op, inputs)
     if entry.phase != "both":
@@ -342,28 +385,48 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
         found.flops, found.work = flops, work
         return found
     ours = entry.contestant == "lolkernels"
-    build = objectives.build if entry.op in objectives.OPS else peers.build
-    call = build(entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget)
+    call = peers.build(
+        entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget
+    )
     scalar = not ours and peers.PEERS[entry.contestant].scalar_only
 
     def check() -> Check:
         peers.gradients(inputs)
-        strict = ours or shape.dtype == "fp32"
-        return judge(call(), _truth(entry.op, inputs), inputs, strict=strict, scalar=scalar)
+        strict = (ours or shape.dtype == "fp32") and not entry.flag
+        # A GPU rounds the logits' gradients once more and truncates what it adds; in Triton's
+        # interpreter its kernels do the first.
+        truncates = (device.type == "cuda" or peers.interpreted()) and ours
+        truncates = truncates and entry.op in peers.OPS
+        eager = _eager_errors(entry.op, inputs) if truncates else None
+        return judge(
+            timed(),
+            _truth(entry.op, inputs),
+            inputs,
+            strict=strict,
+            scalar=scalar,
+            eager=eager,
+        )
 
     state: list[Any] = []
 
     def prepare() -> None:
         state[:] = [call.forward()]
 
+    def timed() -> Result:
+        with flagged(entry.flag, device):
+            state = call.forward()
+            if entry.flag != "autocast":  # which its users leave before the backward
+                return call.backward(state)
+        return call.backward(state)
+
     steps: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
-        "both": (call, None),
+        "both": (timed, None),
         "forward": (call.forward, None),
         "backward": (lambda: call.backward(state.pop()), prepare),
     }
-    timed, before = steps[entry.phase]
+    step, before = steps[entry.phase]
     return Contestant(
-        timed,
+        step,
         check,
         before,
         flops=flops,
@@ -388,22 +451,16 @@ def time_entries(
     return measure(build, device, rounds=rounds, until=until)
 
 
-def check_and_time(
-    entries: Iterable[Entry], rounds: int, device: Device | None = None, until: float = math.inf
-) -> list[Row]:
-    """As `time_entries`.
-
-    Raises:
-        RuntimeError: a result is wrong, or a contestant cannot run; it names which and why.
-    """
-    rows = time_entries(entries, rounds, device, until)
-    for row in rows:
-        if why := "; ".join(row.wrong) or row.error or row.skipped:
-            raise RuntimeError(f"{row.label} ({row.op}, {row.shape}): {why}")
-    return rows
-
-
 # --- memory on a CPU ------------------------------------------------------------------------------
+
+
+# Every large block is mapped and given back, so that the peak is the call's own.
+QUIET_MALLOC = {
+    **os.environ,
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def peak_memory(entry: Entry) -> int:
@@ -414,17 +471,10 @@ def peak_memory(entry: Entry) -> int:
     Raises:
         RuntimeError: the call failed in its process.
     """
-    environment = {
-        **os.environ,
-        # Every large block is mapped and given back, so that the peak is the call's own.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],
         input=json.dumps({**asdict(entry), "threads": torch.get_num_threads()}),
-        env=environment,
+        env=QUIET_MALLOC,
         text=True,
         capture_output=True,
     )
@@ -433,7 +483,7 @@ def peak_memory(entry: Entry) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A field of /proc/self/status in bytes: VmRSS (resident) or VmHWM (its high-water mark)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
@@ -449,9 +499,9 @@ def _measure_here(entry: Entry) -> int:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         result = c.call()
-        peak = _status("VmHWM")
+        peak = status("VmHWM")
         kept = c.returned(result) if c.returned else 0
         del result
     return peak - before - kept + c.holds

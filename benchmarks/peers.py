@@ -69,10 +69,11 @@ def gradients(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gemm_count(op: str, inputs: Inputs) -> int:
-    """GEMMs of 2 N V D flops that the op needs (linear_logprob makes its logits twice)."""
+    """GEMMs of 2 N V D flops that the op needs (on a CPU linear_logprob makes its logits twice)."""
     if op == "score":
         return 1
-    return 2 + (op == "linear_logprob") + inputs.weight.requires_grad
+    twice = op == "linear_logprob" and not inputs.hidden.is_cuda
+    return 2 + twice + inputs.weight.requires_grad
 
 
 # --- lolkernels -----------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def build_lolkernels(
 
 
 @lru_cache(maxsize=1)
-def _gradient_logits(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+def gradient_logits(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """Gradients of logits (N, V): a product runs faster on zeros or ones than on these."""
     hidden, labels = (t.detach() for t in inputs.scored())
     wide, rows = inputs.weight.detach().float(), torch.arange(len(labels), device=hidden.device)
@@ -150,10 +151,11 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
         hidden, weight = hidden.float(), weight.float()
     out = torch.float32 if wide else hidden.dtype
     mm = _mm_wide if wide and hidden.dtype != torch.float32 else _mm
-    dz = _gradient_logits(inputs, hidden.dtype)
+    dz = gradient_logits(inputs, hidden.dtype)
     logits = torch.empty(dz.shape, dtype=out, device=dz.device)
     dhidden, dweight = torch.empty_like(hidden, dtype=out), torch.empty_like(weight, dtype=out)
-    forwards = (phase != "backward") + (op == "linear_logprob" and phase != "forward")
+    twice = op == "linear_logprob" and not hidden.is_cuda
+    forwards = (phase != "backward") + (twice and phase != "forward")
     trains = op != "score" and phase != "forward"
     dweights = trains and inputs.weight.requires_grad
 
@@ -308,7 +310,7 @@ PEERS = {
     "cce torch_compile": Peer(partial(_cce, impl="torch_compile"), "cut-cross-entropy"),
     "quack": Peer(_quack, "quack-kernels", gpu_only=True),
     "quack chunked": Peer(None, "quack-kernels"),
-    "liger chunked": Peer(None, "liger-kernel"),  # its own losses: objectives.py
+    "liger chunked": Peer(None, "liger-kernel"),
     "fla": Peer(None, "flash-linear-attention"),
 }
 

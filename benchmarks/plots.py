@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,20 +146,27 @@ def best_of_each(rows: list[Row], key: str) -> list[Row]:
 def peers_case(
     records: list[Record], usable: Callable[[Row], bool], what: str
 ) -> tuple[list[Row], str]:
-    """The usable rows of the linear_loss case with the most peers, and where it was measured."""
+    """The usable rows of the linear_loss case with the most peers, and where it was measured.
+
+    Each has the `floor_ms` of its own rounds. A card's peers are measured family by family.
+    """
     best: tuple[list[Row], str] | None = None
     most = 1
     for record in records:
-        for case in record["cases"]:
-            groups: dict[str, list[Row]] = {}
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for place, case in enumerate(record["cases"]):
+            family = "peers" if case.get("name", "").startswith("peers ") else str(place)
             for row in timed(case):
                 if row["op"] == "linear_loss" and not row["frozen_head"] and "axis" not in case:
-                    groups.setdefault(row["shape"], []).append(row)
-            for group in groups.values():
-                rows = [row for row in group if usable(row)]
-                peers = {peer_of(row) for row in rows}
-                if OURS in peers and len(peers) > most:
-                    best, most = (rows, where(record)), len(peers)
+                    shape = row["shape"]
+                    bare = (r for r in timed(case) if _is(r, FLOOR) and r["shape"] == shape)
+                    floor = next((r["times_ms"] for r in bare), None)
+                    groups.setdefault((family, shape), []).append({**row, "floor_ms": floor})
+        for group in groups.values():
+            rows = [row for row in group if usable(row)]
+            peers = {peer_of(row) for row in rows}
+            if OURS in peers and len(peers) > most:
+                best, most = (rows, where(record)), len(peers)
     if best is None:
         raise PlotError(
             f"no case of linear_loss has lolkernels and another contestant with {what}: run "
@@ -332,20 +340,21 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
         return True
 
     rows, device = peers_case(records, usable, "a time")
-    floor = next((r["times_ms"] for r in rows if _is(r, FLOOR)), None)
-    if floor is None:
+    if rows[0]["floor_ms"] is None:
         raise PlotError(
             f"no row of the bare GEMMs stands beside {rows[0]['label']}, {rows[0]['shape']}: run "
             "`python benchmarks/run.py --suite cpu --out ...` and give its JSON"
         )
     rows = [
-        {**row, "ratio": median(a / b for a, b in zip(row["times_ms"], floor, strict=False))}
+        {**row, "ratio": median(map(truediv, row["times_ms"], row["floor_ms"]))}
         for row in rows
         if peer_of(row) != FLOOR
     ]
     rows = best_of_each(rows, "ratio")
     ours = next(row for row in rows if _is(row, OURS))
-    other = next(row for row in rows if not _is(row, OURS))
+    other = next((row for row in rows if not _is(row, OURS)), None)
+    if other is None:
+        raise PlotError("no peer has a time beside lolkernels and the bare GEMMs: measure one")
     title = (
         f"lolkernels takes {ours['ratio']:.2f}x the bare matrix products, "
         f"{name_text(other)} {other['ratio']:.2f}x"

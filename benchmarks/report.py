@@ -1,5 +1,7 @@
 """Where a result was measured, its goals, its JSON, and the Markdown made from the JSON.
 
+    python benchmarks/report.py FOLDER      what benchmarks/card.py found: see card_page.py
+
 The schema of every record, CPU or GPU:
 
     environment  device, versions, commit, source (a hash of the code), clocks, command, date
@@ -9,7 +11,7 @@ The schema of every record, CPU or GPU:
       rows       measure.Row as a dict: label, contestant, op, shape, tokens, frozen_head, phase,
                  times_ms (one a round), median_ms, flops, bytes, work, sum_error_nat,
                  gradient_errors, extra_bytes, formula_bytes, version; wrong, skipped or error
-                 where there are no times
+                 where there are no times; missed: bounds, and by how much
     goals        [{text, limit, measured, met, and of a `Goal` here: row, against, of, why}]
     left         titles of cases that there was no time for
 """
@@ -28,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,8 +44,8 @@ import lolkernels as lk
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
-# What decides a measured number: another run may go on with a record only where these agree.
-SAME = ("device", "torch", "triton", "lolkernels", "commit", "source")
+# What decides a measured number: another run goes on with a journal only where these agree.
+SAME = ("device", "torch", "triton", "source")
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -78,9 +81,9 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 
 def source() -> str:
-    """A hash of the code that is measured and of the code that measures."""
+    """A hash of the code that is measured."""
     digest = hashlib.sha256()
-    folders = [ROOT / name for name in ("lolkernels", "csrc", "benchmarks")]
+    folders = [ROOT / name for name in ("lolkernels", "csrc")]
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -236,7 +239,7 @@ def reason_of(row: dict[str, Any]) -> str:
     return "not run: " + row["skipped"] if row["skipped"] else ""
 
 
-def _mib(value: int | None) -> str:
+def mib(value: int | None) -> str:
     return "" if value is None else f"{value / MIB:.1f}"
 
 
@@ -271,9 +274,10 @@ def _line(row: dict[str, Any], floors: dict[str, dict[str, Any] | None], *, shap
             f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})" if ratio else ""
         )
     rate, count = _counted(row)
-    cells += [rate, count, _mib(row["extra_bytes"]), _mib(row["formula_bytes"])]
+    cells += [rate, count, mib(row["extra_bytes"]), mib(row["formula_bytes"])]
     errors = [] if row["sum_error_nat"] is None else [f"sum {row['sum_error_nat']:.1e} nat"]
     errors += [f"{name} {value:.1e}" for name, value in row["gradient_errors"].items()]
+    errors += [f"MISSED: {text}" for text in row["missed"]]
     return "| " + " | ".join([*cells, ", ".join(errors)]) + " |"
 
 
@@ -307,8 +311,8 @@ def goals_table(goals: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The page of a record, from the record alone."""
+def head(record: dict[str, Any]) -> str:
+    """Where a record was measured, with what, and how to read it."""
     where = record["environment"]
     names = ("cores", "threads", "capability", "multiprocessors", "memory_gib", "l2_mib")
     names += ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "cuda")
@@ -317,7 +321,7 @@ def markdown(record: dict[str, Any]) -> str:
     known = {name: where[name] for name in ("python", "torch", "triton", "lolkernels")}
     known |= where.get("peers", {})
     commit = where["commit"] + (" with local changes" if where["dirty"] else "")
-    head = [
+    lines = [
         f"# {where['device']}",
         "",
         ", ".join(facts) + ".",
@@ -334,7 +338,12 @@ def markdown(record: dict[str, Any]) -> str:
         "memory is the peak above inputs and returned gradients: on a CPU measured in a process of",
         "its own, on a GPU by torch's allocator.",
     ]
-    parts = ["\n".join(head), *(table(case) for case in record["cases"])]
+    return "\n".join(lines)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The page of a record, from the record alone."""
+    parts = [head(record), *(table(case) for case in record["cases"])]
     for name in record.get("left", []):
         parts.append(f"### {name}\n\nNot measured: no time was left.")
     if record["goals"]:
@@ -373,30 +382,15 @@ def judge_all(record: dict[str, Any]) -> None:
     record["goals"] = [judge(goal, rows_of(case)) for goal, case in pairs]
 
 
-def save(record: dict[str, Any], out: Path) -> list[Path]:
+def save(
+    record: dict[str, Any], out: Path, page: Callable[[dict[str, Any]], str] = markdown
+) -> list[Path]:
     """Writes `out`.json, and `out`.md from it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    data, page = files(out)
+    data, text = files(out)
     _replace(data, json.dumps(record, indent=1) + "\n")
-    _replace(page, markdown(json.loads(data.read_text())))
-    return [data, page]
-
-
-def resume(out: Path, now: dict[str, Any], rounds: int, *, same_run: bool) -> dict[str, Any]:
-    """The record to go on with: what is there, where code and device are the same.
-
-    Cases that failed are tried again, though not in a later process of the same run.
-    """
-    data, _ = files(out)
-    if data.exists():
-        record: dict[str, Any] = json.loads(data.read_text())
-        before = record.get("environment", {})
-        if same_run or all(before.get(key) == now[key] for key in SAME):
-            if not same_run:
-                record["cases"] = [c for c in record["cases"] if not c.get("error")]
-            return record
-        print(f"{data}: another commit, device or version; starting anew", file=sys.stderr)
-    return new(now, rounds)
+    _replace(text, page(json.loads(data.read_text())))
+    return [data, text]
 
 
 def faulty(case: dict[str, Any]) -> bool:
@@ -404,3 +398,9 @@ def faulty(case: dict[str, Any]) -> bool:
     ours = [row for row in rows_of(case) if row["contestant"] == "lolkernels"]
     wrong = any(row["wrong"] for row in rows_of(case))
     return bool(case.get("error")) or wrong or any(row["error"] for row in ours)
+
+
+if __name__ == "__main__":
+    import card_page  # it imports this module
+
+    raise SystemExit(card_page.main())

@@ -4,21 +4,23 @@ python benchmarks/run.py linear_loss --shape gpt2 --peer eager lol-rl "torch lce
 python benchmarks/run.py linear_loss --shape qwen3-0.6b --lengths 16-256 --dtype bf16 --pass forward
 python benchmarks/run.py score --shape 1024,768,50257,128 --backend cpu reference
 python benchmarks/run.py --suite cpu --out benchmarks/results/cpu
+python benchmarks/run.py --suite small                  (make bench: a few minutes)
+python benchmarks/run.py compare main                   (or scaling, train, plots, card; --help)
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
-import objectives
 import peers
 import report
 import torch
@@ -26,18 +28,17 @@ from measure import Device, Entry
 from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
 
-OPS = (*peers.OPS, *objectives.OPS, "logprob")
+MODES = ("card", "compare", "plots", "scaling", "train")  # each a script of its own, too
+OPS = (*peers.OPS, "logprob")
 TITLES = {
     "linear_loss": "linear_loss (A-LoL)",
     "linear_logprob": "linear_logprob",
     "score": "linear_logprob without gradient",
-    "dpo": "DPO without a reference",
-    "grpo": "GRPO",
     "logprob": "logprob on given logits, forward + backward",
 }
 PASSES = {"both": ", forward + backward", "forward": ", forward", "backward": ", backward"}
 USUAL = {op: ["eager", "torch lce"] for op in peers.OPS}  # beside lolkernels and its floor
-USUAL |= {op: ["eager", "liger chunked"] for op in objectives.OPS} | {"logprob": ["eager"]}
+USUAL |= {"logprob": ["eager"]}
 
 
 @dataclass
@@ -138,9 +139,17 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
     for name, tokens in (("smollm2", 512), ("qwen3-0.6b", 256)):
         other = replace(SHAPES[name], tokens=tokens)
         yield single("linear_loss", other, names=["eager"], memory=True)
-    for op in objectives.OPS:
-        yield single(op, replace(shape, tokens=2 * shape.seq_len), memory=True)
     yield single("logprob", shape)
+
+
+def small_suite(shape: Shape) -> list[Case]:
+    """The same at one shape: times alone, in a few minutes."""
+    found = []
+    for case in cpu_suite(shape):
+        entries = [replace(entry, memory=False) for entry in case.entries]
+        if all(entry.shape.vocab == shape.vocab for entry in entries):
+            found.append(replace(case, entries=entries, goals=[]))
+    return found
 
 
 def bf16_case(shape: Shape) -> Case:
@@ -207,7 +216,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--suite", choices=["cpu"], help="every CPU row instead of one op")
+    suites = "every CPU row instead of one op; small: at one small shape, times alone"
+    parser.add_argument("--suite", choices=["cpu", "small"], help=suites)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a case")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
@@ -229,20 +239,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in MODES:
+        mode: Callable[[list[str]], int] = importlib.import_module(argv[0]).main
+        return mode(argv[1:])
     a = parse(argv)
     if a.threads:
         torch.set_num_threads(a.threads)
     device: Device = measure.Cuda() if a.device == "cuda" else measure.Cpu()
-    if a.suite:
+    if a.suite == "cpu":
         cases = list(cpu_suite(a.shape))
+    elif a.suite == "small":
+        cases = small_suite(parse_shape("256,512,16384,64"))
     else:
         options = {"frozen_head": a.frozen_head, "memory": a.memory, "phase": a.phase}
         wide = a.device == "cuda" and a.dtype != "fp32"
         floors = list(peers.FLOORS) if wide else ["gemms"]
         made = single(a.op, a.shape, names=a.peer, backends=a.backend, floors=floors, **options)
         cases = [made]
-    given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "benchmarks/run.py", *given])
+    command = shlex.join(["python", "benchmarks/run.py", *argv])
     record = report.new(report.environment(device.device, command), a.rounds)
     for case in cases:
         record["cases"].append(run_case(case, a.rounds, device))

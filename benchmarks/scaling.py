@@ -12,27 +12,24 @@ an axis a line is fitted: time = intercept + slope * size.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import library
 import measure
 import report
 import torch
-from measure import Entry
+from measure import Device, Entry
 from shapes import Shape
-
-from lolkernels import planner
 
 OP = "linear_loss"
 CONTESTANTS = ("lolkernels", "gemms", "eager")
-NAMES = {"gemms": "bare GEMMs"}
 WHOLE_LOGITS = ("gemms", "eager")
 LOGITS_SHARE = 1 / 16  # of the device's memory: eager needs the fp32 logits several times over
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,29 +47,37 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(first << k for k in range((last // first).bit_length()))
 
 
-# On a CPU a narrow head, so that 131072 tokens take seconds and not minutes.
-CPU = {
-    "tokens": Axis("tokens", "token", Shape(256, 256, 8192, 128), doubling(256, 131072)),
-    "vocab": Axis(
-        "vocab", "column", Shape(512, 256, 32768, 128), (32768, 65536, 131072, 196608, 262144)
+VOCABULARIES = (32768, 65536, 131072, 196608, 262144)
+
+
+def axes(dtype: str, tokens: Shape, vocab: Shape, hidden: Shape, length: Shape) -> dict[str, Axis]:
+    """Each from its first point, which the shape names, to where the point is told."""
+    bases = [replace(base, dtype=dtype) for base in (tokens, vocab, hidden, length)]
+    last_hidden, last_length = 16 * hidden.hidden, length.tokens
+    return {
+        "tokens": Axis("tokens", "token", bases[0], doubling(tokens.tokens, 131072)),
+        "vocab": Axis("vocab", "column", bases[1], VOCABULARIES),
+        "hidden": Axis("hidden", "unit", bases[2], doubling(hidden.hidden, last_hidden)),
+        "seq-len": Axis("seq_len", "token", bases[3], doubling(length.seq_len, last_length)),
+    }
+
+
+AXES = {  # on a CPU a narrow head, so that 131072 tokens take seconds and not minutes
+    "cpu": axes(
+        "fp32",
+        Shape(256, 256, 8192, 128),
+        Shape(512, 256, 32768, 128),
+        Shape(512, 128, 32768, 128),
+        Shape(4096, 256, 8192, 64),
     ),
-    "hidden": Axis("hidden", "unit", Shape(512, 128, 32768, 128), doubling(128, 2048)),
-    "seq-len": Axis("seq_len", "token", Shape(4096, 256, 8192, 128), doubling(64, 4096)),
+    "cuda": axes(
+        "bf16",
+        Shape(256, 4096, 128256, 256),
+        Shape(8192, 4096, 32768, 256),
+        Shape(8192, 512, 128256, 256),
+        Shape(16384, 4096, 128256, 64),
+    ),
 }
-CUDA = {
-    "tokens": Axis("tokens", "token", Shape(256, 4096, 128256, 256, "bf16"), doubling(256, 131072)),
-    "vocab": Axis(
-        "vocab",
-        "column",
-        Shape(8192, 4096, 32768, 256, "bf16"),
-        (32768, 65536, 131072, 196608, 262144),
-    ),
-    "hidden": Axis("hidden", "unit", Shape(8192, 512, 128256, 256, "bf16"), doubling(512, 8192)),
-    "seq-len": Axis(
-        "seq_len", "token", Shape(16384, 4096, 128256, 256, "bf16"), doubling(64, 16384)
-    ),
-}
-AXES = {"cpu": CPU, "cuda": CUDA}
 
 
 # --- what is made of the measurements -------------------------------------------------------------
@@ -89,11 +94,9 @@ def fit(sizes: list[float], times: list[float]) -> dict[str, float]:
     """
     if len(set(sizes)) < 2:
         raise ValueError(f"a line needs two sizes or more; got {sorted(set(sizes))}")
-    weights = [1 / time**2 for time in times]
-    total = sum(weights)
-    x0 = sum(w * x for w, x in zip(weights, sizes, strict=True)) / total
-    t0 = sum(w * t for w, t in zip(weights, times, strict=True)) / total
-    points = list(zip(weights, sizes, times, strict=True))
+    points = [(1 / time**2, size, time) for size, time in zip(sizes, times, strict=True)]
+    total = sum(w for w, _, _ in points)
+    x0, t0 = (sum(p[0] * p[i] for p in points) / total for i in (1, 2))
     spread = sum(w * (x - x0) ** 2 for w, x, _ in points)
     slope = sum(w * (x - x0) * (t - t0) for w, x, t in points) / spread
     intercept = t0 - slope * x0
@@ -110,19 +113,10 @@ def lines(case: dict[str, Any]) -> list[dict[str, Any]]:
     """A fitted line for each contestant with two points or more; milliseconds and nanoseconds."""
     found = []
     for name in CONTESTANTS:
-        rows = of(case, name)
-        if len(rows) < 2:
-            continue
-        line = fit([row["x"] for row in rows], [row["median_ms"] for row in rows])
-        found.append(
-            {
-                "contestant": name,
-                "points": len(rows),
-                "slope_ns": 1e6 * line["slope"],
-                "intercept_ms": line["intercept"],
-                "r2": line["r2"],
-            }
-        )
+        if len(rows := of(case, name)) > 1:
+            line = fit([row["x"] for row in rows], [row["median_ms"] for row in rows])
+            sizes = {"slope_ns": 1e6 * line["slope"], "intercept_ms": line["intercept"]}
+            found.append({"contestant": name, "points": len(rows), **sizes, "r2": line["r2"]})
     return found
 
 
@@ -138,22 +132,16 @@ def flatness(case: dict[str, Any]) -> dict[str, Any] | None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def memory_of(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def entries_at(shape: Shape, frozen_head: bool, device: torch.device) -> list[Entry]:
-    fits = 4 * shape.tokens * shape.vocab <= LOGITS_SHARE * memory_of(device)
-    return [
-        Entry(name, name, OP, shape, frozen_head)
-        for name in CONTESTANTS
-        if fits or name not in WHOLE_LOGITS
-    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    fits = 4 * shape.tokens * shape.vocab <= LOGITS_SHARE * memory
+    names = [name for name in CONTESTANTS if fits or name not in WHOLE_LOGITS]
+    return [Entry(name, name, OP, shape, frozen_head) for name in names]
 
 
-def measure_point(entries: list[Entry], rounds: int, gpu: list[Any]) -> list[dict[str, Any]]:
+def measure_point(entries: list[Entry], rounds: int, device: Device) -> list[dict[str, Any]]:
     """Times in interleaved rounds; on a CPU, then the memory of all but the floor.
 
     Eager goes out where it fails its check (bf16 logits of a long sequence) or its memory.
@@ -161,15 +149,14 @@ def measure_point(entries: list[Entry], rounds: int, gpu: list[Any]) -> list[dic
     Raises:
         RuntimeError: lolkernels or the floor fails.
     """
-    try:
-        rows = measure.check_and_time(entries, rounds, *gpu)
-    except RuntimeError as error:
-        entries = [entry for entry in entries if entry.contestant != "eager"]
-        rows = measure.check_and_time(entries, rounds, *gpu)
-        print(f"without eager: {error}", file=sys.stderr)
     found = []
-    for entry, row in zip(entries, rows, strict=True):
-        if not gpu and entry.contestant != "gemms":
+    for entry, row in zip(entries, measure.time_entries(entries, rounds, device), strict=True):
+        if why := "; ".join(row.wrong) or row.error or row.skipped:
+            if entry.contestant != "eager":
+                raise RuntimeError(f"{row.label} ({row.shape}): {why}")
+            print(f"without eager: {why}", file=sys.stderr)
+            continue
+        if device.kind == "cpu" and entry.contestant != "gemms":
             row.extra_bytes = measure.peak_memory(entry)
             row.formula_bytes = measure.documented_bytes(entry)
         found.append(asdict(row))
@@ -177,28 +164,28 @@ def measure_point(entries: list[Entry], rounds: int, gpu: list[Any]) -> list[dic
 
 
 def measure_axis(
-    name: str, axis: Axis, rounds: int, frozen_head: bool, device: torch.device
+    name: str, axis: Axis, rounds: int, frozen_head: bool, device: Device
 ) -> dict[str, Any]:
-    gpu = [measure.Cuda()] if device.type == "cuda" else []  # a CPU is the measuring's default
     rows = []
     for point, shape in zip(axis.points, axis.shapes(), strict=True):
-        held = planner.chunk_rows(shape.vocab, 4, None, device)
+        size = shape.itemsize if device.device.type == "cuda" else 4
+        held = library.kept_rows(shape.vocab, shape.hidden, size, None, device.device)
         whole = shape.seq_len <= held  # a longer sequence goes tile by tile, without a chunk
         full = whole and held <= shape.scored
-        for row in measure_point(entries_at(shape, frozen_head, device), rounds, gpu):
+        for row in measure_point(entries_at(shape, frozen_head, device.device), rounds, device):
             label = f"{row['contestant']} {axis.field}={point}"
             rows.append({**row, "label": label, "x": point, "full_chunks": full})
             if not whole:
                 rows[-1]["formula_bytes"] = None
         print(f"{name} {point}: {rows[-1]['shape']}", file=sys.stderr, flush=True)
     head = ", frozen head" if frozen_head else ""
-    fixed = {k: v for k, v in asdict(axis.base).items() if k in ("tokens", "hidden", "vocab")}
+    sizes = ("tokens", "hidden", "vocab", "seq_len", "dtype")
     case: dict[str, Any] = {
         "title": f"Cost against {name}: {OP} (A-LoL), forward + backward{head}",
         "axis": name,
         "field": axis.field,
         "unit": axis.unit,
-        "base": {**fixed, "seq_len": axis.base.seq_len, "dtype": axis.base.dtype},
+        "base": {key: getattr(axis.base, key) for key in sizes},
         "frozen_head": frozen_head,
         "floor": f"gemms {axis.field}={axis.points[0]}",
         "rows": rows,
@@ -207,14 +194,6 @@ def measure_axis(
 
 
 # --- the report -----------------------------------------------------------------------------------
-
-
-def _ms(row: dict[str, Any] | None) -> str:
-    return f"{row['median_ms']:.1f}" if row else ""
-
-
-def _mib(row: dict[str, Any] | None, key: str = "extra_bytes") -> str:
-    return f"{row[key] / MIB:.1f}" if row and row.get(key) is not None else ""
 
 
 def _slope(nanoseconds: float) -> str:
@@ -226,6 +205,10 @@ def _slope(nanoseconds: float) -> str:
 
 def table(case: dict[str, Any]) -> str:
     """One axis: a row a point, then the fitted lines and how flat the memory is."""
+
+    def cell(row: dict[str, Any] | None, key: str, scale: float = 1.0) -> str:
+        return "" if row is None or row.get(key) is None else f"{row[key] / scale:.1f}"
+
     base = {k: v for k, v in case["base"].items() if k != case["field"]}
     out = [
         f"### {case['title']}",
@@ -240,64 +223,37 @@ def table(case: dict[str, Any]) -> str:
         here = {row["contestant"]: row for row in case["rows"] if row["x"] == x}
         ours, floor, eager = (here.get(name) for name in CONTESTANTS)
         ratio = f"{ours['median_ms'] / floor['median_ms']:.3f}" if ours and floor else ""
-        cells = [str(x), _ms(ours), _ms(floor), ratio, _ms(eager), _mib(ours)]
-        out.append(f"| {' | '.join([*cells, _mib(ours, 'formula_bytes'), _mib(eager)])} |")
+        cells = [str(x), cell(ours, "median_ms"), cell(floor, "median_ms"), ratio]
+        cells += [cell(eager, "median_ms"), cell(ours, "extra_bytes", report.MIB)]
+        cells.append(cell(ours, "formula_bytes", report.MIB))
+        out.append(f"| {' | '.join([*cells, cell(eager, 'extra_bytes', report.MIB)])} |")
     floor_slope = next((f["slope_ns"] for f in case["lines"] if f["contestant"] == "gemms"), None)
     if case["lines"]:
-        out += [
-            "",
-            f"| fitted line | points | a {case['unit']} costs | x GEMMs | intercept ms | R² |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
+        unit = f"a {case['unit']} costs"
+        out += ["", f"| fitted line | points | {unit} | x GEMMs | intercept ms | R² |"]
+        out += ["|---|---:|---:|---:|---:|---:|"]
     for line in case["lines"]:
-        name = NAMES.get(line["contestant"], line["contestant"])
-        ratio = f"{line['slope_ns'] / floor_slope:.3f}" if floor_slope else ""
-        if case["axis"] == "seq-len":  # nothing should depend on it: a ratio of zeros
-            ratio = ""
-        out.append(
-            f"| {name} | {line['points']} | {_slope(line['slope_ns'])} | {ratio} "
-            f"| {line['intercept_ms']:.2f} | {line['r2']:.4f} |"
-        )
-    if case["flatness"]:
-        flat = case["flatness"]
-        out += [
-            "",
-            f"Extra memory from {flat['from']} to {flat['to']} (chunks are full): the largest is "
-            f"{flat['ratio']:.3f} x the smallest.",
-        ]
+        name = "bare GEMMs" if line["contestant"] == "gemms" else line["contestant"]
+        # Nothing should depend on the sequence's length: a ratio of zeros.
+        shown = floor_slope and case["axis"] != "seq-len"
+        cells = [name, str(line["points"]), _slope(line["slope_ns"])]
+        cells += [f"{line['slope_ns'] / floor_slope:.3f}" if shown else ""]
+        out.append(f"| {' | '.join(cells)} | {line['intercept_ms']:.2f} | {line['r2']:.4f} |")
+    if flat := case["flatness"]:
+        out += ["", f"Extra memory from {flat['from']} to {flat['to']} (chunks are full): the "]
+        out[-1] += f"largest is {flat['ratio']:.3f} x the smallest."
     return "\n".join(out)
 
 
 def markdown(record: dict[str, Any]) -> str:
-    where = record["environment"]
-    facts = [
-        f"{key.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else value}"
-        for key, value in where.items()
-        if key not in ("device", "command", "dirty") and isinstance(value, (str, int, float, list))
-    ]
-    facts += ["with local changes"] if where.get("dirty") else []
-    head = [
-        f"# Scaling on {where['device']}",
-        "",
-        "; ".join(facts) + ".",
-        f"Medians of {record['rounds']} interleaved rounds (contestants that take seconds: 3). The "
-        "bare GEMMs and eager hold all logits and stop where these pass a sixteenth of the memory. "
-        "`x GEMMs` is a ratio of medians. Extra memory: the peak above inputs and returned "
-        "gradients; its formula is that of chunks of whole sequences, and is left out where one "
-        "sequence is longer than a chunk. The lines are fitted by least "
-        "squares of the relative errors.",
-        "",
-        f"    {where['command']}",
-    ]
-    return "\n\n".join(["\n".join(head), *(table(case) for case in record["cases"])]) + "\n"
-
-
-def save(record: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data, page = (out.with_name(out.name + ending) for ending in (".json", ".md"))
-    data.write_text(json.dumps(record, indent=1) + "\n")
-    page.write_text(markdown(json.loads(data.read_text())))
-    print(f"wrote {data}\nwrote {page}")
+    about = (
+        "# Scaling\n\nThe bare GEMMs and eager hold all logits and stop where these pass a "
+        "sixteenth of the memory. `x GEMMs` is a ratio of medians. The formula of the extra memory "
+        "is that of chunks of whole sequences, and is left out where one sequence is longer than a "
+        "chunk. The lines are fitted by least squares of the relative errors.\n"
+    )
+    parts = [about + "\n#" + report.head(record), *map(table, record["cases"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def axes_of(arguments: argparse.Namespace) -> dict[str, Axis]:
@@ -333,14 +289,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--axis", choices=[*CPU, "all"], default="all")
-    parser.add_argument("--device", choices=list(AXES), default="cpu")
-    parser.add_argument("--shape", type=shape_of, metavar="T,D,V,L", help="the sizes that stay")
-    parser.add_argument("--points", type=int, nargs="+", help="sizes of the axis")
-    parser.add_argument("--frozen-head", action="store_true", help="no gradient for the weight")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a point")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    add = parser.add_argument
+    add("--axis", choices=[*AXES["cpu"], "all"], default="all")
+    add("--device", choices=list(AXES), default="cpu")
+    add("--shape", type=shape_of, metavar="T,D,V,L", help="the sizes that stay")
+    add("--points", type=int, nargs="+", help="sizes of the axis")
+    add("--frozen-head", action="store_true", help="no gradient for the weight")
+    add("--rounds", type=int, default=5, help="interleaved rounds a point")
+    add("--threads", type=int, help="torch threads (default: torch's own choice)")
+    add("--out", type=Path, help="write OUT.json and OUT.md")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -357,23 +314,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device: Device = measure.Cuda() if arguments.device == "cuda" else measure.Cpu()
     shown = sys.argv[1:] if argv is None else argv
-    record: dict[str, Any] = {
-        "environment": {
-            **report.environment(*([device] if device.type == "cuda" else [])),
-            "command": " ".join(["python", "benchmarks/scaling.py", *shown]),
-        },
-        "rounds": arguments.rounds,
-        "cases": [],
-        "goals": [],
-    }
+    command = shlex.join(["python", "benchmarks/scaling.py", *shown])
+    record = report.new(report.environment(device.device, command), arguments.rounds)
     for name, axis in arguments.axes.items():
         case = measure_axis(name, axis, arguments.rounds, arguments.frozen_head, device)
         record["cases"].append(case)
         print(table(case), end="\n\n", flush=True)
         if arguments.out:  # what is there stays, should a later axis fail
-            save(record, arguments.out)
+            print("wrote", *report.save(record, arguments.out, markdown))
     return 0
 
 

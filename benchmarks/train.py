@@ -1,13 +1,12 @@
 """End to end: one optimiser step of A-LoL on a whole model, with eager log-probs and with ours.
 
 python benchmarks/train.py --device cpu
-python benchmarks/train.py --model qwen2.5-0.5b llama-3.1-8b --memory 80GiB --deadline 220 --out gpu
+python benchmarks/train.py --model qwen2.5-0.5b llama-3.1-8b --memory 24GiB 80GiB --out gpu
 
 The models are transformers' own, of random weights; half of each sequence is prompt. A step is
 forward, loss, backward and AdamW. Before anything is timed, losses and gradients are compared. Peak
-memory and the largest batch are measured in a process of their own each, beside the formulas of
-lolkernels/plan.py. OUT.json is written after every measurement; the same command again does what
-the last one had no time for.
+memory and the largest batch stand beside the formulas of lolrl plan: on a GPU by torch's allocator,
+on a CPU measured in a process of its own each. OUT.json is written after every case.
 """
 
 from __future__ import annotations
@@ -17,25 +16,23 @@ import ctypes
 import gc
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from the source tree, not installed
 
+import measure
 import report
 import torch
-import train_report
+from library import plan
 from train_cases import GRADIENT_LIMIT, LOSSES, MODELS, MODES, Case, Run, errors
-
-from lolkernels import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {  # what is measured without --model
@@ -48,29 +45,17 @@ CASES = {  # what is measured without --model
     ],
 }
 RESOLUTION = 0.05  # of the largest batch
+OUT_OF_MEMORY = "out of memory"
+LARGEST = ("eager", "fused")  # whose largest batch is looked for
 
 
-class DeadlineError(Exception):
-    """No time is left; what is measured has been written."""
-
-
-def left(until: float) -> float:
-    seconds = until - time.monotonic()
-    if seconds <= 0:
-        raise DeadlineError
-    return seconds
-
-
-def time_steps(run: Run, rounds: int, until: float) -> dict[str, list[float] | str]:
+def time_steps(run: Run, rounds: int, until: float = math.inf) -> dict[str, list[float] | str]:
     """Seconds of a step by contestant, in interleaved rounds; text where it cannot run."""
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     failed: dict[str, str] = {}
     for turn in range(-1, rounds):  # the first round warms up
-        if turn > 0:
-            try:
-                left(until)
-            except DeadlineError:
-                break
+        if turn > 0 and time.monotonic() > until:
+            break
         names = [name for name in LOSSES if name not in failed]
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
@@ -81,7 +66,7 @@ def time_steps(run: Run, rounds: int, until: float) -> dict[str, list[float] | s
                 run.step(name)
                 run.synchronize()
             except torch.OutOfMemoryError:
-                failed[name] = train_report.OUT_OF_MEMORY
+                failed[name] = OUT_OF_MEMORY
                 run.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 continue
@@ -90,210 +75,216 @@ def time_steps(run: Run, rounds: int, until: float) -> dict[str, list[float] | s
     return {**times, **failed}
 
 
-# --- memory, in a process of its own --------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
+
+Peak = tuple[int, int] | None  # bytes: weights and states, a step beside; None: it does not fit
 
 
-def _status(field: str) -> int:
-    """VmRSS (resident) or VmHWM (its high-water mark) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure_here(case: Case, contestant: str, memory: int | None) -> dict[str, Any]:
-    """{fixed, extra}: bytes of weights and states, and of a step beside them; or {oom: true}.
-
-    On a GPU the process gets no more than `memory` bytes.
-    """
-    gpu = case.device == "cuda"
-    if gpu and memory is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
+def peak_here(run: Run, contestant: str, sequences: int, memory: int | None) -> Peak:
+    """On a GPU, where torch's allocator counts."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    share = 1.0 if memory is None else min(1.0, (memory + run.others) / total)
+    torch.cuda.set_per_process_memory_fraction(share)
     try:
-        run = Run(case)
-        run.step(contestant, run.batch.first(1))  # the optimiser's states, the libraries' buffers
         gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run.step(contestant)
-            extra = torch.cuda.max_memory_allocated() - before
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _status("VmRSS")
-            run.step(contestant)
-            extra = _status("VmHWM") - before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run.step(contestant, run.sized(sequences))
+        fixed = run.fixed_bytes()
+        return fixed, int(torch.cuda.max_memory_allocated()) - run.others - fixed
     except torch.OutOfMemoryError:
-        return {"oom": True}
-    return {"fixed": run.fixed_bytes(), "extra": extra}
+        run.optimizer.zero_grad(set_to_none=True)
+        return None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure(case: Case, contestant: str, memory: int | None, until: float) -> dict[str, Any]:
-    """:func:`measure_here` in a fresh process."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        # Every large block is mapped and given back, so that the peak is the step's own.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    asked = {
-        "case": asdict(case),
-        "contestant": contestant,
-        "memory": memory,
-        "threads": torch.get_num_threads(),
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), "--measure", json.dumps(asked)],
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=left(until),
-        )
-    except subprocess.TimeoutExpired:
-        raise DeadlineError from None
+def peak_of_process(case: Case, contestant: str) -> tuple[int, int]:
+    """Of this process, which has done nothing else."""
+    run = Run(case)
+    run.step(contestant, run.sized(1))  # the optimiser's states, the libraries' buffers
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = measure.status("VmRSS")
+    run.step(contestant)
+    return run.fixed_bytes(), measure.status("VmHWM") - before
+
+
+def peak_in_process(case: Case, contestant: str) -> tuple[int, int]:
+    """On a CPU: :func:`peak_of_process` in a fresh one."""
+    asked = [json.dumps(asdict(case)), contestant, str(torch.get_num_threads())]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "--measure", *asked],
+        env={**measure.QUIET_MALLOC, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        text=True,
+        capture_output=True,
+    )
     if done.returncode:
         raise RuntimeError(f"measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    fixed, extra = json.loads(done.stdout.splitlines()[-1])
+    return int(fixed), int(extra)
 
 
-def largest_batch(
-    case: Case,
-    contestant: str,
-    memory: int,
-    measured: Callable[[Case], dict[str, Any]],
-) -> tuple[int, int]:
-    """Sequences whose step fits into `memory` bytes, within RESOLUTION: measured, by formula."""
+def peak_of(run: Run, contestant: str, sequences: int, memory: int | None = None) -> Peak:
+    if run.case.device == "cuda":
+        return peak_here(run, contestant, sequences, memory)
+    found = peak_in_process(replace(run.case, sequences=sequences), contestant)
+    return None if memory is not None and sum(found) > memory else found
+
+
+def largest_batch(run: Run, contestant: str, memory: int, until: float) -> tuple[int, int]:
+    """Sequences whose step fits into `memory` bytes, within RESOLUTION: measured, by formula.
+
+    Raises:
+        TimeoutError: there was no time to find it.
+    """
 
     def formula(n: int) -> bool:
-        return replace(case, sequences=n).step(contestant).peak <= memory
+        return replace(run.case, sequences=n).step(contestant).peak <= memory
 
     def fits(n: int) -> bool:
-        found = measured(replace(case, sequences=n))
-        return "oom" not in found and bool(found["fixed"] + found["extra"] <= memory)
+        if time.monotonic() > until:
+            raise TimeoutError
+        return peak_of(run, contestant, n, memory) is not None
 
     guess = plan.largest(formula)
     return plan.largest(fits, max(1, guess), RESOLUTION), guess
 
 
-def fill_times(case: Case, shown: dict[str, Any], rounds: int, until: float) -> None:
-    left(until)
-    run = Run(case)
-    off = errors(run)
-    times = time_steps(run, rounds, until)
-    for row in shown["rows"]:
-        row["loss_error"], row["gradient_error"] = off[row["label"]]
-        seen = times[row["label"]]
-        if isinstance(seen, str):
-            row["error"] = seen
-            continue
-        row["times_ms"] = [1e3 * seconds for seconds in seen]
-        row["median_ms"] = statistics.median(row["times_ms"])
-        row["tokens_per_s"] = 1e3 * row["tokens"] / row["median_ms"]
+# --- a case ---------------------------------------------------------------------------------------
 
 
-def fill_memory(case: Case, row: dict[str, Any], until: float) -> None:
-    step = case.step(row["label"])
-    row["formula_bytes"], row["formula_peak_bytes"] = step.working, step.peak
-    found = measure(case, row["label"], None, until)
-    if "oom" in found:
-        row["error"] = train_report.OUT_OF_MEMORY
-        return
-    row["extra_bytes"] = found["extra"]
-    row["peak_bytes"] = found["fixed"] + found["extra"]
-
-
-def fill_largest(case: Case, row: dict[str, Any], memory: int, until: float) -> None:
-    def measured(tried: Case) -> dict[str, Any]:
-        return measure(tried, row["label"], memory, until)
-
-    found, formula = largest_batch(case, row["label"], memory, measured)
-    row["largest_tokens"] = found * case.seq_len
-    row["formula_largest_tokens"] = formula * case.seq_len
-
-
-def measure_all(
-    record: dict[str, Any],
-    cases: list[Case],
-    until: float,
-    save: Callable[[], None],
-) -> None:
-    """Measures what the record lacks: all times, then all memory, then all largest batches.
-
-    Raises:
-        DeadlineError: something is lacking still.
-    """
-
-    def attempt(rows: list[dict[str, Any]], fill: Callable[[], None]) -> None:
-        """What fails says so in its rows, and the rest goes on."""
-        try:
-            fill()
-        except torch.OutOfMemoryError:
-            failed = train_report.OUT_OF_MEMORY
-        except (ImportError, RuntimeError) as error:  # no peft; a wrong loss; a process that died
-            failed = str(error)
-        else:
-            failed = None
-        if failed:
-            for row in rows:
-                row["error"] = failed
-            print(failed, file=sys.stderr)
-        save()
-
-    pairs = list(zip(cases, record["cases"], strict=True))
-    for case, shown in pairs:
-        rows = shown["rows"]
-        if not any(row["times_ms"] or row["error"] for row in rows):
-            attempt(rows, partial(fill_times, case, shown, record["rounds"], until))
-            gc.collect()
-            if case.device == "cuda":
-                torch.cuda.empty_cache()
-            print(train_report.table(shown), end="\n\n", flush=True)
-    for case, shown in pairs:
-        for row in shown["rows"]:
-            if row["extra_bytes"] is None and row["error"] is None:
-                attempt([row], partial(fill_memory, case, row, until))
-    memory = record["settings"]["memory"]
-    for case, shown in pairs:
-        for row in shown["rows"]:
-            if train_report.lacks_largest(record, row):
-                attempt([row], partial(fill_largest, case, row, memory, until))
-
-
-def start_record(given: argparse.Namespace, cases: list[Case], argv: list[str]) -> dict[str, Any]:
-    """A new record, or the one in OUT.json where the same was asked for on the same device."""
-    import transformers
-
-    where = report.environment()
-    if given.device == "cuda":
-        where["device"] = torch.cuda.get_device_name()
-    where["transformers"] = transformers.__version__
-    where["command"] = " ".join(["python", "benchmarks/train.py", *argv])
-    settings = {"cases": [asdict(case) for case in cases], "memory": given.memory}
-    record = {
-        "environment": where,
-        "settings": settings,
-        "rounds": given.rounds,
-        "cases": [train_report.new_case(case) for case in cases],
-        "goals": [],
-        "left": [],
+def blank(case: Case, name: str) -> dict[str, Any]:
+    """A row with nothing measured."""
+    step = case.step(name)
+    known = {"label": name, "contestant": name, "op": "train", "shape": str(case.batch)}
+    unknown = ("median_ms", "tokens_per_s", "loss_error", "gradient_error", "sum_error_nat")
+    return {
+        **known,
+        "tokens": case.batch.tokens,
+        "frozen_head": case.mode == "lora",
+        "times_ms": [],
+        **dict.fromkeys(unknown),
+        "extra_bytes": None,  # of a step, beside weights and states
+        "formula_bytes": step.working,
+        "peak_bytes": None,  # with them
+        "formula_peak_bytes": step.peak,
+        "largest": {},  # memory -> tokens of the largest batch: measured, by formula
+        "error": None,
     }
-    before = given.out.with_suffix(".json")
-    if not before.exists():
-        return record
-    found: dict[str, Any] = json.loads(before.read_text())
-    same = ("device", "commit", "torch", "transformers", "threads")
-    if found.get("settings") == settings and all(
-        found["environment"].get(key) == where[key] for key in same
-    ):
-        return found
-    return record
+
+
+def measure_case(
+    case: Case, memories: list[int] | None, rounds: int, until: float = math.inf
+) -> dict[str, Any]:
+    """Times, peaks beside the formulas, and the largest batches, with one model for all of them.
+    ``memories=None``: times alone.
+
+    What is wrong, or what there was no time for, stands under `wrong` and in the title.
+    """
+    rows = [blank(case, name) for name in LOSSES]
+    shown: dict[str, Any] = {"title": case.title, "floor": "eager", "rows": rows, "train": True}
+    others = torch.cuda.memory_allocated() if case.device == "cuda" else 0
+    shown["wrong"] = []
+    try:
+        run = Run(case)
+        run.others = others
+        off, times = errors(run), time_steps(run, rounds, until)
+        for row in rows:
+            row["loss_error"], row["gradient_error"] = off[row["label"]]
+            seen = times[row["label"]]
+            if isinstance(seen, str):
+                row["error"] = seen
+                continue
+            row["times_ms"] = [1e3 * seconds for seconds in seen]
+            row["median_ms"] = statistics.median(row["times_ms"])
+            row["tokens_per_s"] = 1e3 * row["tokens"] / row["median_ms"]
+            peak = None if memories is None else peak_of(run, row["label"], case.sequences)
+            if peak is not None:
+                row["extra_bytes"], row["peak_bytes"] = peak[1], sum(peak)
+        for memory in memories or []:
+            for row in (row for row in rows if row["label"] in LARGEST):
+                found = largest_batch(run, row["label"], memory, until)
+                text = f"{memory / 2**30:.3g} GiB"
+                row["largest"][text] = [n * case.seq_len for n in found]
+    except TimeoutError:
+        shown["title"] += " (the time was up)"
+    except (ImportError, RuntimeError) as error:  # no peft; a wrong loss; a process that died
+        shown["wrong"] = [str(error)]
+        for row in rows:
+            row["error"] = row["error"] or str(error)
+    return shown
+
+
+def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+
+    def add(text: str, measured: float, limit: float) -> None:
+        goal = {"text": text, "limit": limit, "measured": measured, "met": measured <= limit}
+        found.append(goal)
+
+    for case in record["cases"]:
+        rows = {row["label"]: row for row in case["rows"]}
+        name = case["title"].rpartition(", ")[0]
+        times = [rows[n]["median_ms"] for n in ("fused", "eager")]
+        if all(times):
+            add(f"{name}: step, fused against eager", times[0] / times[1], 1.0)
+        for row in case["rows"]:
+            if row["extra_bytes"]:
+                off = abs(row["extra_bytes"] / row["formula_bytes"] - 1)
+                add(f"{name}: {row['label']}, memory of a step off the formula by", off, 0.1)
+    return found
+
+
+def table(case: dict[str, Any]) -> str:
+    def number(value: float | None, form: str = ",.0f", scale: float = 1.0) -> str:
+        return "" if value is None else format(value / scale, form)
+
+    sizes = list(dict.fromkeys(size for row in case["rows"] for size in row["largest"]))
+    heads = ["", "step ms (quartiles)", "tokens/s", "step memory MiB: measured", "formula", "ratio"]
+    heads += ["peak MiB: measured", "formula"]
+    heads += [f"largest batch in {s}, tokens: {w}" for s in sizes for w in ("measured", "formula")]
+    heads += ["gradient off"]
+    lines = [f"### {case['title']}", "", f"| {' | '.join(heads)} |"]
+    lines.append("|---|" + "---:|" * (len(heads) - 1))
+    for row in case["rows"]:
+        spread, ratio = "", ""
+        if len(row["times_ms"]) > 1:
+            low, _, high = statistics.quantiles(row["times_ms"], n=4, method="inclusive")
+            spread = f" ({low:,.1f}–{high:,.1f})"
+        if row["extra_bytes"] is not None:
+            ratio = f"{row['extra_bytes'] / row['formula_bytes']:.3f}"
+        memory = ("extra_bytes", "formula_bytes", "peak_bytes", "formula_peak_bytes")
+        mib = [number(row[key], ",.1f", report.MIB) for key in memory]
+        cells = [row["label"], row["error"] or number(row["median_ms"], ",.1f") + spread]
+        cells += [number(row["tokens_per_s"]), *mib[:2], ratio, *mib[2:]]
+        cells += [number(n) for s in sizes for n in row["largest"].get(s, (None, None))]
+        lines.append(f"| {' | '.join([*cells, number(row['gradient_error'], '.1e')])} |")
+    return "\n".join(lines)
+
+
+def page(record: dict[str, Any]) -> str:
+    where = record["environment"]
+    head = [
+        f"# Training steps: {where['device']}",
+        "",
+        f"{where['cores']} cores, {where['memory_gib']} GiB; Python {where['python']}, torch "
+        f"{where['torch']}, transformers {where['transformers']}, lolkernels "
+        f"{where['lolkernels']}, commit {where['commit']}.",
+        f"Medians of up to {record['rounds']} interleaved rounds. Step memory is the peak above "
+        "weights and optimiser states; the formula is the library's plan of a step. Gradient off: "
+        "relative to the same loss from fp32 logits.",
+        "",
+        f"    {where['command']}",
+    ]
+    parts = ["\n".join(head), *map(table, record["cases"])]
+    if record["goals"]:
+        parts.append(report.goals_table(record["goals"]))
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -312,24 +303,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--memory", help="find the largest batch in this, like 1GiB; none: do not")
+    parser.add_argument("--memory", nargs="*", help="find the largest batch in each, like 1GiB")
     parser.add_argument("--memory-budget", help="of linear_loss (default: the library's own)")
-    parser.add_argument("--deadline", type=float, help="seconds (default: 450, 225 on a GPU)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train-DEVICE")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     given.device = given.device or ("cuda" if gpu else "cpu")
-    if given.measure:
-        return given
     if given.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no GPU; give --device cpu")
     on_gpu = given.device == "cuda"
     given.out = given.out or Path("benchmarks/results") / f"train-{given.device}"
     given.dtype = given.dtype or ("bf16" if on_gpu else "fp32")
     given.seq_len = given.seq_len or (1024 if on_gpu else 128)
-    given.deadline = given.deadline or (225 if on_gpu else 450)
-    given.memory = given.memory or ("80GiB" if on_gpu else "600MiB")
     given.pairs = CASES[given.device]
     if given.model:
         given.pairs = [(model, mode) for model in given.model for mode in given.mode]
@@ -339,7 +324,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be >= {least}")
     try:
-        given.memory = None if given.memory == "none" else plan.parse_bytes(given.memory)
+        usual = ["24GiB", "80GiB"] if on_gpu else ["600MiB"]
+        memory = usual if given.memory is None else given.memory
+        given.memory = [plan.parse_bytes(text) for text in memory]
         if given.memory_budget is not None:
             given.memory_budget = plan.parse_bytes(given.memory_budget, "--memory-budget")
     except ValueError as error:
@@ -349,33 +336,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    given = parse(argv)
-    if given.measure:
-        asked = json.loads(given.measure)
-        torch.set_num_threads(asked["threads"])
-        print(json.dumps(measure_here(Case(**asked["case"]), asked["contestant"], asked["memory"])))
+    if argv[:1] == ["--measure"]:
+        torch.set_num_threads(int(argv[3]))
+        print(json.dumps(peak_of_process(Case(**json.loads(argv[1])), argv[2])))
         return 0
-    until = time.monotonic() + given.deadline
+    given = parse(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
+    import transformers
+
+    command = " ".join(["python", "benchmarks/train.py", *argv])
+    record = report.new(report.environment(torch.device(given.device), command), given.rounds)
+    record["environment"]["transformers"] = transformers.__version__
     sizes = (given.sequences, given.seq_len, given.dtype, given.device)
     options = (given.gradient_checkpointing, given.memory_budget)
-    cases = [Case(*pair, *sizes, *options) for pair in given.pairs]
-    record = start_record(given, cases, argv)
-    record["left"] = []
-    save = partial(train_report.save, record, given.out)
-    try:
-        measure_all(record, cases, until, save)
-    except DeadlineError:
-        record["left"] = train_report.unfinished(record)
-    save()
-    print("\n\n".join(train_report.table(case) for case in record["cases"]), end="\n\n")
+    for pair in given.pairs:
+        case = measure_case(Case(*pair, *sizes, *options), given.memory, given.rounds)
+        record["cases"].append(case)
+        record["goals"] = goals(record)
+        print(table(case), end="\n\n", flush=True)
+        report.save(record, given.out, page)
     print(report.goals_table(record["goals"]))
-    if record["left"]:
-        print("no time was left for:", "; ".join(record["left"]), "(run the same command again)")
-    print(f"wrote {given.out.with_suffix('.json')} and .md")
-    rows = [row for case in record["cases"] for row in case["rows"]]
-    return 1 if any(row["error"] not in (None, train_report.OUT_OF_MEMORY) for row in rows) else 0
+    print("wrote", *report.files(given.out))
+    return 1 if any(case["wrong"] for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

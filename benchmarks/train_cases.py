@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from library import ModelShape, Setup, plan
 from shapes import CLIP, DTYPES, Shape
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import plan
-from lolkernels.plan import ModelShape, Setup
 
 RANK = 16
 PROMPT = 0.5
@@ -201,6 +200,8 @@ def build_model(case: Case) -> Any:
 class Run:
     """The model, its optimiser and one batch."""
 
+    others = 0  # bytes of the device that were taken before
+
     def __init__(self, case: Case) -> None:
         self.case = case
         self.model = build_model(case)
@@ -224,6 +225,13 @@ class Run:
                 logps.append(scored.logps)
         ref = torch.cat(logps) + noise.to(case.device)
         return Batch(ids, mask, advantages.to(case.device), ref)
+
+    def sized(self, sequences: int) -> Batch:
+        """A batch of that many, made of the sequences that are here."""
+        here = torch.arange(sequences, device=self.case.device) % self.case.sequences
+        parts = self.batch.input_ids, self.batch.completion_mask, self.batch.advantages
+        ref = self.batch.ref_logps.view(self.case.sequences, -1)[here].flatten()
+        return Batch(*(t[here] for t in parts), ref)
 
     def step(self, contestant: str, batch: Batch | None = None) -> None:
         LOSSES[contestant](self.model, batch or self.batch).backward()

@@ -31,6 +31,15 @@ struct RowStatsArgs {
   float *target_logit, *lse, *expected_logit, *max_logit;
 };
 
+struct ExpsArgs {
+  Matrix logits;
+  Matrix out;  // as in DlogitsArgs
+  Vector<int64_t> labels;
+  Vector<float> anchor;  // null: the label's own logit + kShift
+  LogitMap map;
+  float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
+};
+
 struct DlogitsArgs {
   Matrix logits;
   Matrix out;  // the same view as logits, or disjoint memory of the same shape; see cuda/rows.cuh
@@ -39,35 +48,16 @@ struct DlogitsArgs {
   LogitMap map;
 };
 
-// Logits as a GEMM with statistics leaves them: x = hidden weight^T + bias in spans of columns. Of
-// each row and span the three numbers in `parts`, and instead of its logits e^(z - maximum) dz/dx,
-// without the constant part of dz/dx, the gain.
-struct Spans {
-  void* data;  // (rows, cols) of a half-precision type, or null: the statistics only
-  DType dtype;
+// What exps leaves, made by a GEMM: x = hidden weight^T + bias in spans of columns, E of bfloat16.
+struct SpansArgs {
+  void* out;  // (rows, cols), or null: the sums only
   int64_t rows, cols, row_stride;
-  float* parts;  // (3, spans, rows): maximum, sum e^(z - maximum) less its 1, deviation
-};
-
-struct LinearSpansArgs {
-  Spans spans;
   const float* bias;  // of whole spans, or null
   Vector<int64_t> labels;
+  Vector<float> anchor;
   LogitMap map;
-  float *target_logit, *target_slope;  // of rows whose label is one of the columns
-};
-
-struct MergeSpansArgs {
-  Spans spans;
-  Vector<int64_t> labels;
-  float *target_logit, *lse, *expected_logit, *max_logit;
-};
-
-struct SpanDlogitsArgs {
-  Spans spans;  // overwritten by dL/dx = coef ([v == y] - p) dz/dx
-  Vector<int64_t> labels;
-  Vector<float> target_logit, target_slope, lse, coef;
-  LogitMap map;
+  float* parts;  // (3, spans, rows): the maximum, sum and deviation of each row and span
+  float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
 };
 
 struct SequencesArgs {

@@ -46,6 +46,11 @@ LOL_INLINE V tanh_near(V u, V s) {
   return u + u * s * poly;
 }
 
+// E_v = exp(z_v - anchor) dz/dx for v != y
+
+constexpr float kShift = 16.0f;  // an anchor stands this many nats above the label's logit
+constexpr float kReach = 50.0f;  // a row that stands higher than this above it has its own maximum
+
 // dL/dz_v = a * [v == y] + p_v * (b + c * z_v). V is float or a vector of floats.
 
 // Away from the label. p = 0 wins over z = -inf: such a column has no gradient.

@@ -10,6 +10,12 @@ void define_row_functions(Library& m) {
   m.def(
       "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be
+  // logits itself: the exponentials then take its place.
+  m.def(
+      "exps(Tensor logits, Tensor labels, Tensor? anchor, float scale, float softcap,"
+      " float temperature, *, Tensor(a!) out)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // out may be logits itself: the gradient then takes its place.
   m.def(
       "dlogits(Tensor logits, Tensor labels, Tensor lse, Tensor a, Tensor b, Tensor c,"

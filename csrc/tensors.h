@@ -14,6 +14,7 @@ namespace lolkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int kCpu = -1;  // as a device; any other number is that GPU
 

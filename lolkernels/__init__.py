@@ -3,8 +3,11 @@
 from . import objectives
 from .backends import available_backends, use_backend
 from .deferred import check_errors
-from .functional import LinearLossOutput, LogprobOutput, linear_logprob, linear_loss, logprob
-from .head import LogprobHead, fuse_lm_head
+from .fuse import fuse_lm_head, unfuse_lm_head
+from .head import LogprobHead
+from .logits import logprob
+from .logprob import LogprobOutput, linear_logprob
+from .loss import LinearLossOutput, linear_loss
 from .objectives import aggregate, loss_and_coef, side_inputs
 from .sequences import Sequences
 
@@ -25,5 +28,6 @@ __all__ = [
     "loss_and_coef",
     "objectives",
     "side_inputs",
+    "unfuse_lm_head",
     "use_backend",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -114,6 +117,29 @@ def scaling(temperature: Any, softcap: Any, logit_scale: Any) -> tuple[float, fl
         0.0 if softcap is None else positive("softcap", softcap),
         positive("temperature", temperature),
     )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the name that was meant, where one is close."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def no_forward_mode(**tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would silently give zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, t in tensors.items():
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"{name} has a forward-mode tangent, but lolkernels ops have no forward-mode "
+                "derivative (jvp, forward_ad): use reverse mode"
+            )
 
 
 def budget(value: Any) -> int | None:

@@ -12,14 +12,18 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import checks
+from .objectives import check_side as check_values
 
-LABEL, NAN = 1, 2
+LABEL, NAN, BLOCKING = 1, 2, 4
 MEANING = {
     LABEL: "labels held an id outside [0, vocab): mask that token (mask=, or Sequences.from_mask), "
     "or resize the head to the tokenizer",
     NAN: "an input of the objective was nan: drop that row or mend its data",
+    BLOCKING: "an objective's losses depended on which groups were evaluated together: compute "
+    "what couples the batch before the call, set group_size, or use linear_logprob",
 }
 
 # Of each device: the flags there, and their copy on the host.
@@ -28,6 +32,13 @@ _flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 def immediate(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("LOLKERNELS_STRICT") == "1"
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the host may look at values now: on a CPU, and not while a call is being traced."""
+    return (
+        immediate(t.device) and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    )
 
 
 def check_labels(labels: Tensor, vocab: int) -> Tensor | None:
@@ -40,13 +51,11 @@ def check_labels(labels: Tensor, vocab: int) -> Tensor | None:
     return torch.zeros(labels.shape, device=labels.device).masked_fill_(bad, torch.nan)
 
 
-def check_not_nan(name: str, value: Tensor) -> None:
-    bad = value.isnan()
+def check_side(name: str, value: Tensor) -> None:
+    """No side input may be nan; what stands on a CPU is checked as objectives.check_side does."""
+    check_values(name, value)
     if not immediate(value.device):
-        note(NAN, bad)
-    elif bool(bad.any()):
-        where = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name} is nan at {where}: drop that row or mend its data")
+        note(NAN, value.isnan())
 
 
 def note(flag: int, bad: Tensor) -> None:

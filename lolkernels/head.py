@@ -1,40 +1,16 @@
-"""The language-model head as a module: per-token log-probs, or a whole loss, instead of logits.
-
-``fuse_lm_head`` works on the instance of any causal LM with ``get_output_embeddings()`` and a
-backbone whose first output is the last hidden state. The head is called *as a module* inside the
-model's forward, so that whatever wraps it (FSDP2, ZeRO-3, DDP, PEFT hooks) gathers its weight.
-"""
+"""The language-model head as a module: per-token log-probs, or a whole loss, instead of logits."""
 
 from __future__ import annotations
 
-import functools
-import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import linear_logprob, linear_loss
-from .objectives import Objective, side_inputs
+from .logprob import linear_logprob
+from .loss import linear_loss
+from .objectives import Objective
 from .sequences import Sequences
-
-# Factors on the logits, by the names model configurations give them.
-MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-DIVISORS = ("logits_scaling",)
-SOFTCAPS = ("final_logit_softcapping",)
-TRAINING_COLUMNS = ("ref_logps", "old_logps", "advantages", "rewards", "labels")
-
-
-class FusedOutput(NamedTuple):
-    """What a fused model returns; per-token tensors are packed, in the order of ``seq``."""
-
-    loss: Tensor | None  # () with an objective
-    seq_loss: Tensor | None  # (S,) with an objective, detached
-    logps: Tensor  # (N,), differentiable only without an objective; so are the next two
-    lse: Tensor  # (N,)
-    entropy: Tensor  # (N,)
-    max_logit: Tensor  # (N,)
-    seq: Sequences
 
 
 class LogprobHead(nn.Module):
@@ -73,15 +49,25 @@ class LogprobHead(nn.Module):
         self,
         hidden: Tensor,
         labels: Tensor | None = None,
-        seq: Sequences | None = None,
+        seq: Sequences | Tensor | None = None,
         *,
         objective: Objective | None = None,
+        group_size: int | None = None,
         **options: Any,
     ) -> Any:
+        """See the class. ``seq`` may be a (B, T) mask: each row is a sequence, ``group_size`` of
+        them (1) form a group, as in :meth:`lolkernels.Sequences.from_mask`."""
         if labels is None:
-            if seq is not None or objective is not None or options:
+            if seq is not None or objective is not None or group_size is not None or options:
                 raise ValueError("labels is missing: scoring and losses need it")
             return scaled_logits(self.linear(hidden), self.options)
+        if isinstance(seq, Tensor):
+            seq = Sequences.from_mask(seq, group_size=1 if group_size is None else group_size)
+        elif group_size is not None and (seq is None or seq.group_size != group_size):
+            raise ValueError(
+                f"group_size={group_size} groups the rows of a (B, T) mask given as seq; give it "
+                "to the constructor of a Sequences instead"
+            )
         return fused_head(
             self.linear, hidden, labels, seq, objective=objective, **self.options, **options
         )
@@ -122,163 +108,52 @@ def fused_head(
 
 
 def check_linear(linear: Any) -> None:
+    """Refuse what is not x W^T + b with a floating (V, D) weight that holds the whole truth."""
     if hasattr(linear, "base_layer") or hasattr(linear, "original_module"):
         raise ValueError(
             "the head carries an adapter (LoRA or modules_to_save), which reading its weight would "
             "leave out: take lm_head out of target_modules and modules_to_save, or merge it"
         )
-    if not isinstance(getattr(linear, "weight", None), Tensor):
+    weight = getattr(linear, "weight", None)
+    if not isinstance(linear, nn.Module) or not isinstance(weight, Tensor):
         raise TypeError(f"the head must be a linear layer with a weight, got {type(linear)}")
-
-
-# --- any causal LM --------------------------------------------------------------------------------
-
-
-def fuse_lm_head(
-    model: Any, *, backend: str | None = None, memory_budget: int | None = None
-) -> Any:
-    """Let a causal LM score completions, or compute a whole loss, without materialising logits.
-
-    Patches ``forward`` of this model and of its head, on the instance, and returns the model.
-    Afterwards
-
-        out = model(input_ids, attention_mask=..., completion_mask=mask)      # .logps (N,), .seq
-        out = model(..., completion_mask=mask, objective=a_lol, ref_logps=r, advantages=a)  # .loss
-
-    ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
-    position t - 1. Per-token side inputs are ``(N,)`` packed in that order, or ``(B, T)``. Further
-    keywords: ``reduction``, ``temperature``, and ``totals=(num_sequences, num_tokens)`` for the
-    denominators of a larger update. A call without ``completion_mask`` does what it did before:
-    generation is unchanged. The result is a :class:`FusedOutput`.
-
-    A logit soft-cap or scale is read from the model's configuration. PEFT models are patched
-    inside.
-
-    Raises:
-        TypeError: no causal LM.
-        ValueError: the head carries an adapter.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    linear = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if linear is None or not hasattr(inner, "base_model") or inner.base_model is inner:
+    problem = None
+    if not weight.is_floating_point():
+        problem = f"its weight is {weight.dtype}: dequantise it"
+    elif type(linear).forward is not nn.Linear.forward and is_materialised(weight):
+        problem = _unlike_a_linear_layer(linear, weight)
+    if problem is not None:
         raise TypeError(
-            f"model must be a causal LM with a backbone and a head, got {type(model).__name__}"
+            f"the head must be a linear layer, logits = x W^T + b with W of shape (V, D); this "
+            f"{type(linear).__name__} is none: {problem}"
         )
-    check_linear(linear)
-    inner._fused_options = {
-        **_logit_options(inner),
-        "backend": backend,
-        "memory_budget": memory_budget,
-    }
-    if not hasattr(inner, "_unfused_forward"):
-        inner._unfused_forward = inner.forward
-        inner.forward = types.MethodType(_model_forward(type(inner)), inner)  # type: ignore[arg-type]
-    if not hasattr(linear, "_unfused_forward"):
-        linear._unfused_forward = linear.forward
-        linear.forward = types.MethodType(_linear_forward, linear)
-    return model
 
 
-def _logit_options(model: Any) -> dict[str, Any]:
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-
-    def read(names: tuple[str, ...]) -> list[float]:
-        found = [getattr(config, name, None) for name in names]
-        return [float(value) for value in found if value is not None]
-
-    scale = 1.0
-    for factor in read(MULTIPLIERS):
-        scale *= factor
-    for divisor in read(DIVISORS):
-        scale /= divisor
-    return {"softcap": next(iter(read(SOFTCAPS)), None), "logit_scale": scale}
-
-
-def _linear_forward(
-    self: Any, hidden: Tensor, labels: Tensor | None = None, *args: Any, **kw: Any
-) -> Any:
-    if labels is None:
-        return self._unfused_forward(hidden, *args, **kw)
-    return fused_head(self, hidden, labels, *args, **kw)
+def _unlike_a_linear_layer(linear: nn.Module, weight: Tensor) -> str | None:
+    """What tells a layer with a forward of its own from a linear one, on one row; None if equal."""
+    if weight.dim() != 2:
+        return f"its weight has shape {tuple(weight.shape)}"
+    x = torch.linspace(-1.0, 1.0, weight.shape[1], device=weight.device).to(weight.dtype)[None]
+    with torch.no_grad():
+        want = nn.functional.linear(x, weight, getattr(linear, "bias", None))
+        try:
+            got = linear.forward(x)
+        except Exception as error:
+            return f"it does not take x of shape (1, {weight.shape[1]}): {error}"
+    if not isinstance(got, Tensor) or got.shape != want.shape or not close(got, want):
+        return "its forward gives something else"
+    return None
 
 
-@functools.lru_cache(maxsize=64)
-def _model_forward(cls: type) -> Any:
-    """A forward with the signature of ``cls.forward``, which generation and trainers inspect."""
-
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if completion_mask is None:
-            return self._unfused_forward(*args, **kwargs)
-        return _scored(self, completion_mask, *args, **kwargs)
-
-    return forward
+def is_materialised(parameter: Tensor) -> bool:
+    """False where values are elsewhere: on the meta device, in a DTensor, or in ZeRO-3's shards."""
+    return not (
+        parameter.is_meta or parameter.numel() == 0 or type(parameter).__name__ == "DTensor"
+    )
 
 
-def _scored(
-    self: Any,
-    completion_mask: Tensor,
-    input_ids: Tensor | None = None,
-    *,
-    objective: Objective | None = None,
-    reduction: str = "seq-mean",
-    totals: tuple[float, float] | None = None,
-    temperature: float = 1.0,
-    **kwargs: Any,
-) -> FusedOutput:
-    linear = self.get_output_embeddings()
-    if not hasattr(linear, "_unfused_forward"):
-        check_linear(linear)
-        raise ValueError("the model's head was replaced after fuse_lm_head: call it again")
-    if input_ids is None:
-        raise ValueError("input_ids is missing: the labels are read from it")
-    if getattr(self.config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits adds a load-balancing loss that the fused head does not compute: "
-            "set model.config.output_router_logits = False"
-        )
-    options: dict[str, Any] = {**self._fused_options, "temperature": temperature}
-    if objective is not None:
-        options.update({k: kwargs.pop(k) for k in side_inputs(objective) if k in kwargs})
-        options["reduction"] = reduction
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and more
-    for name in TRAINING_COLUMNS:
-        if name in kwargs:
-            raise TypeError(
-                f"{name} is not an input of this objective (labels come from input_ids): "
-                "leave it out"
-            )
-    mask = _predicting(completion_mask, input_ids)
-    seq = Sequences.from_mask(mask)
-    if totals is not None:
-        seq = seq.with_totals(num_sequences=totals[0], num_tokens=totals[1])
-    for name, value in options.items():
-        if isinstance(value, Tensor) and value.shape == input_ids.shape and value.dim() == 2:
-            # A per-token input stands at its token; its logits stand one position earlier.
-            options[name] = value.roll(-1, 1)
-    kwargs.setdefault("use_cache", False)
-    hidden = self.base_model(input_ids=input_ids, **kwargs)[0]
-    packed, labels = seq.pack(hidden), seq.pack(input_ids.roll(-1, 1))
-    if objective is None:
-        scored = linear(packed, labels, **options)
-        return FusedOutput(loss=None, seq_loss=None, seq=seq, **scored._asdict())
-    scored = linear(packed, labels, seq, objective=objective, **options)
-    return FusedOutput(seq=seq, **scored._asdict())
-
-
-def _predicting(completion_mask: Any, input_ids: Tensor) -> Tensor:
-    """completion_mask moved to the positions whose hidden states predict those tokens."""
-    if not isinstance(completion_mask, Tensor) or completion_mask.shape != input_ids.shape:
-        got = getattr(completion_mask, "shape", type(completion_mask).__name__)
-        raise ValueError(
-            f"completion_mask must be a bool tensor of input_ids' shape "
-            f"{tuple(input_ids.shape)}, got {got}"
-        )
-    mask = completion_mask.bool()
-    if bool(mask[:, 0].any()):
-        raise ValueError(
-            "completion_mask marks position 0, which nothing predicts: start the sequence with a "
-            "prompt or BOS token"
-        )
-    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+def close(got: Tensor, want: Tensor) -> bool:
+    """Equal up to one rounding of their dtype, relative to the largest value."""
+    tolerance = max(torch.finfo(got.dtype).eps, torch.finfo(want.dtype).eps, 1e-5)
+    difference = (got.double() - want.double()).abs().max()
+    return bool(difference <= tolerance * want.abs().max().double() + 1e-12)

@@ -13,7 +13,8 @@ import platform
 
 import torch
 
-from . import __version__, available_backends, backends, chunked, planner
+from . import __version__, available_backends, backends, gemm, memory
+from .walk import takes_panels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,8 +34,8 @@ def report() -> str:
     lines.append("backends, first choice first:")
     for name, reason in available_backends().items():
         module = backends.TABLE[name]
-        where = "/".join(module.DEVICES or ("any device",))
-        dtypes = ", ".join(str(d).removeprefix("torch.") for d in module.DTYPES)
+        where = "/".join(module.devices or ("any device",))
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in module.dtypes)
         lines.append(f"  {name:<14} {'ok' if reason is None else 'missing'}  {where}: {dtypes}")
         if reason is not None:
             lines.append(f"                 {reason}")
@@ -53,29 +54,32 @@ def route(
 ) -> str:
     """What linear_loss, linear_logprob and scoring do for (rows, hidden) x (vocab, hidden)."""
     name = backends.pick(backend, device, torch.float32)
-    module = backends.TABLE[name]
-    whole_rows, operand = chunked.walk(device, dtype, dtype, module)
-    width = vocab if whole_rows else min(planner.PANEL, vocab)
-    tile = min(rows, planner.chunk_rows(width, 4, memory_budget, device))
-    on_chip, spans = chunked.own_gemms(whole_rows, operand, module)
-    held = operand.itemsize if spans else 4
-    chunk = min(rows, planner.chunk_rows(vocab, held, memory_budget, device))
+    record = backends.TABLE[name]
+    like = torch.empty(0, hidden, dtype=dtype, device=device)
+    cpu = device.type == "cpu" and record.panels
+    operand = gemm.operand_dtype(like, like, panels=cpu)
+    panels = takes_panels(like, like, record, operand)
+    own = operand in record.gemm_dtypes
     product = "stored as they are" if operand == dtype else "converted panel by panel"
-    scoring = "in the GEMM's epilogue, no logits" if on_chip else f"tiles of {tile} x {width}"
+    if panels:
+        width = min(memory.PANEL, vocab)
+        tile = f"{min(rows, memory.tile_rows(width, 4, memory_budget))} rows x {width} columns"
+    else:
+        tile = f"{memory.chunk_rows(rows, vocab, memory_budget, device)} whole rows"
+    kept = memory.kept_rows(vocab, hidden, operand.itemsize, memory_budget, device)
     lines = [
         f"route of ({rows}, {hidden}) x ({vocab}, {hidden}) {_name(dtype)} on {device}:",
         f"  backend         {name}",
-        f"  GEMMs           {_name(operand)} operands, {product}; fp32 logits",
-        f"  scoring         {scoring}",
-        f"  linear_logprob  backward in tiles of {tile} x {width}",
-        f"  linear_loss     chunks of whole sequences, {chunk} rows of {vocab} logits at most",
+        f"  GEMMs           {_name(operand)} operands, {product}; fp32 logits"
+        + (" that its own GEMM keeps in registers" if own else ""),
+        f"  tiles           {tile}",
+        f"  trained head    exponentials of {min(rows, kept)} rows at a time",
         "  extra memory    beyond the inputs and the returned gradients",
     ]
     for op in ("linear_loss", "linear_logprob", "score"):
         for frozen in (False, True) if op != "score" else (True,):
-            extra = planner.extra_bytes(
+            extra = memory.extra_bytes(
                 op,
-                longest_chunk=chunk,
                 num_rows=rows,
                 hidden_size=hidden,
                 vocab=vocab,
@@ -84,7 +88,7 @@ def route(
                 frozen_weight=frozen,
                 memory_budget=memory_budget,
                 device=device,
-                spans=spans,
+                gemm=own,
             )
             what = f"{op}{', frozen head' if frozen and op != 'score' else ''}"
             lines.append(f"    {what:<28} {extra / 2**20:8.1f} MiB")

@@ -6,6 +6,7 @@ so on.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +23,17 @@ class Sequences:
     Attributes:
         num_sequences: ``S``. A sequence may be empty.
         num_tokens: ``N``.
-        cu_seqlens: ``(S + 1,)`` int64 on the CPU; tokens of sequence s are rows
-        cu_seqlens[s]:cu_seqlens[s+1].
-        lengths: ``(S,)`` int64 on ``device``.
+        cu_seqlens: ``(S + 1,)`` int64 on the CPU; rows cu_seqlens[s]:cu_seqlens[s+1] are those of
+            sequence s.
+        lengths: ``(S,)`` int64 on ``device``, the tokens of each whole sequence. They are the
+            differences of ``cu_seqlens`` but in a :meth:`part` that holds pieces of sequences.
         token_to_sequence: ``(N,)`` int64 on ``device``.
         rows: ``(N,)`` int64, where each token stands in the flattened mask; None without a mask.
-        group_size: how many consecutive sequences one loss value couples (1; 2 for a pair; K for a
-        ranking).
+        group_size: how many consecutive sequences one loss value couples: 1, 2 for a pair, K for a
+            ranked list.
         total_sequences, total_tokens: the denominators of a mean. They equal S and N unless
             :meth:`with_totals` puts the counts of a whole update there.
+        totals: ``(2,)`` float64 on the CPU, these two.
     """
 
     def __init__(
@@ -69,12 +72,16 @@ class Sequences:
         )
         self.rows = rows
         self.mask_shape = mask_shape
-        self.total_sequences = _positive(
-            "total_sequences", num_sequences if total_sequences is None else total_sequences
+        self._held = self.lengths
+        self._set_totals(
+            num_sequences if total_sequences is None else total_sequences,
+            self.num_tokens if total_tokens is None else total_tokens,
         )
-        self.total_tokens = _positive(
-            "total_tokens", self.num_tokens if total_tokens is None else total_tokens
-        )
+
+    def _set_totals(self, sequences: float, tokens: float) -> None:
+        empty = self.num_tokens == 0
+        self.total_sequences = _total("total_sequences", sequences, empty=empty)
+        self.total_tokens = _total("total_tokens", tokens, empty=empty)
         # The two as data: an op that took them as numbers would be compiled anew for each count.
         self.totals = torch.tensor([self.total_sequences, self.total_tokens], dtype=torch.float64)
 
@@ -102,9 +109,11 @@ class Sequences:
 
         Args:
             mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are
-            then
-                ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
+                then ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
             group_size: see the class.
+
+        Raises:
+            TypeError: a mask of floats; ValueError: another shape, or integers besides 0 and 1.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a (B, T) bool tensor, got {type(mask).__name__}")
@@ -129,28 +138,25 @@ class Sequences:
         ``aggregate(loss, seq, "seq-mean")`` divides by ``num_sequences`` and ``"token-mean"`` by
         ``num_tokens``. Under gradient accumulation or data parallelism pass the counts of the whole
         update, so that the sum over its parts is the mean over the update.
+
+        Raises:
+            ValueError: a count that is negative or not finite, or 0 where there are tokens. Where
+                there are none, 0 counts as one: the mean of an empty batch is 0, not 0/0.
         """
-        return Sequences(
-            self.cu_seqlens,
-            device=self.device,
-            rows=self.rows,
-            mask_shape=self.mask_shape,
-            group_size=self.group_size,
-            total_sequences=self.total_sequences if num_sequences is None else num_sequences,
-            total_tokens=self.total_tokens if num_tokens is None else num_tokens,
+        seq = copy.copy(self)
+        seq._set_totals(
+            self.total_sequences if num_sequences is None else num_sequences,
+            self.total_tokens if num_tokens is None else num_tokens,
         )
+        return seq
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same sequences with their index tensors on ``device``."""
-        return Sequences(
-            self.cu_seqlens,
-            device=device,
-            rows=None if self.rows is None else self.rows.to(device),
-            mask_shape=self.mask_shape,
-            group_size=self.group_size,
-            total_sequences=self.total_sequences,
-            total_tokens=self.total_tokens,
-        )
+        seq = copy.copy(self)
+        seq.lengths, seq._held = self.lengths.to(device), self._held.to(device)
+        seq.token_to_sequence = self.token_to_sequence.to(device)
+        seq.rows = None if self.rows is None else self.rows.to(device)
+        return seq
 
     @classmethod
     def _of(
@@ -164,6 +170,7 @@ class Sequences:
         """From parts that agree, without a copy to the device (which would wait for it)."""
         seq = cls.__new__(cls)
         seq.cu_seqlens, seq.lengths, seq.token_to_sequence = cu_seqlens, lengths, token_to_sequence
+        seq._held = lengths
         seq.num_sequences, seq.num_tokens = lengths.shape[0], token_to_sequence.shape[0]
         seq.group_size, seq.totals = group_size, totals
         seq.total_sequences, seq.total_tokens = totals.tolist()
@@ -173,25 +180,41 @@ class Sequences:
     def part(self, which: slice | list[int], rows: slice | Tensor, lengths: list[int]) -> Sequences:
         """Sequences made of ``rows``: pieces, ``lengths`` long, of the sequences ``which``.
 
-        The denominators stay those of the whole.
+        A piece keeps the length of its whole sequence, so that means over pieces add up to the mean
+        over the sequence, and the denominators stay those of the whole.
         """
         cu = torch.tensor([0, *itertools.accumulate(lengths)])
         if isinstance(which, slice) and isinstance(rows, slice):
+            whole = held = self.lengths[which]
             owner = self.token_to_sequence[rows] - which.start
-            whole = self.lengths[which]
             if lengths != self.cu_seqlens.diff()[which].tolist():  # the ends are cut
-                whole = torch.zeros_like(whole).index_add_(0, owner, torch.ones_like(owner))
+                held = torch.zeros_like(whole).index_add_(0, owner, torch.ones_like(owner))
         else:
-            whole = from_host(lengths, self.device)
+            held = from_host(lengths, self.device)
+            index = which if isinstance(which, slice) else from_host(which, self.device)
+            whole = self.lengths[index]
             owner = torch.repeat_interleave(
-                torch.arange(len(lengths), device=self.device), whole, output_size=sum(lengths)
+                torch.arange(len(lengths), device=self.device), held, output_size=sum(lengths)
             )
-        return Sequences._of(cu, whole, owner, self.group_size, self.totals)
+        seq = Sequences._of(cu, whole, owner, self.group_size, self.totals)
+        seq._held = held
+        return seq
+
+    def for_autograd(self) -> Sequences:
+        """These sequences, or a copy where they were built in inference mode: autograd can save
+        a copy that is made outside of it.
+        """
+        if not self.token_to_sequence.is_inference() and not self.lengths.is_inference():
+            return self
+        seq = copy.copy(self)
+        seq.lengths, seq._held = self.lengths.clone(), self._held.clone()
+        seq.token_to_sequence = self.token_to_sequence.clone()
+        return seq
 
     @property
     def offsets(self) -> Tensor:
         """``cu_seqlens`` on ``device``."""
-        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+        return torch.nn.functional.pad(self._held.cumsum(0), (1, 0))
 
     @property
     def device(self) -> torch.device:
@@ -212,8 +235,15 @@ class Sequences:
         return out.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def mean(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
-        """Per-sequence mean; 0 for an empty sequence."""
+        """Per-sequence sum over the length of the whole sequence; 0 for an empty sequence."""
         return self.sum(x) / self.lengths.clamp(min=1)
+
+    def following(self, x: Tensor) -> Tensor:  # (N,) -> (N,)
+        """Each token's value of the next token of its sequence; 0 at the last one."""
+        self._check(x, self.num_tokens, "num_tokens")
+        last = torch.ones_like(self.token_to_sequence, dtype=torch.bool)
+        last[:-1] = self.token_to_sequence[1:] != self.token_to_sequence[:-1]
+        return torch.where(last, 0.0, x.roll(-1))
 
     def expand(self, y: Tensor) -> Tensor:  # (S,) -> (N,)
         """Each token's value of its sequence."""
@@ -250,18 +280,23 @@ def from_host(values: list[int], device: torch.device) -> Tensor:
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
 
-def _positive(name: str, value: float) -> float:
+def _total(name: str, value: float, *, empty: bool) -> float:
     value = float(value)
-    # An empty batch has a mean of 0, not 0/0.
-    if value == 0.0:
+    if value == 0.0 and empty:  # an empty batch has a mean of 0, not 0/0
         return 1.0
     if not 0.0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite count >= 0, got {value}")
+        raise ValueError(
+            f"{name} must be a finite count > 0, got {value:g}: pass the count of the whole update"
+        )
     return value
 
 
 def _integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
-    t = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.int64)
+    if isinstance(value, Tensor):
+        t = value
+    else:
+        items = list(value)
+        t = torch.tensor(items) if items else torch.empty(0, dtype=torch.int64)
     if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
         raise TypeError(f"{name} must hold integers, got {t.dtype}")
     if t.dim() != 1:

@@ -15,13 +15,17 @@ import lolkernels as lk
 from lolkernels.backends import TABLE
 
 # Taken by name only: it follows the reference, which always fits.
-TABLE["cuda_host"] = cuda_host_backend
+TABLE["cuda_host"] = cuda_host_backend.BACKEND
 
 try:
     from hypothesis import HealthCheck, settings
+    from hypothesis.internal.conjecture import providers
 except ModuleNotFoundError:  # a machine that only runs the GPU's tests
     pass
 else:
+    # Hypothesis draws from the constants of whatever local modules are loaded. Which these are
+    # depends on the clone's path, on the tests picked and on the worker: see test_generated.py.
+    providers._get_local_constants = providers.Constants
     # Derandomized everywhere: a red test stays red for the next person who runs it.
     settings.register_profile(
         "default",
@@ -37,6 +41,10 @@ else:
 # Small tensors: a second thread only costs, and far more where the cores are shared. Tests of the
 # number of threads set their own. Child processes read the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a test starts is no worker of pytest-xdist: pytest-benchmark would refuse to measure in one.
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
 
 # No hub look-up can hide behind a library default.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

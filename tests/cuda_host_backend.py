@@ -19,22 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolkernels.backends import cuda, cuda_gemm
+from lolkernels.backends.contract import Exps
+
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-DEVICES = ("cpu",)
-DTYPES = tuple(CODES)
-WHOLE_ROWS = True  # as the cuda backend
 
 
 def why_unavailable() -> str | None:
     return None if CXX and sys.platform == "linux" else "needs g++ on Linux: install it"
 
 
-def compile_host(tree: Path, library: Path, *flags: str, name: str = "kernels.cpp") -> Path:
-    source = tree / "tests" / "cuda_host" / name
+def compile_host(tree: Path, library: Path, *flags: str) -> Path:
+    source = tree / "tests" / "cuda_host" / "kernels.cpp"
     command = [CXX, *FLAGS, *flags, "-shared", f"-I{source.parent}", "-o", library, source]
     done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -73,6 +72,12 @@ def _vectors(size: int, dtype: torch.dtype, *tensors: Tensor) -> Any:
     for t in tensors:
         assert t.dtype == dtype and t.shape == (size,), (t.dtype, t.shape)
     return _words(*(word for t in tensors for word in (t.data_ptr(), t.stride(0))))
+
+
+def _narrower(logits: Tensor, out: Tensor) -> bool:
+    """Whether out lies over logits with narrower elements."""
+    assert out.shape == logits.shape
+    return out.data_ptr() == logits.data_ptr() and out.element_size() < logits.element_size()
 
 
 def _address(t: Tensor) -> Any:
@@ -118,6 +123,30 @@ class Host:
             assert status == 0
         return result
 
+    def exps_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        anchor: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Exps:
+        target, n = logits if out is None else out, len(logits)
+        sums = Exps(*(torch.empty(n) for _ in Exps._fields))
+        if n:
+            status = self.kernels.host_exps(
+                *(_matrix(logits), _matrix(target), _vectors(n, torch.int64, labels)),
+                _words(0, 0) if anchor is None else _vectors(n, torch.float32, anchor),
+                _numbers(scale, softcap, temperature),
+                int(_narrower(logits, target)),
+                (ctypes.c_void_p * 6)(*(t.data_ptr() for t in sums)),
+            )
+            assert status == 0
+        return sums
+
     def dlogits_(
         self,
         logits: Tensor,
@@ -133,9 +162,6 @@ class Host:
         out: Tensor | None = None,
     ) -> Tensor:
         target, n = logits if out is None else out, len(logits)
-        assert target.shape == logits.shape
-        narrower = target.element_size() < logits.element_size()
-        aliased = narrower and target.data_ptr() == logits.data_ptr()
         if logits.numel():
             status = self.kernels.host_dlogits(
                 _matrix(logits),
@@ -143,7 +169,7 @@ class Host:
                 _vectors(n, torch.int64, labels),
                 _vectors(n, torch.float32, lse, a, b, c),
                 _numbers(scale, softcap, temperature),
-                int(aliased),
+                int(_narrower(logits, target)),
             )
             assert status == 0
         return target
@@ -176,6 +202,66 @@ class Host:
             assert status == 0
         return result
 
+    def finish(
+        self,
+        products: Tensor,  # (n, V) float32: hidden weight^T
+        bias: Tensor | None,
+        labels: Tensor,
+        anchor: Tensor,
+        out: Tensor | None,
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        tile: str = "128x256",
+    ) -> Exps:
+        """The epilogue of the GEMM for Hopper, and the kernel that makes rows of its spans."""
+        n, v = products.shape
+        span = cuda_gemm.TILES[tile][1]
+        parts, sums = torch.full((3, -(-v // span), n), torch.nan), torch.full((6, n), torch.nan)
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias.float(), (0, -v % span))
+        data, stride = (0, 0) if out is None else (out.data_ptr(), out.stride(0))
+        if n:
+            labels, anchor = labels.contiguous(), anchor.contiguous()
+            status = self.kernels.host_linear_exps(
+                *(_address(products), ctypes.c_int64(products.stride(0))),
+                *(_words(data, n, v, stride), _address(parts)),
+                None if bias is None else _address(bias),
+                *(_address(labels), _address(anchor), _numbers(scale, softcap, temperature)),
+                *(ctypes.c_int64(span), _address(sums)),
+            )
+            assert status == 0
+        return Exps(*sums)
+
+    def gemm(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        anchor: Tensor,
+        out: Tensor | None,
+        **options: Any,
+    ) -> Exps:
+        cuda_gemm.check_operands(hidden, weight, out)
+        products = hidden.float() @ weight.float().T
+        return self.finish(products, bias, labels, anchor, out, **options)
+
 
 _host = Host()
-row_stats, dlogits_, sequence_coef = _host.row_stats, _host.dlogits_, _host.sequence_coef
+row_stats, exps_ = _host.row_stats, _host.exps_
+dlogits_, sequence_coef = _host.dlogits_, _host.sequence_coef
+BACKEND = cuda.BACKEND._replace(
+    name="cuda_host",
+    devices=("cpu",),
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)
+# With the epilogue of the GEMM for Hopper behind torch's product.
+GEMM_BACKEND = BACKEND._replace(
+    name="cuda_host_gemm", gemm=_host.gemm, gemm_dtypes=cuda_gemm.GEMM_DTYPES
+)

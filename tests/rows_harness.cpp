@@ -149,6 +149,88 @@ double capped(double x, double scale, double cap, double temperature) {
   return (cap > 0 ? cap * std::tanh(v / cap) : v) / temperature;
 }
 
+// Exponentials relative to the anchor that came back, which is the given one where that is in
+// reach.
+void check_exps(const RowKernels& kernels, const Owned& logits, const Vector<int64_t>& labels,
+                const LogitMap& map, double scale, double cap, double temperature) {
+  const int64_t n = logits.m.rows, v = logits.m.cols;
+  const DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
+  Owned x(logits.m.dtype, n, v), other(dtypes[draw(0, 2)], n, v);
+  const bool in_place = chance(0.5);
+  const Owned& out = in_place ? x : other;
+  const bool narrow = out.m.dtype == DType::f16;
+  Column<float> given(n);
+  std::vector<double> z(n * v), top(n, -kInfinity), top_off(n, -kInfinity);
+  std::vector<bool> spoilt(n);
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t k = 0; k < v; ++k) {
+      x.set(r, k, logits.get(r, k));
+      const double here = z[r * v + k] = capped(logits.get(r, k), scale, cap, temperature);
+      spoilt[r] = spoilt[r] || std::isnan(here) || here == kInfinity;
+      top[r] = std::max(top[r], here);
+      if (k != labels[r]) top_off[r] = std::max(top_off[r], here);
+    }
+    const double base = std::isfinite(top[r]) ? top[r] : 0.0;
+    given[r] =
+        static_cast<float>(base + (chance(0.5) ? 10.0 * normal() : -40.0 - 80.0 * chance(0.5)));
+    if (chance(0.1)) given[r] = chance(0.5) ? NAN : INFINITY;
+  }
+  const bool has_anchor = chance(0.7);
+  std::vector<float> used(n), rest(n), deviation(n), max(n), target(n), slope(n);
+  kernels.exps(
+      {x.m, out.m, labels, has_anchor ? Vector<float>(given) : Vector<float>{nullptr, 0}, map,
+       used.data(), rest.data(), deviation.data(), max.data(), target.data(), slope.data()},
+      0, n);
+  for (int64_t r = 0; r < n; ++r) {
+    if (spoilt[r]) {
+      if (std::isfinite(rest[r]) && std::isfinite(target[r])) {
+        fail(kernels.isa, "rest of a spoilt row", rest[r], NAN);
+      }
+      continue;
+    }
+    const bool has_target = labels[r] >= 0 && labels[r] < v;
+    const double z_y = has_target ? z[r * v + labels[r]] : -kInfinity;
+    const double wanted = has_anchor ? given[r] : z_y + kShift;
+    const double size = 4e-7 * (4.0 + (std::isfinite(top[r]) ? std::fabs(top[r]) : 0.0));
+    const bool near_reach = std::fabs(top_off[r] - wanted - kReach) < 100 * size;
+    if (!near_reach) {
+      const bool kept = !narrow && std::isfinite(wanted) && top_off[r] - wanted <= kReach;
+      const double at_top = std::isfinite(top_off[r]) ? top_off[r] : std::isfinite(z_y) ? z_y : 0.0;
+      const double anchor = kept ? wanted : at_top;
+      expect(kernels.isa, "anchor", used[r], anchor, size + 1e-6 * (kShift + std::fabs(anchor)),
+             worst_stat);
+    }
+    double want_rest = 0.0, want_deviation = 0.0, spread = 1e-30;
+    for (int64_t k = 0; k < v; ++k) {
+      const double d = z[r * v + k] - static_cast<double>(used[r]);
+      const bool counts = k != labels[r] && d > -700.0;
+      const double e = counts ? std::exp(d) : 0.0;
+      want_rest += e;
+      want_deviation += counts && e > 0 ? e * d : 0.0;
+      spread += counts ? e * (1.0 + std::fabs(d)) : 0.0;
+      double want = e * scale / temperature;
+      if (cap > 0) want *= 1.0 / std::pow(std::cosh(logits.get(r, k) * scale / cap), 2);
+      double tolerance =
+          e * scale / temperature * (size + 2e-6 * (1.0 + std::fabs(counts ? d : 0.0))) + 1e-36;
+      if (out.m.dtype != DType::f32) {  // twice where the row was scaled down
+        tolerance += 2 * std::fabs(want) * (narrow ? 0x1p-10 : 0x1p-7) + (narrow ? 0x1p-24 : 0.0);
+      }
+      if (d < -1e30 && out.get(r, k) != 0.0) fail(kernels.isa, "exps", out.get(r, k), 0.0);
+      expect(kernels.isa, "exps", out.get(r, k), want, tolerance, worst_gradient);
+    }
+    expect(kernels.isa, "rest", rest[r], want_rest, want_rest * (size + 1e-5) + 1e-34, worst_stat);
+    expect(kernels.isa, "deviation", deviation[r], want_deviation, spread * (size + 1e-5) + 1e-32,
+           worst_stat);
+    expect(kernels.isa, "max_logit", max[r], top[r], size, worst_stat);
+    expect(kernels.isa, "target_logit", target[r], z_y, 4e-7 * (4.0 + std::fabs(z_y)), worst_stat);
+    double want_slope = has_target ? scale / temperature : 0.0;
+    if (has_target && cap > 0) {
+      want_slope *= 1.0 / std::pow(std::cosh(logits.get(r, labels[r]) * scale / cap), 2);
+    }
+    expect(kernels.isa, "slope", slope[r], want_slope, 1e-5 * scale / temperature, worst_gradient);
+  }
+}
+
 void check_rows(const RowKernels& kernels) {
   const auto [n, v] = draw_shape();
   const DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
@@ -168,6 +250,7 @@ void check_rows(const RowKernels& kernels) {
       const bool off = all_masked || (masked > 0 && (chance(masked) || k < first));
       x.set(r, k, off ? -kInfinity : spread * normal() + offset);
     }
+    if (chance(0.2) && v > 0) x.set(r, v - 1, offset + 90.0);
     if (poisoned && v > 0) x.set(r, draw(0, v - 1), chance(0.5) ? NAN : kInfinity);
     const int64_t outside[] = {-1, -100, v, v + 3, INT64_MIN, INT64_MAX, int64_t{1} << 31};
     labels[r] = chance(0.2) || v == 0 ? outside[draw(0, 6)] : draw(0, v - 1);
@@ -179,6 +262,7 @@ void check_rows(const RowKernels& kernels) {
   std::vector<float> target(n), got_lse(n), expected(n), max(n);
   kernels.row_stats({x.m, labels, map, target.data(), got_lse.data(), expected.data(), max.data()},
                     0, n);
+  check_exps(kernels, x, labels, map, scale, cap, temperature);
   std::vector<double> want_g(n * v), tolerance_g(n);
   for (int64_t r = 0; r < n; ++r) {
     double top = -kInfinity, sum = 0.0, mean = 0.0;

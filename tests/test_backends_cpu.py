@@ -23,6 +23,12 @@ def gradient(x: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
     return cpu.dlogits_(x, labels, lse, k, -k, torch.zeros_like(k), out=out)
 
 
+def exps(x: Tensor, labels: Tensor, out: Tensor | None = None) -> list[Tensor]:
+    """The sums and the exponentials; every second row stands out of reach of its anchor."""
+    anchor = torch.arange(len(x)) % 2 * -80.0
+    return [*cpu.exps_(x, labels, anchor, out=out), x if out is None else out]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_layout_gives_the_same_bits(dtype: torch.dtype) -> None:
     n, v = 5, 2100
@@ -30,6 +36,7 @@ def test_every_layout_gives_the_same_bits(dtype: torch.dtype) -> None:
     labels = torch.randint(v, (n,))
     stats = cpu.row_stats(x, labels)
     grad = gradient(x, labels, out=torch.empty(n, v))
+    made = exps(x, labels, out=torch.empty(n, v))
     layouts: dict[str, Tensor] = {
         "transposed": x.t().contiguous().t(),
         "every second column": torch.stack([x, -x], 2).flatten(1)[:, ::2],
@@ -41,7 +48,11 @@ def test_every_layout_gives_the_same_bits(dtype: torch.dtype) -> None:
         for got, want in zip(cpu.row_stats(view, labels), stats, strict=True):
             assert torch.equal(got, want), name
         assert torch.equal(gradient(view, labels, out=torch.empty(v, n).t()), grad), name
+        for got, want in zip(exps(view, labels, torch.empty(v, n).t()), made, strict=True):
+            assert torch.equal(got, want), name
         if dtype == torch.float32:
+            for got, want in zip(exps(view.clone(), labels), made, strict=True):
+                assert torch.equal(got, want), name
             assert torch.equal(gradient(view, labels), grad), name
     row = x[:1].expand(n, v)
     for got, want in zip(cpu.row_stats(row, labels)[1:], stats[1:], strict=True):
@@ -95,6 +106,7 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
     assert all(t.shape == (n,) for t in (target, lse, expected, top))
     assert (lse == -torch.inf).all() and (top == -torch.inf).all() and expected.isnan().all()
     assert gradient(x, labels).shape == shape
+    assert (cpu.exps_(x, labels).rest == 0).all()
 
 
 def test_results_are_bit_identical_for_any_number_of_threads() -> None:
@@ -102,7 +114,8 @@ def test_results_are_bit_identical_for_any_number_of_threads() -> None:
     threads = torch.get_num_threads()
 
     def run() -> list[Tensor]:
-        return [*cpu.row_stats(x, labels), gradient(x, labels, out=torch.empty_like(x))]
+        made = exps(x, labels, out=torch.empty_like(x))
+        return [*cpu.row_stats(x, labels), gradient(x, labels, out=torch.empty_like(x)), *made]
 
     try:
         torch.set_num_threads(1)
@@ -135,6 +148,11 @@ for name, stride in strides.items():
         assert torch.equal(got, expected[:n]), name
     cpu.dlogits_(x, labels[:n], want[1][:n], one[:n], -one[:n], zero[:n])
     assert torch.equal(x, small[:n]), name
+    x.copy_(row.expand(n, V))
+    e = row.repeat(n, 1)
+    sums = cpu.exps_(e, labels[:n])
+    assert all(torch.equal(*pair) for pair in zip(cpu.exps_(x, labels[:n]), sums)), name
+    assert torch.equal(x, e), name
 # Not getrusage: its peak survives exec, and would be that of the process that started this one.
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 peak = int(status["VmHWM"].split()[0])
@@ -211,9 +229,15 @@ def test_the_ops_refuse_what_they_cannot_compute(name: str, change: dict[str, ob
     with pytest.raises(RuntimeError, match=rf"\b{name} must"):
         torch.ops.lolkernels.dlogits(*values.values(), out=out)
     assert torch.equal(out, before)
+    anchor = values["lse"]
+    for unused in ("lse", "a", "b", "c"):
+        values.pop(unused)
+    if name not in ("a", "b", "c"):
+        x, y, *scaling = values.values()
+        with pytest.raises(RuntimeError, match=rf"\b{name.replace('lse', 'anchor')} must"):
+            torch.ops.lolkernels.exps(x, y, anchor, *scaling, out=out)
+        assert torch.equal(out, before)
     if name in ("logits", "labels", "temperature", "softcap", "scale"):
-        for unused in ("lse", "a", "b", "c"):
-            values.pop(unused)
         with pytest.raises(RuntimeError, match=rf"\b{name} must"):
             torch.ops.lolkernels.row_stats(*values.values())
 

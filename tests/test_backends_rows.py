@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lolkernels.backends import cpu, reference, triton
+from lolkernels.backends.contract import Exps, statistics
 
 needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 needs_triton = pytest.mark.skipif(
@@ -29,6 +30,7 @@ BACKENDS = [
     pytest.param(cuda_host, marks=needs_host, id="cuda_host"),
     pytest.param(reference, id="reference"),
 ]
+EXPS = [b for b in BACKENDS if hasattr(b.values[0], "exps_")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BORDER = 64
 INF = math.inf
@@ -171,12 +173,90 @@ def test_row_functions_match_float64(backend: ModuleType, block: int) -> None:
         fuzz_case(backend, seed)
 
 
+def check_exps(
+    backend: ModuleType, sums: Exps, e: Tensor, x: Tensor, labels: Tensor, **options: float
+) -> None:
+    """The statistics that the sums make, and share E, which is softmax(z) dz/dx off the label."""
+    assert all(t.dtype == torch.float32 and t.shape == labels.shape for t in sums)
+    got, truth = statistics(sums), true_stats(x, labels, **options)
+    slack = 1 if backend is cpu else 10
+    names = ("target_logit", "lse", "expected_logit", "max_logit")
+    for name, want in zip(names, truth, strict=True):
+        assert close(getattr(got, name), want, slack * 2e-5), name
+    one, zero = torch.ones(len(x)), torch.zeros(len(x))
+    at_label = true_gradient(x, labels, truth[1], (one, zero, zero), **options)
+    assert close(got.slope, at_label.sum(1), 1e-5)
+    off = torch.arange(x.shape[1]) != labels[:, None]
+    z = logit_map(x, **{"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options})
+    rest = torch.where(off, z - truth[1][:, None], -INF).exp().sum(1)
+    assert ((got.rest - rest).abs() <= slack * 1e-5 * rest + 1e-30).all()
+    likely = rest < 0.5  # elsewhere a log-prob is target_logit - lse
+    assert ((got.logps - torch.log1p(-rest)).abs() <= slack * 2e-5 * rest + 1e-30)[likely].all()
+
+    want = true_gradient(x, labels, truth[1], (zero, one, zero), **options) * off
+    made = got.share.double()[:, None] * e.double()
+    bound = slack * 1e-5 * want.abs() + 1e-30
+    if e.dtype != torch.float32:  # a row that was scaled down has been rounded twice
+        bound += 2 * torch.finfo(e.dtype).eps * want.abs()
+    if e.dtype == torch.float16:
+        bound += 2**-23
+    if options.get("softcap"):
+        bound += slack * 1e-6 * want.abs().amax(1, keepdim=True)
+    assert ((made - want).abs() <= bound).all()
+    assert bool((e[~off] == 0).all())
+
+
+def fuzz_exps(backend: ModuleType, seed: int) -> None:
+    torch.manual_seed(seed)
+    n, v, dtype, out_dtype = 1 + seed % 5, draw(WIDTHS), draw(DTYPES), draw(DTYPES)
+    options, layout = draw(OPTIONS), draw(("rows", "padded", "columns", "steps"))
+    std = float(torch.empty(()).uniform_(1, 6))
+    raw = torch.randn(n, v) * std
+    raw = raw.masked_fill(torch.rand(n, v) < draw((0.0, 0.0, 0.5)), -INF)
+    labels = torch.randint(v, (n,))
+    raw[torch.arange(n), labels] = torch.randn(n) * std
+    labels = labels.where(torch.rand(n) < 0.8, draw((-1, v)))
+    labels = labels.where(raw.isfinite().any(1), 0)
+    if not options.get("softcap"):  # one row in two stands out of its label's reach, early or late
+        far = draw((0, -1)) if v > 1 else 0
+        raw[::2, far] += 40.0 + 200.0 * torch.rand(len(raw[::2]))
+    x, y = zoned(raw.to(dtype), layout), zoned(labels, layout)
+    before = x.view.clone()
+    truth = true_stats(before, labels, **options)
+    anchor = None
+    if draw((True, False)):  # near the maximum, out of reach, or no number
+        anchor = truth[3].float() + draw(
+            (torch.rand(n) * 10, -torch.rand(n) * 160, torch.tensor([draw((NAN, INF, -INF))] * n))
+        )
+    a = None if anchor is None else zoned(anchor, layout)
+    same = out_dtype == dtype and draw((True, False))
+    out = (
+        x
+        if same
+        else zoned(torch.zeros(n, v, dtype=out_dtype), draw(("rows", "padded", "columns")))
+    )
+    sums = backend.exps_(
+        x.view, y.view, None if a is None else a.view, **options, out=None if same else out.view
+    )
+    check_exps(backend, sums, out.view, before, labels, **options)
+    assert same or torch.equal(x.view, before)
+    assert all(zone.intact() for zone in (x, y, out, *(() if a is None else (a,))))
+
+
+@pytest.mark.parametrize("backend", EXPS)
+@pytest.mark.parametrize("block", range(4))
+def test_exps_match_float64(backend: ModuleType, block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        fuzz_exps(backend, seed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("block", range(2, 22))
 def test_row_functions_match_float64_exhaustively(backend: ModuleType, block: int) -> None:
     for seed in range(100 * block, 100 * block + 100):
         fuzz_case(backend, seed)
+        fuzz_exps(backend, seed)
 
 
 @needs_cpu
@@ -272,6 +352,25 @@ def test_the_gradient_at_a_confident_label_keeps_its_digits(backend: ModuleType,
         assert abs(float(out[0, 7]) / float(want[0, 7]) - 1) <= tolerance
 
 
+@pytest.mark.parametrize("backend", EXPS)
+@pytest.mark.parametrize("rest", [1e-2, 4e-6, 3e-7, 3e-8])
+def test_the_rest_beside_a_confident_label_keeps_its_digits(
+    backend: ModuleType, rest: float
+) -> None:
+    """And so does the log-prob, which lse - z_y has lost below 6e-8."""
+    x = torch.randn(3, 5001) * 2
+    labels = torch.tensor([7, 0, 5000])
+    x[range(3), labels] = -INF
+    x[range(3), labels] = x.logsumexp(1) - math.log(rest)
+    z = x.double()
+    want = (z - z.logsumexp(1)[:, None]).exp()
+    want[range(3), labels] = 0.0
+    for dtype in DTYPES:
+        got = statistics(backend.exps_(x, labels, out=torch.empty(x.shape, dtype=dtype)))
+        assert ((got.rest / want.sum(1) - 1).abs() <= 1e-5).all()
+        assert ((got.logps / torch.log1p(-want.sum(1)) - 1).abs() <= 1e-5).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_at_every_boundary_and_outside(backend: ModuleType) -> None:
     v = 4200
@@ -294,6 +393,13 @@ def test_labels_at_every_boundary_and_outside(backend: ModuleType) -> None:
         want[range(len(inside)), inside] = 1.0
         assert p.max() < 1 and close(grad, want, 1e-6)
         assert view.intact() and (out is None or out.intact())
+        if not hasattr(backend, "exps_"):
+            continue
+        e = zoned(x.view.clone()) if out is None else out
+        sums = backend.exps_(x.view if out is not None else e.view, labels, out=e.view)
+        check_exps(backend, sums, e.view, x.view, labels)
+        assert (sums.slope == want.new_tensor([1.0] * len(inside) + [0.0] * len(outside))).all()
+        assert e.intact()
 
 
 NAN = math.nan
@@ -323,6 +429,21 @@ SPECIAL: list[tuple[str, list[float], tuple[Any, Any, Any]]] = [
 ]
 
 
+def judge_special(name: str, row: list[float], want: Any, stats: Any, alone: list[Tensor]) -> None:
+    """Three rows of statistics: the special one, between two that must not feel it."""
+    first = torch.tensor(row[0])
+    assert torch.equal(stats[0][1].nan_to_num(7.0), first.nan_to_num(7.0))
+    for got, expected in zip(stats[1:], want, strict=True):
+        if expected is EITHER:
+            assert float(got[1]) == INF or bool(got[1].isnan())
+            continue
+        torch.testing.assert_close(
+            float(got[1]), expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name
+        )
+    for got, expected in zip(stats, alone, strict=True):
+        assert close(got[::2], expected, 2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "row", "want"), SPECIAL, ids=[s[0] for s in SPECIAL])
 @pytest.mark.parametrize("layout", ["rows", "steps"])
@@ -332,16 +453,19 @@ def test_special_rows(
     ordinary = torch.randn(len(row))
     x = zoned(torch.stack([ordinary, torch.tensor(row), ordinary]), layout)
     labels = torch.tensor([0, 0, len(row) - 1])
-    target, *stats = backend.row_stats(x.view, labels)
-    first = torch.tensor(row[0])
-    assert torch.equal(target[1].nan_to_num(7.0), first.nan_to_num(7.0))
-    for got, expected in zip(stats, want, strict=True):
-        if expected is EITHER:
-            assert float(got[1]) == INF or bool(got[1].isnan())
-            continue
-        torch.testing.assert_close(
-            float(got[1]), expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name
-        )
-    alone = true_stats(ordinary[None], labels[:1])
-    for got, expected in zip((target, *stats), alone, strict=True):
-        assert close(got[0], expected[0], 2e-5)  # the neighbour does not feel it
+    alone = true_stats(x.view[::2], labels[::2])
+    judge_special(name, row, want, backend.row_stats(x.view, labels), alone)
+    if not hasattr(backend, "exps_"):
+        return
+    low = x.view.nan_to_num(-3e38, -3e38, -3e38).amax(1) - 60.0
+    for anchor, dtype in ((None, torch.float32), (low, torch.float32), (low, torch.float16)):
+        made = zoned(x.view.clone(), layout)
+        out = made.view if dtype == torch.float32 else torch.empty(x.view.shape, dtype=dtype)
+        sums = backend.exps_(made.view, labels, anchor, out=out)
+        got = statistics(sums)
+        stats = (got.target_logit, got.lse, got.expected_logit, got.max_logit)
+        judge_special(name, row, want, stats, alone)
+        rows = [0, 1, 2] if abs(want[0]) < 1e5 else [0, 2]
+        parts = Exps(*(t[rows] for t in sums))
+        check_exps(backend, parts, out[rows], x.view[rows], labels[rows])
+        assert made.intact()

@@ -236,3 +236,24 @@ def test_a_plot_names_the_threads_of_its_own_record(plots, records) -> None:
         figure = plots.draw(records, name, plots.THEMES[0]).figure
         said = [" ".join(t.get_text().split()) for t in figure.texts]
         assert any(text.endswith(want) for text in said), said
+
+
+def test_a_cards_families_of_peers_stand_in_one_plot_each_by_its_own_rounds(plots) -> None:
+    families = {"peers a": {"eager": 30.0}, "peers b": {"liger": 80.0}}
+    cases = []
+    for name, others in families.items():
+        ours, floor = (20.0, 10.0) if name == "peers a" else (42.0, 20.0)
+        rows = [row("lolkernels", ours, label="triton"), row("gemms", floor)]
+        rows += [row(peer, ms) for peer, ms in others.items()]
+        cases.append({"name": name, "title": name, "floor": "gemms", "rows": rows})
+    record = {"environment": {"device": "a card", "cuda": "13"}, "cases": cases}
+    found, _ = plots.peers_case([record], lambda row: True, "a time")
+    ratios = {r["contestant"]: r["times_ms"][0] / r["floor_ms"][0] for r in found}
+    assert ratios == {"lolkernels": 2.1, "gemms": 1.0, "eager": 3.0, "liger": 4.0}
+    alone = [{**case, "rows": case["rows"][:2]} for case in cases]
+    with pytest.raises(plots.PlotError, match="no peer has a time"):
+        plots.draw([{**record, "cases": alone}], "floor", plots.THEMES[0])
+    drawn = plots.draw([record], "floor", plots.THEMES[0])
+    assert drawn.alt == "lolkernels takes 2.00x the bare matrix products, eager PyTorch 3.00x"
+    shown = {text.get_text() for text in drawn.figure.findobj(Text)}
+    assert {"2.00x", "3.00x", "4.00x"} <= shown

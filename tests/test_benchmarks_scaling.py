@@ -103,9 +103,9 @@ def test_lines_have_units(case: dict) -> None:
 
 
 def test_the_page_is_made_from_the_record(scaling, case: dict) -> None:
-    where = {"device": "a CPU", "threads": 2, "vector": ["avx2"], "command": "python x.py"}
+    where = scaling.report.environment(command="python x.py")
     page = scaling.markdown({"environment": where, "rounds": 5, "cases": [case], "goals": []})
-    assert "# Scaling on a CPU" in page and "threads 2; vector avx2." in page
+    assert f"# {where['device']}" in page and "python x.py" in page
     assert "| 200 | 23.0 | 20.0 | 1.150 |  | 40.0 | 40.0 |  |" in page
     assert "| 400 | 45.0 |  |  | 90.0 | 42.0 | 42.0 | 900.0 |" in page
     assert "| lolkernels | 3 | 110.000 µs | 1.100 | 1.00 | 1.0000 |" in page
@@ -157,7 +157,7 @@ def test_bad_flags_say_what_to_change(flags: list[str], message: str) -> None:
 def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> None:
     seen = []
 
-    def measured(entries, rounds, gpu):
+    def measured(entries, rounds, device):
         seen.append(entries[0].shape.seq_len)
         made = row("lolkernels", 0, 1.0, 2**20)
         return [{**made, "shape": str(entries[0].shape)}]
@@ -165,7 +165,7 @@ def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> 
     monkeypatch.setattr(scaling, "measure_point", measured)
     base = scaling.Shape(4096, 8, 8192, 64)  # 48 MiB hold 1536 rows of 8192 logits
     axis = scaling.Axis("seq_len", "token", base, (64, 1024, 2048))
-    case = scaling.measure_axis("seq-len", axis, 1, False, scaling.torch.device("cpu"))
+    case = scaling.measure_axis("seq-len", axis, 1, False, scaling.measure.Cpu())
     assert seen == [64, 1024, 2048]
     assert [r["full_chunks"] for r in case["rows"]] == [True, True, False]
     assert [r["formula_bytes"] for r in case["rows"]] == [2**20, 2**20, None]
@@ -177,21 +177,24 @@ def test_a_failing_eager_goes_out_and_a_failing_lolkernels_ends_the_run(
 ) -> None:
     shape = scaling.Shape(64, 8, 500, 16)
     entries = scaling.entries_at(shape, False, scaling.torch.device("cpu"))
-    honest = scaling.measure.check_and_time
+    honest = scaling.measure.time_entries
 
     def fails(contestant):
-        def check_and_time(entries, rounds):
-            if contestant in {entry.contestant for entry in entries}:
-                raise RuntimeError(f"{contestant} is off by 7 nat")
-            return honest(entries, rounds)
+        def time_entries(entries, rounds, device):
+            rows = honest(entries, rounds, device)
+            for found in rows:
+                if found.contestant == contestant:
+                    found.wrong = ["off by 7 nat"]
+            return rows
 
-        return check_and_time
+        return time_entries
 
+    cpu = scaling.measure.Cpu()
     monkeypatch.setattr(scaling.measure, "peak_memory", lambda entry: 1)
-    monkeypatch.setattr(scaling.measure, "check_and_time", fails("eager"))
-    rows = scaling.measure_point(entries, 2, [])
+    monkeypatch.setattr(scaling.measure, "time_entries", fails("eager"))
+    rows = scaling.measure_point(entries, 2, cpu)
     assert [r["contestant"] for r in rows] == ["lolkernels", "gemms"]
-    assert "without eager: eager is off by 7 nat" in capsys.readouterr().err
-    monkeypatch.setattr(scaling.measure, "check_and_time", fails("lolkernels"))
-    with pytest.raises(RuntimeError, match="lolkernels is off by 7 nat"):
-        scaling.measure_point(entries, 2, [])
+    assert "without eager: off by 7 nat" in capsys.readouterr().err
+    monkeypatch.setattr(scaling.measure, "time_entries", fails("lolkernels"))
+    with pytest.raises(RuntimeError, match=r"lolkernels.*off by 7 nat"):
+        scaling.measure_point(entries, 2, cpu)

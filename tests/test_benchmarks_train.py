@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,13 +39,12 @@ def measured(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
     """Stands in for the processes that measure memory; lists what they were asked for."""
     asked: list[tuple[str, int]] = []
 
-    def measure(tried: Any, contestant: str, memory: int | None, until: float) -> dict[str, Any]:
-        train.left(until)
+    def measure(tried: Any, contestant: str) -> tuple[int, int]:
         asked.append((contestant, tried.sequences))
         step = tried.step(contestant)
-        return {"fixed": step.weights + step.states, "extra": int(1.02 * step.working)}
+        return step.weights + step.states, int(1.02 * step.working)
 
-    monkeypatch.setattr(train, "measure", measure)
+    monkeypatch.setattr(train, "peak_in_process", measure)
     return asked
 
 
@@ -63,7 +62,7 @@ def test_a_run_writes_json_and_the_markdown_made_from_it(
 ) -> None:
     memory = 8 * 2**20
     code, record, page = call(train, tmp_path / "run", "--memory", "8MiB")
-    assert code == 0 and record["left"] == []
+    assert code == 0
     assert {"device", "torch", "transformers", "commit"} <= set(record["environment"])
     assert "benchmarks/train.py --model test" in record["environment"]["command"]
     assert [c["title"].split(", ")[1] for c in record["cases"]] == ["all weights", "LoRA"]
@@ -80,16 +79,17 @@ def test_a_run_writes_json_and_the_markdown_made_from_it(
             assert row["extra_bytes"] == int(1.02 * step.working)
             assert row["error"] is None
             if name == "full logits":
-                assert row["largest_tokens"] is None
+                assert row["largest"] == {}
                 continue
             # Within the resolution: the batch found fits, and one a twentieth larger does not.
-            found = row["largest_tokens"] // 16
+            ((tokens, formula),) = row["largest"].values()
+            found = tokens // 16
             for sequences, fits in ((found, True), (found + max(1, found // 20) + 1, False)):
                 tried = case(train, mode, sequences=sequences).step(name)
                 taken = tried.weights + tried.states + int(1.02 * tried.working)
                 assert (taken <= memory) is fits
-            assert found <= row["formula_largest_tokens"] // 16
-        assert rows["fused"]["largest_tokens"] > rows["eager"]["largest_tokens"]
+            assert found <= formula // 16 and f"| {tokens:,} |" in page
+        assert max(rows["fused"]["largest"].values()) > max(rows["eager"]["largest"].values())
     assert all(goal["met"] for goal in record["goals"] if "formula" in goal["text"])
 
 
@@ -147,60 +147,60 @@ def test_nothing_is_timed_that_is_wrong(
     assert "fused is wrong" in page
 
 
-def test_a_run_past_its_deadline_is_taken_up_again(
-    train: ModuleType, measured: list[tuple[str, int]], tmp_path: Path
-) -> None:
-    flags = ["--mode", "full", "--memory", "8MiB"]
-    code, record, page = call(train, tmp_path / "late", *flags, "--deadline", "1e-6")
-    assert code == 0 and measured == [] and "Not measured yet" in page
-    assert record["left"] == [record["cases"][0]["title"]]
-    first = call(train, tmp_path / "late", *flags)[1]
-    assert first["left"] == [] and measured
-    measured.clear()
-    again = call(train, tmp_path / "late", *flags)[1]
-    assert measured == [] and again["cases"] == first["cases"]  # nothing is measured twice
-    other = call(train, tmp_path / "late", *flags, "--seq-len", "32")[1]
-    assert measured and other["cases"] != first["cases"]  # another question, another record
+def test_no_time_was_left(train: ModuleType, measured: list[tuple[str, int]]) -> None:
+    shown = train.measure_case(case(train), [2**23], 5, time.monotonic())
+    rows = {row["label"]: row for row in shown["rows"]}
+    assert "the time was up" in shown["title"] and not rows["eager"]["largest"]
+    assert len(rows["eager"]["times_ms"]) == 1  # the first round ends
 
 
-def test_the_largest_batch(train: ModuleType) -> None:
-    tried = case(train)
+def test_the_largest_batch(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(case=case(train))
     asked: list[int] = []
+    most = 40
 
-    def measure(most: int, *, oom: bool) -> Callable[[Any], dict[str, Any]]:
-        def one(tried: Any) -> dict[str, Any]:
-            asked.append(tried.sequences)
-            if oom and tried.sequences > most:
-                return {"oom": True}
-            return {"fixed": 100, "extra": 10 if oom else 900 * tried.sequences // most}
+    def peak(run: Any, contestant: str, sequences: int, memory: int) -> tuple[int, int] | None:
+        asked.append(sequences)
+        return None if sequences > most else (1, 1)
 
-        return one
-
-    for oom in (True, False):
-        found, _ = train.largest_batch(tried, "fused", 1000, measure(40, oom=oom))
-        assert 38 <= found <= 40
-    assert train.largest_batch(tried, "fused", 10, measure(40, oom=False))[0] == 0
+    monkeypatch.setattr(train, "peak_of", peak)
+    assert 38 <= train.largest_batch(run, "fused", 1000, time.monotonic() + 60)[0] <= 40
     asked.clear()
-    step = replace(tried, sequences=500).step("fused")
-    most = train.largest_batch(tried, "fused", step.peak, measure(480, oom=True))
-    assert most[1] == 500 and 456 <= most[0] <= 480
+    most = 480
+    step = replace(run.case, sequences=500).step("fused")
+    found, formula = train.largest_batch(run, "fused", step.peak, time.monotonic() + 60)
+    assert formula == 500 and 456 <= found <= 480
     assert asked[0] == 500 and len(asked) <= 5  # the formula is where the search starts
 
 
-def test_out_of_memory_is_a_row_and_the_search_goes_on(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def measure(tried: Any, contestant: str, memory: int | None, until: float) -> dict[str, Any]:
-        small = contestant == "fused" or tried.sequences <= 3
-        return {"fixed": 1, "extra": 1} if small and tried.sequences < 9 else {"oom": True}
+def test_a_larger_batch_is_made_of_the_sequences_that_are_here(train: ModuleType) -> None:
+    run = train.Run(case(train))
+    batch = run.sized(6)
+    assert batch.input_ids.shape == (6, 16) and batch.ref_logps.shape == (6 * 8,)
+    assert torch.equal(batch.input_ids[4:], run.batch.input_ids[:2])
+    assert torch.equal(batch.ref_logps[32:], run.batch.ref_logps[:16])
+    value = train.LOSSES["fused"](run.model, batch)
+    assert torch.isfinite(value)
 
-    monkeypatch.setattr(train, "measure", measure)
-    code, record, page = call(train, tmp_path / "oom", "--mode", "full", "--memory", "1GiB")
-    rows = {row["label"]: row for row in record["cases"][0]["rows"]}
-    assert code == 0 and record["left"] == []
-    assert rows["eager"]["error"] == "out of memory" and rows["eager"]["largest_tokens"] == 3 * 16
-    assert rows["fused"]["error"] is None and rows["fused"]["largest_tokens"] == 8 * 16
-    assert "| eager | out of memory |" in page
+
+def test_out_of_memory_is_a_row_and_the_search_goes_on(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: Any, contestant: str, batch: Any = None) -> None:
+        if contestant == "eager":
+            raise torch.OutOfMemoryError("no memory")
+
+    def peak(run: Any, contestant: str, sequences: int, memory: int | None = None) -> Any:
+        return (1, 1) if sequences <= (3 if contestant == "eager" else 8) else None
+
+    monkeypatch.setattr(train.Run, "step", step)
+    monkeypatch.setattr(train, "peak_of", peak)
+    shown = train.measure_case(case(train), [2**30], 2)
+    rows = {row["label"]: row for row in shown["rows"]}
+    assert rows["eager"]["error"] == "out of memory" and rows["fused"]["error"] is None
+    assert rows["eager"]["largest"]["1 GiB"][0] == 3 * 16
+    assert rows["fused"]["largest"]["1 GiB"][0] == 8 * 16
+    assert "| eager | out of memory |" in train.table(shown)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -248,21 +248,17 @@ def test_a_smaller_budget_takes_less_memory(train: ModuleType) -> None:
 
 def test_memory_is_measured_in_a_process_of_its_own(train: ModuleType) -> None:
     asked = case(train, sequences=512)  # 4096 scored rows of 1000 logits: 47 MiB for eager
-    before = time.monotonic()
-    found = {n: train.measure(asked, n, None, before + 300) for n in ("fused", "eager")}
-    for name, one in found.items():
+    found = {n: train.peak_in_process(asked, n) for n in ("fused", "eager")}
+    for name, (fixed, extra) in found.items():
         step = asked.step(name)
-        assert one["fixed"] == step.weights + step.states
-        assert 0.7 <= one["extra"] / step.working <= 1.4, (name, one, step)
-    assert found["fused"]["extra"] < 0.8 * found["eager"]["extra"]
+        assert fixed == step.weights + step.states
+        assert 0.7 <= extra / step.working <= 1.4, (name, extra, step)
+    assert found["fused"][1] < 0.8 * found["eager"][1]
 
 
-def test_a_process_that_fails_or_has_no_time(train: ModuleType) -> None:
-    wrong = replace(case(train), model="none such")
+def test_a_process_that_fails_says_why(train: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=r"measuring memory failed.*none such"):
-        train.measure(wrong, "fused", None, time.monotonic() + 300)
-    with pytest.raises(train.DeadlineError):
-        train.measure(case(train), "fused", None, time.monotonic() - 1)
+        train.peak_in_process(replace(case(train), model="none such"), "fused")
 
 
 @pytest.mark.parametrize(

@@ -87,23 +87,46 @@ def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
     assert x.intact()
 
 
+def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
+    """Into each dtype, in place and over the logits; one row stands out of its anchor's reach."""
+    for out_dtype, over in [(d, over) for d in DTYPES for over in (False, True)]:
+        if over and out_dtype != dtype and out_dtype.itemsize >= dtype.itemsize:
+            continue
+        raw, labels = torch.randn(n, v) * 3, torch.randint(v, (n,))
+        labels[0], labels[-1] = v - 1, 0
+        if not options.get("softcap"):
+            raw[-1, torch.randint(v, (4,))] += 60.0 + 20.0 * torch.rand(4)
+            raw[-1, 0] = 1.0
+        x = zoned(raw.to(dtype))
+        before = x.view.clone()
+        out = zoned(torch.zeros(n, v, dtype=out_dtype), rows.draw(("padded", "columns"))).view
+        if over:
+            out = x.view if out_dtype == dtype else aliased(x.view, out_dtype)
+        sums = host.exps_(x.view, labels, rows.draw((None, torch.randn(n))), **options, out=out)
+        rows.check_exps(host, sums, out, before, labels, **options)
+        assert x.intact() and (over or torch.equal(x.view, before))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", rows.OPTIONS, ids=str)
 def test_every_width(host: Host, dtype: torch.dtype, options: dict[str, float]) -> None:
     for v in WIDTHS[:10]:
         check_rows(host, 3, v, dtype, **options)
+        check_exps(host, 3, v, dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", WIDTHS[10:])
 def test_long_rows(host: Host, dtype: torch.dtype, v: int) -> None:
     check_rows(host, 2, v, dtype, softcap=30.0 * (v % 2))
+    check_exps(host, 2, v, dtype)
 
 
 @pytest.mark.parametrize("block", range(3))
 def test_row_functions_match_float64(host: Host, block: int) -> None:
     for seed in range(30 * block, 30 * block + 30):
         rows.fuzz_case(host, seed)
+        rows.fuzz_exps(host, seed)
 
 
 @pytest.mark.slow
@@ -111,6 +134,7 @@ def test_row_functions_match_float64(host: Host, block: int) -> None:
 def test_row_functions_match_float64_exhaustively(host: Host, block: int) -> None:
     for seed in range(100 + 100 * block, 200 + 100 * block):
         rows.fuzz_case(host, seed)
+        rows.fuzz_exps(host, seed)
 
 
 @pytest.mark.parametrize("offset", range(1, 8))
@@ -126,6 +150,8 @@ def test_rows_that_begin_anywhere(compiled: Host, dtype: torch.dtype, offset: in
             assert close(got, want, 2e-5)
         one = torch.ones(2)
         want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
+        e = torch.empty(2, v, dtype=dtype)
+        rows.check_exps(compiled, compiled.exps_(x, labels, out=e), e, x, labels)
         compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one)
         assert close(x, want, 1e-5 + torch.finfo(dtype).eps)
         assert int(whole.isnan().sum()) == len(whole) - 2 * v
@@ -148,7 +174,7 @@ def test_labels_at_every_boundary_and_outside(host: Host) -> None:
 
 def test_offsets_beyond_two_to_the_31(compiled: Host) -> None:
     stride, v = 2**31 + 8, 40  # memory that is never touched costs nothing
-    space = mmap.mmap(-1, 2 * (stride + v) + 64, flags=mmap.MAP_PRIVATE | NORESERVE)
+    space = mmap.mmap(-1, 2 * (stride + v) + 256, flags=mmap.MAP_PRIVATE | NORESERVE)
     whole = torch.frombuffer(space, dtype=torch.bfloat16)
     x = whole.as_strided((2, v), (stride, 1))
     x.copy_(torch.randn(2, v))
@@ -156,6 +182,8 @@ def test_offsets_beyond_two_to_the_31(compiled: Host) -> None:
     stats = compiled.row_stats(x, labels)
     for got, want in zip(stats, true_stats(x, labels), strict=True):
         assert close(got, want, 2e-5)
+    e = whole.as_strided((2, v), (stride, 1), 64)
+    rows.check_exps(compiled, compiled.exps_(x, labels, out=e), e, x, labels)
     one = torch.ones(2)
     want = true_gradient(x, labels, stats[1], (one, -one, 0 * one))
     assert close(compiled.dlogits_(x, labels, stats[1], one, -one, 0 * one), want, 1e-2)
@@ -177,6 +205,11 @@ def test_a_row_gives_the_same_bits_in_any_company(compiled: Host) -> None:
     for i in (0, 1):
         alone = slice(1098 + i, 1099 + i)
         for all_rows, single in zip(few, compiled.row_stats(x[alone], labels[alone]), strict=True):
+            assert torch.equal(all_rows[i : i + 1], single)
+        for all_rows, single in zip(
+            *(compiled.exps_(x[r], labels[r], out=torch.empty_like(x[r])) for r in (some, alone)),
+            strict=True,
+        ):
             assert torch.equal(all_rows[i : i + 1], single)
     many = [t[some].repeat(600, *[1] * (t.dim() - 1)) for t in (x, labels)]
     repeated = [t.repeat(600) for t in given]
@@ -210,7 +243,9 @@ def fuzz(library: Path, seeds: int) -> None:
             torch.manual_seed(seed)
             n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(DTYPES)
             check_rows(host, n, v, dtype, **rows.draw(rows.OPTIONS))
+            check_exps(host, n, v, dtype, **rows.draw(rows.OPTIONS))
             rows.fuzz_case(host, seed)
+            rows.fuzz_exps(host, seed)
         for ratio in (0, 1, 2):
             sequences.test_the_formulas(host, ratio, (-0.1, 0.1), 0.1, True)
     print("clean")
@@ -247,8 +282,8 @@ MUTANTS = [
     ("rows.cuh", "if (kAliased) __syncthreads();\n#pragma", "#pragma"),
     ("rows.cuh", "past == 0 ? 0 : static_cast<int>((kLoadBytes - past)", "static_cast<int>((past)"),
     ("rows.cuh", "thread < at.edges()", "thread + 1 < at.edges()"),
-    ("rows.cuh", "(kBatch - 1) * threads < at.packs", "0 < at.packs"),
-    ("rows.cuh", "pack + u * threads < last) store", "pack + u * threads <= last) store"),
+    ("rows.cuh", "begin + kBatch * threads <= last", "begin + threads <= last"),
+    ("rows.cuh", "begin + thread < last", "begin + thread <= last"),
     ("rows.cuh", "label >= 0 && label < args.logits.cols)", "label < args.logits.cols)"),
     ("rows.cuh", "(pack - first) % threads == thread", "pack % threads == thread + 1"),
     ("rows.cuh", "+ (total - 1.0f)", "+ total"),
@@ -256,6 +291,22 @@ MUTANTS = [
     ("rows.cuh", "return m == -HUGE_VALF ? 0.0f : m;", "return m;"),
     ("rows.cuh", "if (b.m > a.m)", "if (b.m < a.m)"),
     ("rows.cuh", "b, c) * v.slope", "b, c)"),
+    ("exps.cuh", "  __syncthreads();  // all have", "  // all have"),
+    ("exps.cuh", "kAliased ? __syncthreads_or(over) != 0 : over", "over"),
+    ("exps.cuh", "over = top > limit", "over = false"),
+    ("exps.cuh", "pack < done && pack", "pack"),
+    (
+        "exps.cuh",
+        "if (edge_done && has_edge) {\n      narrow(fall",
+        "if (false) {\n      narrow(fall",
+    ),
+    ("exps.cuh", "s.dev + s.rest * fall", "s.dev"),
+    ("exps.cuh", "e * half * half", "e * half"),
+    ("exps.cuh", "+ i == label", "+ i == label + 1"),
+    ("exps.cuh", "if (kContiguous && !edge_done)", "if (kContiguous)"),
+    ("exps.cuh", "edge_done && has_edge) {\n        const", "has_edge) {\n        const"),
+    ("exps.cuh", "own_anchor(top_of_row, target.z)", "top_of_row"),
+    ("exps.cuh", "done = begin", "done = at.packs + begin"),
     ("launch.cuh", "return x_past == out_past && x_row == out_row;", "return true;"),
     ("sequences.cuh", "last <= first", "false"),
     ("sequences.cuh", "first + threadIdx.x", "threadIdx.x"),

@@ -1,228 +1,145 @@
-"""The epilogue of the Hopper GEMM and what follows it, on the CPU: what nvcc sees, built by g++.
+"""The epilogue of the Hopper GEMM and the rows of its spans, on the CPU: what nvcc sees, by g++.
 
 Float32 products stand in for the GEMM's accumulators, tests/cuda_host for CUDA.
-
-Then linear_loss and scoring on top: the driver's path of the cuda_hopper backend.
 """
 
-import ctypes
 import math
 import mmap
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cuda_host_backend import CODES, CXX, ROOT, compile_host
-from test_backends_rows import close, logit_map, true_gradient, true_stats, zoned
+from cuda_host_backend import ROOT, Host, compile_host, why_unavailable
+from test_backends_rows import OPTIONS, close, draw, logit_map, zoned
 from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized, seed_fault
 from torch import Tensor
 
-import lolkernels as lk
-from lolkernels import objectives, planner
-from lolkernels.backends import TABLE, cuda_hopper, reference
+from lolkernels.backends import TABLE, cuda_gemm, reference
+from lolkernels.backends.contract import SHIFT, Exps, statistics
 
-HALF = (torch.bfloat16, torch.float16)
-SPAN = cuda_hopper.SPAN
-WIDTHS = (1, 7, 8, 9, 31, 255, 256, 257, 264, 511, 600, 1030)
-OPTIONS: tuple[dict[str, float], ...] = (
-    {},
-    {"scale": 0.5, "temperature": 0.7},
-    {"softcap": 30.0},
-    {"scale": 2.0, "softcap": 15.0, "temperature": 1.3},
-)
+BF16 = torch.bfloat16
+EPS = torch.finfo(BF16).eps
+WIDTHS = (1, 7, 8, 9, 31, 191, 192, 193, 255, 256, 257, 264, 384, 511, 600, 1030)
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
-
-
-def compile_spans(library: Path, *flags: str, tree: Path = ROOT) -> Path:
-    return compile_host(tree, library, *flags, name="spans.cpp")
-
-
-def backend(library: Path) -> ModuleType:
-    """A backend as lolkernels.backends.cuda_hopper, whose GEMM is torch's in float32."""
-    host = ctypes.CDLL(str(library))
-
-    def address(t: Tensor | None) -> Any:
-        assert t is None or t.dim() == 1 or t.is_contiguous()
-        return ctypes.c_void_p(0 if t is None else t.data_ptr())
-
-    def held(x: Tensor | None, dtype: torch.dtype, n: int, v: int) -> Any:
-        data, stride = (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-        return (ctypes.c_int64 * 5)(data, CODES[dtype], n, v, stride)
-
-    def scaling(scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0) -> Any:
-        return (ctypes.c_double * 3)(scale, softcap, temperature)
-
-    def finish(
-        products: Tensor, bias: Tensor | None, labels: Tensor, out: Tensor | None, **options: Any
-    ) -> Any:
-        n, v = products.shape
-        parts = torch.full((3, -(-v // SPAN), n), math.nan)
-        result = torch.full((5, n), math.nan)
-        if bias is not None:
-            bias = torch.nn.functional.pad(bias.float(), (0, -v % SPAN))
-        dtype = torch.bfloat16 if out is None else out.dtype
-        status = n and host.host_linear_spans(
-            *(address(products), ctypes.c_int64(products.stride(0))),
-            *(held(out, dtype, n, v), address(parts), address(bias), address(labels.contiguous())),
-            *(scaling(**options), address(result)),
-        )
-        assert status == 0
-        return tuple(result[:4]), cuda_hopper.Spans(parts, result[0], result[4])
-
-    def linear_spans(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        out: Tensor | None,
-        **options: Any,
-    ) -> Any:
-        cuda_hopper.check_operands(hidden, weight)
-        return finish(hidden.float() @ weight.float().T, bias, labels, out, **options)
-
-    def span_dlogits_(
-        x: Tensor, spans: Any, labels: Tensor, lse: Tensor, coef: Tensor, **options: Any
-    ) -> Tensor:
-        given = (labels, spans.target_logit, spans.target_slope, lse, coef)
-        vectors = [t.contiguous() for t in given]
-        place = held(x, x.dtype, *x.shape)
-        status = len(x) and host.host_span_dlogits(
-            place, address(spans.parts), *(address(t) for t in vectors), scaling(**options)
-        )
-        assert status == 0
-        return x
-
-    def linear_row_stats(*operands: Any, **options: Any) -> Any:
-        return linear_spans(*operands, None, **options)[0]
-
-    module = ModuleType("host")
-    for name in ("row_stats", "dlogits_", "sequence_coef", "DTYPES"):
-        setattr(module, name, getattr(reference, name))
-    module.why_unavailable, module.DEVICES, module.WHOLE_ROWS = lambda: None, ("cpu",), True
-    module.GEMM_DTYPES, module.finish, module.order = HALF, finish, host.host_order
-    module.linear_spans, module.span_dlogits_ = linear_spans, span_dlogits_
-    module.linear_row_stats = linear_row_stats
-    return module
+pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return backend(compile_spans(tmp_path_factory.mktemp("spans") / "spans.so", "-O2"))
+def compiled() -> Host:
+    return Host()
 
 
 @pytest.fixture(params=["first thread first", "last thread first"])
-def host(compiled: ModuleType, request: pytest.FixtureRequest) -> Any:
+def host(compiled: Host, request: pytest.FixtureRequest) -> Any:
     compiled.order(int(request.param.startswith("last")))
     yield compiled
     compiled.order(0)
 
 
-def aligned_rows(n: int, v: int, dtype: torch.dtype) -> Any:
-    """Poisoned memory with rows that start at multiples of 16 elements."""
-    stride = planner.padded(v) + 16
-    whole = torch.full((128 + n * stride,), math.nan, dtype=dtype)
+def aligned_rows(n: int, v: int) -> Any:
+    """Poisoned memory with rows that start at multiples of 16 bytes."""
+    stride = -(-v // 8) * 8 + 16
+    whole = torch.full((128 + n * stride,), math.nan, dtype=BF16)
     return SimpleNamespace(whole=whole, view=whole.as_strided((n, v), (stride, 1), 64))
 
 
 def intact(place: Any) -> bool:
     """Nothing but the rows and the rest of their last eight columns is written."""
     n, v = place.view.shape
-    room = place.whole.as_strided((n, -(-v // 8) * 8), place.view.stride(), 64)
     kept = place.whole.clone()
-    kept.as_strided(room.shape, room.stride(), 64).fill_(math.nan)
+    kept.as_strided((n, -(-v // 8) * 8), place.view.stride(), 64).fill_(math.nan)
     return bool(kept.isnan().all())
 
 
-def check(
-    host: ModuleType, n: int, v: int, dtype: torch.dtype, *, with_bias: bool, **options: float
-) -> None:
-    products = zoned(torch.randn(n, v) * 3)
-    bias = torch.randn(v) if with_bias else None
-    x = products.view if bias is None else products.view + bias
-    labels = torch.randint(v, (n,))
-    labels[0], labels[-1] = v - 1, 0
-    place = aligned_rows(n, v, dtype)
-    stats, spans = host.finish(products.view, bias, labels, place.view, **options)
-    for got, want in zip(stats, true_stats(x, labels, **options), strict=True):
-        assert close(got, want, 2e-5)
-    assert intact(place)
-
-    # The maxima, and e^(z - maximum) dz/dx without its constant part.
+def anchors(x: Tensor, labels: Tensor, **options: float) -> Tensor:
+    """As the caller makes them, from a product of their own."""
     z = logit_map(x, **{"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options})
-    rest = torch.nn.functional.pad(z, (0, -v % SPAN), value=-math.inf).view(n, -1, SPAN)
-    assert close(spans.parts[0], rest.amax(2).T, 2e-5)
-
-    coef = torch.randn(n)
-    abc = (coef, -coef, torch.zeros(n))
-    want = true_gradient(x, labels, stats[1], abc, **options)
-    got = host.span_dlogits_(place.view, spans, labels, stats[1], coef, **options)
-    finfo = torch.finfo(dtype)
-    # Rounded as an exponential and as a gradient. Small exponentials lose digits in float16.
-    gain = options.get("scale", 1.0) / options.get("temperature", 1.0)
-    small = finfo.tiny * finfo.eps * (1 + gain * coef.abs()[:, None])
-    terms = true_gradient(x, labels, stats[1], abc, terms=True, **options)
-    bound = 1.01 * finfo.eps * want.abs() + small + 4e-5 * terms
-    assert bool(((got.double() - want).abs() <= bound).all()), (got.double() - want).abs().max()
-    assert intact(place)
+    return z.gather(1, labels[:, None])[:, 0].float() + SHIFT
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_width(
-    host: ModuleType, dtype: torch.dtype, options: dict[str, float], with_bias: bool
+def compare(
+    got: Exps, e: Tensor, x: Tensor, labels: Tensor, anchor: Tensor, **options: Any
 ) -> None:
+    """With the reference's sums and exponentials in float64."""
+    exact = torch.zeros(x.shape, dtype=torch.float64)
+    want = reference.exps_(x.double(), labels, anchor.double(), **options, out=exact)
+    assert close(got.anchor, want.anchor, 2e-5)
+    want = reference.exps_(x.double(), labels, got.anchor.double(), **options, out=exact)
+    assert bool(((got.rest - want.rest).abs() <= 2e-5 * want.rest).all())
+    assert bool(((got.deviation - want.deviation).abs() <= 2e-3 * (1e-9 + want.rest)).all())
+    for name in ("max_logit", "target_logit", "slope"):
+        assert close(getattr(got, name), getattr(want, name), 2e-5), name
+    # Where a row is scaled to its maximum its exponentials are rounded twice.
+    bound = (EPS + 4e-5) * exact.abs() + 1e-37
+    if options.get("softcap"):  # 1 - tanh^2 comes from a difference
+        z = logit_map(x, **{"scale": 1.0, "temperature": 1.0, **options})
+        bound += 1e-6 * abs(options.get("scale", 1.0)) * (z - want.anchor[:, None]).exp()
+    assert bool(((e.double() - exact).abs() <= bound).all())
+
+
+def check(
+    host: Host, n: int, v: int, tile: str, *, with_bias: bool, reach: bool, **options: float
+) -> None:
+    """With `reach` a row stands out of its anchor's reach, in some of its spans or all."""
+    raw, labels = torch.randn(n, v) * 3, torch.randint(v, (n,))
+    labels[0], labels[-1] = v - 1, 0
+    if reach:
+        raw[-1, torch.randint(v, (4,))] += 60.0 + 20.0 * torch.rand(4)
+        raw[-1, 0] = 1.0
+    products, bias = zoned(raw), torch.randn(v) if with_bias else None
+    x = products.view if bias is None else products.view + bias
+    anchor = anchors(x, labels, **options)
+    if reach:
+        anchor[0] = draw((-math.inf, math.nan, -60.0))
+    if n > 2:
+        labels[1] = draw((-1, v, v + 9))
+    place = aligned_rows(n, v)
+    got = host.finish(products.view, bias, labels, anchor, place.view, **options, tile=tile)
+    assert intact(place)
+    compare(got, place.view, x, labels, anchor, **options)
+    sums = host.finish(products.view, bias, labels, anchor, None, **options, tile=tile)
+    assert all(torch.equal(a, b) for a, b in zip(sums, got, strict=True))
+
+
+@pytest.mark.parametrize("reach", [False, True])
+@pytest.mark.parametrize("tile", ["128x256", "128x192"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_width(host: Host, tile: str, options: dict[str, float], reach: bool) -> None:
     for v in WIDTHS:
-        check(host, 3, v, dtype, with_bias=with_bias, **options)
+        check(host, 3, v, tile, with_bias=v % 2 == 0, reach=reach, **options)
 
 
 @pytest.mark.parametrize("n", [1, 8, 9, 63, 64, 65, 130])
-def test_every_height(host: ModuleType, n: int) -> None:
-    check(host, n, 300, HALF[n % 2], with_bias=True)
+def test_every_height(host: Host, n: int) -> None:
+    check(host, n, 300, ("128x256", "128x192")[n % 2], with_bias=True, reach=True)
 
 
-def test_columns_shared_out_among_blocks(host: ModuleType) -> None:
-    check(host, 2, 9001, torch.bfloat16, with_bias=False)
-
-
-def test_labels_outside_have_no_target(compiled: ModuleType) -> None:
+def test_labels_outside_have_no_target(compiled: Host) -> None:
     v = 300
     labels = torch.tensor([-100, -1, 0, 255, 256, 299, 300, 511, 512, 2**40])
-    products, place = torch.randn(len(labels), v), aligned_rows(len(labels), v, torch.bfloat16)
-    stats, spans = compiled.finish(products, None, labels, place.view)
-    for got, want in zip(stats, true_stats(products, labels), strict=True):
-        assert close(got, want, 2e-5)
-    coef = torch.ones(len(labels))
-    got = compiled.span_dlogits_(place.view, spans, labels, stats[1], coef)
-    want = true_gradient(products, labels, stats[1], (coef, -coef, 0 * coef))
-    assert close(got, want, 4e-3)
+    x, place = torch.randn(len(labels), v), aligned_rows(len(labels), v)
+    for anchor in (torch.full((10,), -math.inf), torch.linspace(-70, 20, 10)):
+        got = compiled.finish(x, None, labels, anchor, place.view)
+        compare(got, place.view, x, labels, anchor)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.9, 0.999, 0.99999])
-@pytest.mark.parametrize("dtype", HALF)
-def test_a_confident_label_keeps_its_digits(
-    compiled: ModuleType, p: float, dtype: torch.dtype
-) -> None:
-    v = 600
-    products = torch.full((1, v), -math.log(p / (1 - p) * (v - 1)))
-    products[0, 300] = 0.0
-    labels, coef = torch.tensor([300]), torch.ones(1)
-    place = aligned_rows(1, v, dtype)
-    stats, spans = compiled.finish(products, None, labels, place.view)
-    want = true_gradient(products, labels, true_stats(products, labels)[1], (coef, -coef, 0 * coef))
-    got = compiled.span_dlogits_(place.view, spans, labels, stats[1], coef)
-    assert abs(float(got[0, 300]) / float(want[0, 300]) - 1) < 1e-2
-    assert abs(float(stats[0] - stats[1]) / math.log(p) - 1) < 1e-2
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.999, 1 - 4e-6, 1 - 3e-8])
+def test_a_confident_label_keeps_its_digits(compiled: Host, p: float) -> None:
+    v, labels = 600, torch.tensor([300])
+    x = torch.full((1, v), -math.log(p / (1 - p) * (v - 1)))
+    x[0, 300] = 0.0
+    stats = statistics(compiled.finish(x, None, labels, torch.tensor([SHIFT]), None))
+    assert abs(float(stats.rest) / (1 - p) - 1) < 2e-5
+    assert abs(float(stats.logps) / math.log(p) - 1) < 2e-5
 
 
-def test_special_rows(compiled: ModuleType) -> None:
+def test_special_rows(compiled: Host) -> None:
     """Columns of -inf, a span of nothing else, a nan, an infinity; far-off and shifted rows."""
     v = 700
-    x = torch.randn(8, v)
+    x = torch.randn(9, v)
     x[0, ::3] = -math.inf
     x[1, :256] = -math.inf
     x[2, 256:] = -math.inf
@@ -231,78 +148,124 @@ def test_special_rows(compiled: ModuleType) -> None:
     x[5] -= 1e4
     x[6] *= 300.0
     x[7, 5] = math.inf
-    labels = torch.tensor([1, 300, 5, 7, 699, 0, int(x[6].argmax()), 6])
-    place = aligned_rows(8, v, torch.bfloat16)
-    stats, spans = compiled.finish(x, None, labels, place.view)
-    want = reference.row_stats(x, labels)
-    for i in (0, 1, 2, 4, 5, 6):
-        for got, exact in zip(stats, true_stats(x, labels), strict=True):
-            assert math.isclose(float(got[i]), float(exact[i]), rel_tol=1e-6, abs_tol=2e-5), i
+    x[8] = -math.inf
+    labels = torch.tensor([1, 300, 5, 7, 699, 0, int(x[6].argmin()), 6, 0])
+    place = aligned_rows(9, v)
+    anchor = anchors(x, labels)
+    got = compiled.finish(x, None, labels, anchor, place.view)
+    for i in (0, 1, 2, 4, 5, 6, 8):
+        one = slice(i, i + 1)
+        compare(Exps(*(t[one] for t in got)), place.view[one], x[one], labels[one], anchor[one])
     for i in (3, 7):
-        assert math.isnan(float(stats[1][i])) == math.isnan(float(want[1][i])), i
-    coef = torch.full((8,), 0.5)
-    got = compiled.span_dlogits_(place.view, spans, labels, stats[1], coef)
-    exact = true_gradient(x[:3], labels[:3], want[1][:3], (coef[:3], -coef[:3], 0 * coef[:3]))
-    assert close(got[:3], exact.nan_to_num(0.0), 4e-3)
-    assert bool(got[3].isnan().all()), "a spoilt row has no gradient"
-    assert bool(got[[0, 1, 2, 4, 5, 6]].isfinite().all())
+        assert bool(statistics(got).lse[i].isnan()), i
+        assert bool(place.view[i].isnan().any()), "a spoilt row says so"
+    assert bool(got.max_logit[3].isnan()) and float(got.max_logit[7]) == math.inf
 
 
-def test_offsets_beyond_two_to_the_31(compiled: ModuleType) -> None:
+def test_offsets_beyond_two_to_the_31(compiled: Host) -> None:
     stride, v = 2**31 + 16, 40  # memory that is never touched costs nothing
     space = mmap.mmap(-1, 2 * (stride + v) + 64, flags=mmap.MAP_PRIVATE | NORESERVE)
-    place = torch.frombuffer(space, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
-    products, labels, coef = torch.randn(2, v), torch.tensor([3, 39]), torch.ones(2)
-    stats, spans = compiled.finish(products, None, labels, place)
-    got = compiled.span_dlogits_(place, spans, labels, stats[1], coef)
-    want = true_gradient(products, labels, stats[1], (coef, -coef, 0 * coef))
-    assert close(got, want, 4e-3)
+    place = torch.frombuffer(space, dtype=BF16).as_strided((2, v), (stride, 1))
+    x, labels = torch.randn(2, v), torch.tensor([3, 39])
+    anchor = torch.tensor([-math.inf, 16.0])
+    compare(compiled.finish(x, None, labels, anchor, place), place, x, labels, anchor)
 
 
-def test_a_row_gives_the_same_bits_in_any_company(compiled: ModuleType) -> None:
-    x, labels, coef = torch.randn(1100, 900), torch.randint(900, (1100,)), torch.randn(1100)
+def test_a_row_gives_the_same_bits_in_any_company(compiled: Host) -> None:
+    x, labels = torch.randn(1100, 900), torch.randint(900, (1100,))
+    anchor = anchors(x, labels).index_fill(0, torch.arange(0, 1100, 3), -60.0)
 
     def both(rows: slice) -> list[Tensor]:
-        place = aligned_rows(len(x[rows]), 900, torch.bfloat16)
-        stats, spans = compiled.finish(x[rows], None, labels[rows], place.view)
-        compiled.span_dlogits_(place.view, spans, labels[rows], stats[1], coef[rows])
-        return [*stats, place.view]
+        place = aligned_rows(len(x[rows]), 900)
+        sums = compiled.finish(x[rows], None, labels[rows], anchor[rows], place.view)
+        return [*sums, place.view]
 
     few = slice(1097, None)
     for many, alone in zip(both(slice(None)), both(few), strict=True):
         assert torch.equal(many[few], alone)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "weight", "out", "text"),
+    [
+        ((4, 24), (9, 24), torch.zeros(4, 16, dtype=torch.float16)[:, :9], "out.*bfloat16"),
+        ((4, 20), (9, 20), None, "hidden.*multiple of 8"),
+        (torch.zeros(24, 4).T, (9, 24), None, r"hidden.*contiguous"),
+        ((4, 24), torch.zeros(24, 9).T, None, r"weight.*contiguous"),
+        (torch.zeros(100).as_strided((4, 24), (25, 1)), (9, 24), None, r"hidden.*16 bytes"),
+        (torch.zeros(104)[4:100].view(4, 24), (9, 24), None, r"hidden.*clone"),
+        ((4, 24), (9, 24), torch.zeros(4, 9, dtype=BF16), "out.*multiple of 8"),
+    ],
+)
+def test_operands_it_cannot_take(hidden: Any, weight: Any, out: Any, text: str) -> None:
+    def operand(t: Any) -> Tensor:
+        if isinstance(t, tuple):
+            return torch.zeros(t, dtype=BF16)
+        stored = torch.zeros(256, dtype=BF16)
+        return stored.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    with pytest.raises(ValueError, match=text):
+        cuda_gemm.check_operands(operand(hidden), operand(weight), out)
+
+
+def test_the_gemm_is_reached_by_name(compiled: Host) -> None:
+    """And it is what exps_ makes of the product."""
+    backends = [TABLE[f"cuda_gemm_{tile}"] for tile in ("128x256", "64x256", "128x192")]
+    assert [b.gemm.keywords["tile"] for b in backends] == ["128x256", "64x256", "128x192"]
+    assert all(b.gemm_dtypes == (BF16,) for b in backends)
+    assert list(TABLE).index("reference") < min(map(list(TABLE).index, (b.name for b in backends)))
+    text = (ROOT / "csrc" / "cuda" / "hopper.h").read_text()
+    for tile, (number, columns) in cuda_gemm.TILES.items():
+        assert f"m{tile.replace('x', 'n')} = {number}" in text and tile.endswith(f"x{columns}")
+    hidden, weight = torch.randn(5, 24).to(BF16), torch.randn(700, 24).to(BF16)
+    labels, place = torch.randint(700, (5,)), aligned_rows(5, 700)
+    x = hidden.float() @ weight.float().T
+    got = compiled.gemm(hidden, weight, None, labels, anchors(x, labels), place.view)
+    compare(got, place.view, x, labels, anchors(x, labels))
+
+
 def fuzz(library: Path, seeds: int) -> None:
     """What the sanitized process runs."""
-    host = backend(library)
+    host = Host(library)
     for reverse in (0, 1):
         host.order(reverse)
         torch.manual_seed(reverse)
-        check(host, 2, 9001, HALF[reverse], with_bias=False)
+        check(host, 33, 3001, "128x256", with_bias=False, reach=bool(reverse))
         for seed in range(seeds):
             torch.manual_seed(seed)
             v, options = WIDTHS[seed % len(WIDTHS)], OPTIONS[seed // 3 % len(OPTIONS)]
-            check(host, 1 + seed % 3, v, HALF[seed % 2], with_bias=seed % 5 < 2, **options)
+            tile, with_bias = draw(("128x256", "128x192")), seed % 5 < 2
+            check(host, 1 + seed % 3, v, tile, with_bias=with_bias, reach=seed % 4 < 3, **options)
     print("clean")
 
 
+def compile_spans(tree: Path, folder: Path) -> Path:
+    return compile_host(tree, folder / "host.so", "-O1", "-DSPANS_ALONE", *SANITIZE)
+
+
 def test_under_the_sanitizers(tmp_path: Path) -> None:
-    fuzz_sanitized(__file__, compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE), 24)
+    fuzz_sanitized(__file__, compile_spans(ROOT, tmp_path), 24)
 
 
 MUTANTS = [
     ("spans.cuh", "sent = upper ? words[i] : words[i + step]", "sent = words[i]"),
-    ("spans.cuh", "if (rest <= 0) return;", ""),
+    ("spans.cuh", "if (columns <= 0) return;", ""),
     ("spans.cuh", ">= left - 2 * q) x[i]", "> left - 2 * q) x[i]"),
-    ("spans.cuh", "e * (1.0f - t * t)", "e"),
-    ("spans.cuh", "sum + (ones - held(top))", "sum + ones"),
+    ("spans.cuh", "(gain - z * z * bend)", "gain"),
+    ("spans.cuh", "== at_label) x[i] = -HUGE_VALF", "== at_label) x[i] = x[i]"),
+    (
+        "spans.cuh",
+        "return within_reach(top, anchor) ? anchor : finite_or_zero(top)",
+        "return anchor",
+    ),
     ("spans.cuh", "if (inside && column < left)", "if (column < left)"),
     ("spans.cuh", "dev[i % kQuad] += e * depth(z, base)", "dev[i % kQuad] += e * z"),
-    ("span_rows.cuh", "  __syncthreads();", ""),
-    ("span_rows.cuh", "maximum[span * rows] - lse", "maximum[0] - lse"),
-    ("span_rows.cuh", "label >= column &&", "label > column &&"),
-    ("launch.cuh", "(spans + spans_a_block - 1) / spans_a_block", "1"),
+    ("span_rows.cuh", "tops[warp][lane] = top;\n  __syncthreads();", "tops[warp][lane] = top;"),
+    ("span_rows.cuh", "  }\n  __syncthreads();\n  if (warp == 0", "  }\n  if (warp == 0"),
+    ("span_rows.cuh", "Fall(base_of(next.m, anchor), base).move(next);", ""),
+    ("span_rows.cuh", "if (within_reach(highest, anchor)) continue;", "continue;"),
+    ("span_rows.cuh", "column / span_columns * rows", "0 * rows"),
+    ("span_rows.cuh", "label < 0 || label >= args.cols", "label < 0"),
 ]
 
 
@@ -310,173 +273,12 @@ MUTANTS = [
 @pytest.mark.parametrize(("file", "old", "new"), [("spans.cuh", "", ""), *MUTANTS])
 def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
     seed_fault(tmp_path, file, old, new)
-    library = compile_spans(tmp_path / "spans.so", "-O1", *SANITIZE, tree=tmp_path)
+    library = compile_spans(tmp_path, tmp_path)
     if old == "":  # the control
         fuzz_sanitized(__file__, library, 24)
         return
     with pytest.raises(AssertionError):
         fuzz_sanitized(__file__, library, 24)
-
-
-# --- through the driver ---------------------------------------------------------------------------
-
-N, D, V = 40, 24, 700
-LENGTHS = [7, 0, 12, 1, 20]
-
-
-@pytest.fixture
-def in_table(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setitem(TABLE, "cuda_hopper", compiled)
-    return compiled
-
-
-def problem(dtype: torch.dtype, *, frozen: bool = False, bias: bool = False) -> Any:
-    hidden = torch.randn(N, D).to(dtype).requires_grad_()
-    weight = (torch.randn(V, D) * 0.3).to(dtype).requires_grad_(not frozen)
-    b = torch.randn(V).to(dtype).requires_grad_() if bias else None
-    return SimpleNamespace(hidden=hidden, weight=weight, bias=b, labels=torch.randint(V, (N,)))
-
-
-def leaves(p: Any) -> list[Tensor]:
-    return [t for t in (p.hidden, p.weight, p.bias) if t is not None and t.requires_grad]
-
-
-def run(p: Any, objective: Any, given: dict[str, Any], **options: Any) -> tuple[Tensor, list[Any]]:
-    seq = lk.Sequences.from_lengths(LENGTHS)
-    out = lk.linear_loss(
-        objective,
-        *(p.hidden, p.weight, p.labels, seq),
-        bias=p.bias,
-        return_outputs=True,
-        **given,
-        **options,
-    )
-    return out.logps, [out.loss.detach(), *torch.autograd.grad(out.loss, leaves(p))]
-
-
-REF = torch.linspace(-9, -5, N)
-CASES = {
-    "a_lol": (
-        objectives.a_lol,
-        {"ref_logps": REF, "advantages": torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7]), "clip": 0.9},
-    ),
-    "nll": (objectives.nll, {}),
-    "a_lol_seq": (
-        objectives.a_lol_seq,
-        {"ref_logps": REF, "advantages": torch.ones(5), "clip": 0.5},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("rows", [None, 25, 13])  # a chunk; two; groups longer than a chunk
-@pytest.mark.parametrize("dtype", HALF)
-def test_linear_loss(
-    in_table: ModuleType, name: str, frozen: bool, rows: int | None, dtype: torch.dtype
-) -> None:
-    objective, given = CASES[name]
-    p = problem(dtype, frozen=frozen, bias=rows == 25)
-    options = {} if rows != 13 else {"softcap": 20.0, "temperature": 0.8}
-    budget = None if rows is None else rows * V * 2
-    logps, got = run(*(p, objective, given), **options, backend="cuda_hopper", memory_budget=budget)
-    exact = SimpleNamespace(
-        labels=p.labels,
-        **{
-            k: None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-            for k, t in (("hidden", p.hidden), ("weight", p.weight), ("bias", p.bias))
-        },
-    )
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
-    want_logps, want = run(exact, objective, wide, **options, backend="reference")
-    assert close(logps, want_logps, 2e-5)
-    _, peer = run(p, objective, given, **options, backend="reference")
-    assert math.isclose(float(got[0]), float(want[0]), rel_tol=1e-4, abs_tol=1e-5)
-    eps = torch.finfo(dtype).eps
-    for ours, theirs, true in zip(got[1:], peer[1:], want[1:], strict=True):
-        size = true.abs().max()
-        # Exponentials are rounded before they are gradients: twice the error of one rounding.
-        bound = 2 * (theirs.double() - true).abs().max() + 2 * eps * size
-        assert (ours.double() - true).abs().max() <= bound
-
-
-def test_its_gemm_is_taken(in_table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the row functions, for half-precision operands; those, for any others."""
-    calls: list[str] = []
-    for name in ("linear_spans", "span_dlogits_", "linear_row_stats", "row_stats", "dlogits_"):
-        real = getattr(in_table, name)
-        monkeypatch.setattr(
-            in_table,
-            name,
-            lambda *a, _name=name, _real=real, **o: (calls.append(_name), _real(*a, **o))[1],
-        )
-    p = problem(torch.bfloat16)
-    run(p, *CASES["a_lol"], backend="cuda_hopper")
-    assert calls == ["linear_spans", "span_dlogits_"]
-    calls.clear()
-    with torch.no_grad():
-        lk.linear_logprob(p.hidden, p.weight, p.labels, backend="cuda_hopper")
-    assert calls == ["linear_row_stats"]
-    calls.clear()
-    run(problem(torch.float32), *CASES["a_lol"], backend="cuda_hopper")
-    assert calls == ["row_stats", "dlogits_"]
-
-
-def test_linear_logprob(in_table: ModuleType) -> None:
-    p = problem(torch.bfloat16, bias=True)
-    out = lk.linear_logprob(p.hidden, p.weight, p.labels, bias=p.bias, backend="cuda_hopper")
-    want = lk.linear_logprob(
-        *(t.detach().double() for t in (p.hidden, p.weight)),
-        p.labels,
-        bias=p.bias.detach().double(),
-        backend="reference",
-    )
-    for name in ("logps", "lse", "entropy", "max_logit"):
-        assert close(getattr(out, name), getattr(want, name), 5e-5), name
-    (out.logps * torch.randn(N)).sum().backward()
-    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in leaves(p))
-
-
-@pytest.mark.parametrize(
-    ("hidden", "weight", "text"),
-    [
-        (torch.zeros(4, 20), torch.zeros(9, 20), "multiple of 8"),
-        (torch.zeros(24, 4).T, torch.zeros(9, 24), r"hidden.*contiguous"),
-        (torch.zeros(4, 24), torch.zeros(24, 9).T, r"weight.*contiguous"),
-        (torch.zeros(100).as_strided((4, 24), (25, 1)), torch.zeros(9, 24), r"hidden.*16 bytes"),
-        (torch.zeros(100)[1:97].view(4, 24), torch.zeros(9, 24), r"hidden.*clone"),
-    ],
-)
-def test_operands_it_cannot_take(
-    in_table: ModuleType, hidden: Tensor, weight: Tensor, text: str
-) -> None:
-    with pytest.raises(ValueError, match=text):
-        in_table.linear_spans(hidden, weight, None, torch.zeros(4, dtype=torch.int64), None)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("op", ["linear_loss", "score"])
-def test_the_memory_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, op: str) -> None:
-    from test_whole_rows import check_memory  # it needs the conftest: a sanitized run has none
-
-    def linear_spans(h: Tensor, w: Tensor, bias: Any, labels: Tensor, out: Any, **o: Any) -> Any:
-        zeros, parts = torch.zeros(5, len(h)), torch.zeros(3, -(-len(w) // SPAN), len(h))
-        return zeros[:4].unbind(), cuda_hopper.Spans(parts, zeros[0], zeros[4])
-
-    module = SimpleNamespace(
-        WHOLE_ROWS=True,
-        GEMM_DTYPES=HALF,
-        linear_spans=linear_spans,
-        linear_row_stats=lambda *a, **o: linear_spans(*a, None, **o)[0],
-        span_dlogits_=lambda x, *a, **o: x,
-        sequence_coef=reference.sequence_coef,
-    )
-    check_memory(monkeypatch, module, op, torch.bfloat16, frozen, spans=True)
-
-
-def test_the_columns_of_a_span_are_those_of_the_kernel() -> None:
-    text = (ROOT / "csrc" / "cuda" / "spans.cuh").read_text()
-    assert f"kSpan = {SPAN};" in text and planner.SPAN == SPAN
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import lolkernels as lk
@@ -253,28 +252,19 @@ def test_their_penalty_switch_is_an_objective_of_its_own(algorithm: str) -> None
         assert torch.allclose(coef - unpenalised, torch.full_like(coef, 0.2 / 4), rtol=1e-10)
 
 
-# --- losses that a user writes: pairs, rankings, PPO ----------------------------------------------
-
-
-def dpo(
-    logps: Tensor, ref_logps: PerToken, seq: lk.Sequences, *, beta: float = 0.1, free: bool = False
-) -> Tensor:
-    """Sequences 2i (chosen) and 2i + 1 (rejected): -log sigmoid(beta (margin - margin_ref))."""
-    total = seq.sum(logps) if free else seq.sum(logps - ref_logps)
-    chosen, rejected = total.view(-1, 2).unbind(1)
-    return -F.logsigmoid(beta * (chosen - rejected))
+# --- pairs, rankings, PPO -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if e["source"] == "dpo"], ids=lambda e: e["key"]
 )
-def test_a_users_dpo_on_pairs(entry: dict[str, Any]) -> None:
+def test_dpo_on_pairs(entry: dict[str, Any]) -> None:
     case = Case(entry, order=[0, 2, 1, 3])  # the file has the chosen first, then the rejected
     seq = lk.Sequences.from_mask(case.mask, group_size=2)
     for held in (None, 3 * 17 * 8):
         hidden = case.logits.clone().requires_grad_()
         loss = lk.linear_loss(
-            dpo,
+            objectives.dpo,
             hidden,
             torch.eye(17, dtype=torch.float64),
             case.labels,
@@ -282,25 +272,11 @@ def test_a_users_dpo_on_pairs(entry: dict[str, Any]) -> None:
             backend="reference",
             memory_budget=held,
             ref_logps=case.side["ref_logps"],
-            beta=entry["params"]["beta"],
-            free=entry["params"]["reference_free"],
+            **entry["params"],
         )
         loss.backward()
         assert close(loss, case.loss)
         assert close(hidden.grad, case.dlogits)
-
-
-def ppo(
-    logps: Tensor,
-    old_logps: PerToken,
-    advantages: PerToken,
-    seq: lk.Sequences,
-    *,
-    clip: float = 0.2,
-) -> Tensor:
-    """sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip))."""
-    rho = (logps - old_logps).exp()
-    return seq.sum(torch.maximum(-advantages * rho, -advantages * rho.clamp(1 - clip, 1 + clip)))
 
 
 @pytest.mark.parametrize(
@@ -309,76 +285,62 @@ def ppo(
     [e for e in ENTRIES if e["algo"] == "ppo" and e["key"] != "ppo.c5"],
     ids=lambda e: e["key"],
 )
-def test_a_users_ppo(entry: dict[str, Any]) -> None:
-    case = Case(entry)
-    key, seq = entry["key"], lk.Sequences.from_mask(case.mask)
-    advantages = torch.from_numpy(ARRAYS[f"{key}.advantages"])[case.mask]
-    hidden = case.logits.clone().requires_grad_()
-    loss = lk.linear_loss(
-        ppo,
-        hidden,
-        torch.eye(17, dtype=torch.float64),
-        case.labels,
-        seq,
-        reduction="token-mean",
-        backend="reference",
-        memory_budget=6 * 17 * 8,
-        old_logps=case.side["old_logps"],
-        advantages=advantages,
-        clip=0.2,
-    )
-    loss.backward()
-    assert close(loss, torch.from_numpy(ARRAYS[f"{key}.loss_policy"]))
-    assert close(hidden.grad, case.dlogits)
+def test_ppo_with_its_value_loss(entry: dict[str, Any]) -> None:
+    case, key, params = Case(entry), entry["key"], entry["params"]
+    seq = lk.Sequences.from_mask(case.mask)
+    logits = case.logits.clone().requires_grad_()
+    out = lk.logprob(logits, case.labels, backend="reference")
 
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(ARRAYS[f"{key}.{name}"])[case.mask]
 
-def pro(
-    logps: Tensor,
-    rewards: PerSequence,
-    sft: PerSequence,  # 1 at the sequence that is also behaviour-cloned
-    seq: lk.Sequences,
-    *,
-    ranked: int = 2,
-    sft_weight: float = 0.05,
-) -> Tensor:
-    """Preference ranking: each answer against those ranked below it, with length-mean scores."""
-    s, r = seq.mean(logps).view(-1, ranked), rewards.view(-1, ranked)
-    loss = logps.new_zeros(len(s))
-    for k in range(ranked - 1):
-        tau = r[:, k : k + 1] - r[:, k + 1 :]
-        head = s[:, k] * tau.amax(1)
-        total = torch.logsumexp(torch.cat([head[:, None], s[:, k + 1 :] * tau], 1), 1)
-        loss = loss + total - head
-    cloned = (seq.sum(logps) * sft).view(-1, ranked).sum(1)
-    return loss - sft_weight * (ranked - 1) ** 2 * cloned
+    def loss(values: Tensor, value_coef: float) -> Tensor:
+        losses = objectives.ppo(
+            out.logps, out.entropy, case.side["old_logps"], read("advantages"), values,
+            read("values"), read("returns"), seq, entropy_coef=0.0, value_coef=value_coef,
+            clip=params["cliprange"], value_clip=params["cliprange_value"],
+        )  # fmt: skip
+        return lk.aggregate(losses, seq, "token-mean")
+
+    values = read("vpreds").requires_grad_()
+    policy, total = loss(values, 0.0), loss(values, params["vf_coef"])
+    assert close(policy, torch.from_numpy(ARRAYS[f"{key}.loss_policy"]))
+    value = torch.from_numpy(ARRAYS[f"{key}.loss_value"])  # with its coefficient
+    assert close(total, policy.detach() + value)
+    dlogits, dvalues = torch.autograd.grad(total, (logits, values))
+    assert close(dlogits, case.dlogits)
+    assert close(dvalues, read("dvpreds"))
 
 
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if e["algo"] == "pro"], ids=lambda e: e["key"]
 )
-def test_a_users_ranking_loss(entry: dict[str, Any]) -> None:
-    """The script's mask is one position late, so that a first response token is never scored."""
-    key = entry["key"]
+def test_pro_on_ranked_lists(entry: dict[str, Any]) -> None:
+    """The script's mask is one position late, so that a first response token is never scored.
+
+    It adds 1e-10 to each sum of exponentials, and so does this test: the rest agrees to the digit.
+    """
+    key, eps = entry["key"], entry["params"]["eps"]
     _, ranked, length = ARRAYS[f"{key}.ids"].shape
+    assert ranked == 2 and ARRAYS[f"{key}.sft_index"].tolist() == [0, 0]
     scored = (ARRAYS[f"{key}.attention_mask"] > 0) & (ARRAYS[f"{key}.prefix_mask"] == 0)
     mask = torch.from_numpy(scored).view(-1, length)[:, :-1]
     ids = torch.from_numpy(ARRAYS[f"{key}.ids"]).long().view(-1, length)
     logits = torch.from_numpy(ARRAYS[f"{key}.logits"]).view(-1, length, 17)
-    sft = F.one_hot(torch.from_numpy(ARRAYS[f"{key}.sft_index"]).long(), ranked)
+
+    def theirs(logps: PerToken, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
+        tau = rewards.view(-1, 2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        total = (seq.mean(logps).view(-1, 2) * tau[:, None]).exp().sum(1)
+        weight = entry["params"]["sft_weight"]
+        return objectives.pro(logps, rewards, seq, sft_weight=weight) + (eps / total).log1p()
+
     hidden = logits[:, :-1][mask].requires_grad_()
-    loss = lk.linear_loss(
-        pro,
-        hidden,
-        torch.eye(17, dtype=torch.float64),
-        ids[:, 1:][mask],
-        lk.Sequences.from_mask(mask, group_size=ranked),
-        backend="reference",
-        rewards=torch.from_numpy(ARRAYS[f"{key}.rewards"]).view(-1),
-        sft=sft.view(-1),
-        ranked=ranked,
-    )
-    loss.backward()
+    call = (hidden, torch.eye(17, dtype=torch.float64), ids[:, 1:][mask])
+    seq = lk.Sequences.from_mask(mask, group_size=ranked)
+    rewards = torch.from_numpy(ARRAYS[f"{key}.rewards"]).view(-1)
     want = torch.from_numpy(ARRAYS[f"{key}.dlogits"]).view(-1, length, 17)[:, :-1][mask]
-    # The script adds 1e-10 inside its logarithms.
-    assert close(loss, torch.from_numpy(ARRAYS[f"{key}.loss"]), 1e-7)
-    assert close(hidden.grad, want, 1e-7)
+    for objective, tol in ((theirs, TOL), (objectives.pro, 1e-7)):
+        loss = lk.linear_loss(objective, *call, seq, backend="reference", rewards=rewards)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        assert close(loss, torch.from_numpy(ARRAYS[f"{key}.loss"]), tol)
+        assert close(grad, want, tol)

@@ -94,7 +94,9 @@ class Drawn:
         truth = eager(problem.double()).logps
         s = self.seq.num_sequences
         side = {
-            "ref_logps": truth + torch.randn(n, generator=generator) * r.choice((0.02, 0.3)),
+            "ref_logps": (
+                truth + torch.randn(n, generator=generator) * r.choice((0.02, 0.3))
+            ).clamp(max=0),
             "advantages": torch.randn(s, generator=generator),
             "rewards": torch.rand(s, generator=generator) + 0.1,
         }
@@ -225,7 +227,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
 
     sizes = testing.gradient_sizes(problem, {"logps": true["coef"]})
-    if TABLE[backend].WHOLE_ROWS:
+    if not TABLE[backend].panels:
         sizes = rounded_sizes(sizes, problem, drawn)
     # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
     longest = max(1, int(seq.lengths.max()))
@@ -265,7 +267,7 @@ def double_problem(
 ) -> tuple[Problem, dict[str, Tensor]]:
     p = peaky(n, 9, v, dtype=torch.float64, bias=bias, softcap=20.0, temperature=0.8)
     side = {
-        "ref_logps": eager(p).logps + 0.1 * torch.randn(n, dtype=torch.float64),
+        "ref_logps": (eager(p).logps + 0.1 * torch.randn(n, dtype=torch.float64)).clamp(max=0),
         "advantages": torch.tensor([0.7, -0.3, 1.2, 0.0, 0.4, 2.0], dtype=torch.float64),
         "rewards": torch.tensor([0.1, 0.9, 1.0, 0.5, 0.0, 2.0], dtype=torch.float64),
     }
@@ -392,9 +394,10 @@ def test_three_gemms_and_two_with_a_frozen_operand() -> None:
 
 
 def test_a_group_longer_than_a_chunk_computes_its_logits_twice() -> None:
-    long_rows = 20 + 30
-    assert work_of(1, rows=10)[0] == 3 * 66 + long_rows
-    assert work_of(1, rows=25)[0] == 3 * 66 + 30
+    """Only the rows beyond the budget: (20 - 10) + (30 - 10), and 30 - 25."""
+    assert work_of(1, rows=10)[0] == 3 * 66 + 10 + 20
+    assert work_of(1, rows=25)[0] == 3 * 66 + 5
+    assert work_of(1)[0] == 3 * 66
 
 
 def test_sequences_without_a_positive_advantage_enter_no_gemm() -> None:
@@ -414,7 +417,99 @@ def test_prompt_rows_enter_no_gemm() -> None:
     )
     assert flops == 3 * 2 * 20 * 16 * 300
     flops = gemm_flops(lambda: lk.linear_logprob(h, w, labels, mask=mask).logps.sum())
-    assert flops == 4 * 2 * 20 * 16 * 300
+    assert flops == 3 * 2 * 20 * 16 * 300
+
+
+def test_gemms_of_log_probs_for_a_loss_of_ones_own() -> None:
+    """Two with a frozen head and three with a trained one; entropy's gradient is announced."""
+    h, w = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    labels, frozen = torch.randint(300, (40,)), w.detach()
+
+    def gemms(w: Tensor, of: str = "logps", rows: int = 1000, **options: Any) -> float:
+        def run() -> Tensor:
+            budget = rows * 300 * 4
+            out = lk.linear_logprob(h, w, labels, memory_budget=budget, **options)
+            return getattr(out, of).square().sum()
+
+        return gemm_flops(run) / (2 * 40 * 16 * 300)
+
+    for of in ("logps", "lse"):
+        assert gemms(frozen, of) == 2
+        assert gemms(w, of) == 3
+        assert gemms(w, of, rows=30) == 3.25  # ten rows have their logits made again
+    assert gemms(frozen, "entropy", entropy_grad=True) == 2
+    assert gemms(w, "entropy", entropy_grad=True) == 3
+    assert gemms(w, "entropy", entropy_grad=True, rows=30) == 3.25
+    assert gemms(w, "entropy") == 5  # not announced: d logp / d hidden was made for nothing
+
+
+# --- an objective that looks across groups --------------------------------------------------------
+
+
+def whitened(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
+    return -(rewards - rewards.mean()) * seq.sum(logps)
+
+
+def over_the_batch(logps: Tensor, seq: lk.Sequences) -> Tensor:
+    return -seq.sum(logps) / seq.num_sequences
+
+
+def of_whole_lengths(logps: Tensor, seq: lk.Sequences) -> Tensor:
+    return -seq.mean(logps) * seq.lengths.sqrt()
+
+
+@objectives.objective(token_local=True)
+def said_to_be_token_local(logps: Tensor, seq: lk.Sequences) -> Tensor:
+    return -seq.sum(logps).square()
+
+
+objectives.REGISTRY.pop("said_to_be_token_local")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("objective", "refused"),
+    [
+        (whitened, True),
+        (over_the_batch, True),
+        (said_to_be_token_local, True),
+        (of_whole_lengths, False),
+    ],
+)
+def test_no_value_depends_on_the_memory_budget(
+    objective: Callable[..., Tensor], refused: bool, rows: int
+) -> None:
+    h, w = torch.randn(20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    labels, seq = torch.randint(50, (20,)), lk.Sequences.from_lengths([5, 3, 8, 4])
+    side = {"rewards": torch.tensor([1.0, 3.0, -2.0, 0.5])} if objective is whitened else {}
+    logps = lk.linear_logprob(h, w, labels).logps
+    want = lk.aggregate(objective(logps, seq=seq, **side), seq)
+
+    def run() -> Tensor:
+        return lk.linear_loss(objective, h, w, labels, seq, memory_budget=rows * 200, **side)
+
+    if refused and rows < 20:
+        with pytest.raises(ValueError, match=r"group \d has loss .* evaluated together"):
+            run()
+        return
+    got = run()
+    assert abs(got.item() - want.item()) <= 1e-5 * abs(want.item())
+    grads = [torch.autograd.grad(loss, (h, w)) for loss in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+
+
+@pytest.mark.parametrize("wrong", ["label", "ref_logps"])
+def test_a_skipped_sequence_is_checked_all_the_same(wrong: str) -> None:
+    labels, ref = torch.arange(9), -torch.ones(9)
+    if wrong == "label":
+        labels[5] = 11
+    else:
+        ref[5] = torch.nan
+    seq, advantages = lk.Sequences.from_lengths([3, 4, 2]), torch.tensor([1.0, -1.0, 2.0])
+    call = (objectives.a_lol, torch.randn(9, 4), torch.randn(11, 4), labels, seq)
+    with pytest.raises(ValueError, match=r"labels\[5\]|ref_logps\[5\] = nan"):
+        lk.linear_loss(*call, ref_logps=ref, advantages=advantages)
 
 
 def test_a_skipped_sequence_has_no_statistics_and_no_gradient() -> None:

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lolkernels as lk
-from lolkernels import loss_op, objectives, ops
+from lolkernels import objectives, step
 from lolkernels.objectives import PerSequence
 from lolkernels.testing import Problem, eager, peaky
 
@@ -51,59 +51,63 @@ def tensors(sample: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
     return p, (torch.arange(n) % 3 != 1) if masked else None
 
 
-@samples
-def test_opcheck_linear_logprob(sample: tuple[Any, ...]) -> None:
-    p, mask = tensors(sample)
-    softcap, backend = sample[7:9]
-    arguments = (p.hidden, p.weight, p.labels, p.bias, mask, 1.5, softcap, 0.8, backend, 4000)
-    torch.library.opcheck(ops.linear_logprob, arguments, test_utils=CHECKS)
+OPS = torch.ops.lolkernels
+
+
+def check(op: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(op, arguments, test_utils=CHECKS)
 
 
 @samples
-def test_opcheck_linear_logprob_backward(sample: tuple[Any, ...]) -> None:
-    p, mask = tensors(sample)
-    softcap, backend = sample[7:9]
+@pytest.mark.parametrize("hold", [False, True])
+def test_opcheck_linear_logprob(sample: tuple[Any, ...], hold: bool) -> None:
+    p, _ = tensors(sample)
+    n, _, v, *_, softcap, backend, grad = sample
+    operand = f64 if f64 in sample else f32
+    common = ((1.5, softcap, 0.8), backend, 3 * v * operand.itemsize, operand)
+    need = [grad, grad, grad and hold]
+    arguments = (p.hidden, p.weight, p.labels, p.bias, *common, need)
+    check(OPS.linear_logprob_v2.default, arguments)
+
     with torch.no_grad():
-        out = ops.linear_logprob(
-            p.hidden, p.weight, p.labels, p.bias, mask, 1.0, softcap, 1.0, backend, None
-        )
-    g = torch.randn_like(out[0])
-    operands = [None if t is None else t.detach() for t in (p.hidden, p.weight, p.bias)]
-    arguments = (
-        *(g, None, 2 * g, out[1], out[2], *operands[:2], p.labels, operands[2], mask),
-        *(1.0, softcap, 1.0, backend, 4000, True, sample[0] != 5, p.bias is not None),
-    )
-    torch.library.opcheck(ops.linear_logprob_backward, arguments, test_utils=CHECKS)
-
-
-@samples
-def test_opcheck_logprob(sample: tuple[Any, ...]) -> None:
-    p, _ = tensors(sample)
-    logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    arguments = (logits.requires_grad_(sample[-1]), p.labels, 1.5, sample[7], 0.8, sample[8], False)
-    torch.library.opcheck(ops.logprob, arguments, test_utils=CHECKS)
-
-
-@samples
-def test_opcheck_logprob_backward(sample: tuple[Any, ...]) -> None:
-    p, _ = tensors(sample)
-    logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    _, lse, entropy, _ = ops.logprob(logits, p.labels, 1.5, sample[7], 0.8, sample[8], False)
+        logps, lse, _, _, slope, rest, share, _, kept = OPS.linear_logprob_v2(*arguments)
     g = torch.randn_like(lse)
-    arguments = (g, g, None, lse, entropy, logits, p.labels, 1.5, sample[7], 0.8, sample[8])
-    torch.library.opcheck(ops.logprob_backward, arguments, test_utils=CHECKS)
-    torch.library.opcheck(ops.logprob_backward_, arguments, test_utils=CHECKS)
+    c = g if n % 2 else None
+    stats = [logps, lse, slope, rest, share]
+    bias = None if p.bias is None else p.bias.detach()
+    more = (p.hidden.detach(), p.weight.detach(), p.labels, bias, *common, need[2])
+    needs = [hold, True, p.bias is not None]
+    check(OPS.linear_gradients_v2.default, ([g, -g], None, c, stats, kept, *more, needs))
+
+
+@samples
+@pytest.mark.parametrize("inplace", [False, True])
+def test_opcheck_logprob(sample: tuple[Any, ...], inplace: bool) -> None:
+    p, _ = tensors(sample)
+    common = ((1.5, sample[7], 0.8), sample[8])
+    logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
+    check(OPS.logprob_v2.default, (logits.requires_grad_(sample[-1]), p.labels, *common, inplace))
+    logits = logits.detach()
+    _, lse, _, _ = OPS.logprob_v2(logits, p.labels, *common, False)
+    abc = [torch.randn_like(lse) for _ in range(3)]
+    op = OPS.logprob_gradient_v2_ if inplace else OPS.logprob_gradient_v2
+    check(op.default, (abc, lse, logits, p.labels, *common))
 
 
 def length_normalised(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
     return -rewards * torch.tanh(seq.mean(logps))
 
 
-LOSSES = [objectives.a_lol, objectives.wbc, objectives.a_lol_seq, length_normalised]
+def with_entropy(logps: Tensor, entropy: Tensor, seq: lk.Sequences) -> Tensor:
+    return -seq.sum(logps + 0.1 * entropy)
+
+
+LOSSES = [objectives.a_lol, objectives.wbc, with_entropy, length_normalised]
 
 
 @samples
-def test_opcheck_linear_loss(sample: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("rows", [2, 1000])  # kept: several blocks, and one
+def test_opcheck_linear_loss(sample: tuple[Any, ...], rows: int) -> None:
     p, _ = tensors(sample)
     n = sample[0]
     objective = LOSSES[n % 4]
@@ -115,16 +119,16 @@ def test_opcheck_linear_loss(sample: tuple[Any, ...]) -> None:
         "advantages": torch.tensor([1.0, 0.5, 2.0], dtype=wide),
         "rewards": torch.tensor([1.0, 0.5, 2.0], dtype=wide),
     }
-    needed = {k: v for k, v in lk.side_inputs(objective).items() if k in side}
+    needed = {k: side[k] for k in lk.side_inputs(objective) if k in side}
     options = (("clip", 0.5),) if "clip" in lk.side_inputs(objective) else ()
-    arguments = (
-        *(p.hidden, p.weight, p.labels, p.bias, cu, seq.lengths, seq.token_to_sequence),
-        [side[k] for k in needed],
-        ",".join(f"{k}:{kind}" for k, kind in needed.items()),
-        *(loss_op.bind(objective, options), "seq-mean", 1, torch.tensor([3.0, float(n)])),
-        *(1.5, sample[7], 0.8, sample[8], 4000, sample[-1], sample[-1], p.bias is not None),
-    )
-    torch.library.opcheck(loss_op.linear_loss, arguments, test_utils=CHECKS)
+    spec = tuple((k, kind) for k, kind in lk.side_inputs(objective).items() if k in side)
+    scaling, budget = (1.5, sample[7], 0.8), rows * sample[2] * wide.itemsize
+    call = step.bind(objective, options, spec, sample[8], wide)
+    parts = [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals]
+    weights = objectives.reduction_weights(seq, "seq-mean")
+    need = [sample[-1], sample[-1], sample[-1] and p.bias is not None, *[False] * len(needed)]
+    arguments = (p.hidden, p.weight, p.labels, p.bias, parts, list(needed.values()), weights)
+    check(OPS.linear_loss_v2.default, (*arguments, scaling, budget, call, need))
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:
@@ -177,7 +181,7 @@ FUNCTIONS = dict(functions())
 
 def inputs(lengths: list[int]) -> tuple[Any, ...]:
     p = peaky(sum(lengths), 8, 60)
-    ref = eager(p).logps + 0.1 * torch.randn(sum(lengths))
+    ref = (eager(p).logps + 0.1 * torch.randn(sum(lengths))).clamp(max=0)
     return (
         p.hidden,
         p.weight,

@@ -69,7 +69,7 @@ def batches(draw: st.DrawFn, backend: str = "reference", softcap: bool = True) -
     generator = torch.Generator().manual_seed(seed + 1)
     logps = score(problem, backend).logps
     drift = draw(st.sampled_from((0.01, 0.3, 2.0)))
-    ref = logps + drift * torch.randn(len(logps), generator=generator, dtype=dtype)
+    ref = (logps + drift * torch.randn(len(logps), generator=generator, dtype=dtype)).clamp(max=0)
     advantages = torch.rand(len(lengths), generator=generator, dtype=dtype) + 0.05
     return Batch(problem, lengths, ref, advantages, backend)
 

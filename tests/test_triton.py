@@ -22,6 +22,7 @@ from lolkernels.backends import reference, triton
 ROOT = Path(__file__).resolve().parents[1]
 # A bare `triton` parameter skips a test where the backend is missing (conftest).
 pytestmark = pytest.mark.parametrize("backend", ["triton"])
+FALLS = torch.arange(600.0) % 2 * 70  # every second anchor
 CAP: dict[str, float] = {"scale": 0.5, "softcap": 9.0, "temperature": 0.7}
 
 
@@ -40,12 +41,24 @@ class Rows:
         result: Tensor = module.dlogits_(x, self.labels, self.lse, *self.abc, **options)
         return result
 
+    def exps_(self, x: Tensor | None = None, **options: Any) -> list[Tensor]:
+        """The six sums and the exponentials; one row stands out of reach of its anchor."""
+        x = self.logits.clone() if x is None else x
+        out = options.pop("out", None)
+        sums = triton.exps_(x, self.labels, self.lse - FALLS[: len(x)], out=out, **options)
+        return [*sums, x if out is None else out]
+
     def exact(self, **options: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         """The reference in float64."""
         x = self.logits.double()
         stats = reference.row_stats(x, self.labels, **options)
         wide = (t.double() for t in (self.lse, *self.abc))
         return stats, reference.dlogits_(x.clone(), self.labels, *wide, **options)
+
+
+def made(r: Rows, kernel: str, *args: Any, **options: Any) -> list[Tensor]:
+    """What the kernel writes stands last."""
+    return [r.dlogits_(*args, **options)] if kernel == "dlogits_" else r.exps_(*args, **options)
 
 
 def equal(got: Any, want: Any) -> bool:
@@ -66,13 +79,15 @@ def test_the_strides_of_the_input_change_no_bit(dtype: torch.dtype, backend: str
         "every second row": wide[1:7:2, 100:177],
     }
     stats = triton.row_stats(r.logits, r.labels)
-    grad = r.dlogits_()
+    grad, exps = r.dlogits_(), r.exps_()
     for name, view in views.items():
         wide.fill_(math.nan)
         view.copy_(r.logits)
         assert equal(triton.row_stats(view, r.labels), stats), name
         for out in (torch.empty(77, 3, dtype=dtype).T, None):  # the last one overwrites
             assert torch.equal(r.dlogits_(view, out=out), grad), name
+            view.copy_(r.logits)
+            assert equal(r.exps_(view, out=out), exps), name
         inside = torch.zeros_like(wide, dtype=torch.bool)
         inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         assert bool(wide[~inside].isnan().all()) and not bool(wide[inside].isnan().any())
@@ -121,6 +136,10 @@ for shape, strides in layouts:
     assert torch.equal(triton.dlogits_(near, labels, *vectors, out=far), want), shape
     far.copy_(near)
     assert torch.equal(triton.dlogits_(far, labels, *vectors), want), shape
+    want = [*triton.exps_(x := near.clone(), labels), x]
+    far.copy_(near)
+    got = [*triton.exps_(far, labels), far]
+    assert all(torch.equal(a, b) for a, b in zip(got, want)), shape
 # Not getrusage: its peak survives exec, and would be that of the process that started this one.
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(1024 * int(status["VmHWM"].split()[0]))
@@ -141,24 +160,31 @@ def test_rows_and_columns_more_than_2_to_the_31_elements_apart(backend: str) -> 
     assert int(done.stdout) < 2**30  # the memory was never filled
 
 
-# --- half-precision gradients over float32 logits -------------------------------------------------
+# --- half-precision numbers over float32 logits -------------------------------------------------
 
 
+@pytest.mark.parametrize("kernel", ["dlogits_", "exps_"])
 @pytest.mark.parametrize("options", [{}, CAP], ids=["plain", "cap"])
 @pytest.mark.parametrize("v", [1, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 8193])
-def test_narrow_gradients_over_their_own_logits(v: int, options: Any, backend: str) -> None:
+def test_narrow_numbers_over_their_own_logits(
+    v: int, options: Any, kernel: str, backend: str
+) -> None:
     """One program a row, from its start; apart, several programs share a row. Bit for bit alike."""
     n, stride, border = 3, -(-v // 16) * 16, 64
     r = Rows(n, v)
-    want = r.dlogits_(out=torch.empty(n, v, dtype=torch.float16), **options)
+    dtype = torch.float16
+    if kernel == "exps_":  # in bfloat16, whose range holds e^50; row 0 leaves its reach at the end
+        dtype, r.logits[0, -1] = torch.bfloat16, 100.0
+    *sums, want = made(r, kernel, out=torch.empty(n, v, dtype=dtype), **options)
     buffer = torch.full((n * stride + 2 * border,), math.nan)
     rows = buffer[border:-border].view(n, stride)
     x = rows[:, :v]
     x.copy_(r.logits)
     before = rows.clone()
-    out = x.view(torch.float16)[:, :v] if v == stride else rows.view(torch.float16)[:, :v]
-    got = r.dlogits_(x, out=out, **options)
-    assert got is out and torch.equal(got, want) and float(got.abs().max()) > 0
+    out = x.view(dtype)[:, :v] if v == stride else rows.view(dtype)[:, :v]
+    *again, got = made(r, kernel, x, out=out, **options)
+    assert got is out and torch.equal(got, want) and equal(again, sums)
+    assert float(got.abs().max()) > 0 or v == 1
     assert bool(buffer[:border].isnan().all()) and bool(buffer[-border:].isnan().all())
     # What lies behind the v narrow numbers of a row has not been written.
     tail = [t.view(torch.int16)[:, v:] for t in (rows, before)]
@@ -193,7 +219,7 @@ def test_each_block_of_row_stats_alone(
 
 
 @pytest.mark.parametrize("config", DLOGITS, ids=str)
-def test_each_block_of_dlogits_alone(
+def test_each_block_of_the_writing_kernels_alone(
     config: tuple[bool, int, int], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     cap, block, warps = config
@@ -207,6 +233,11 @@ def test_each_block_of_dlogits_alone(
         for out in (None, torch.empty(2, v, dtype=torch.float16)):
             off = float((r.dlogits_(out=out, **options).double() - want).abs().max())
             assert off <= (1e-5 if out is None else 6e-4) * top
+        wide = torch.empty(2, v, dtype=torch.float64)
+        anchor = r.lse - FALLS[:2]
+        exact = reference.exps_(r.logits.double(), r.labels, anchor, out=wide, **options)
+        for got, want in zip(r.exps_(**options), (*exact, wide), strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -240,7 +271,7 @@ def test_20_runs_are_bit_equal(dtype: torch.dtype, options: Any, backend: str) -
         stats = triton.row_stats(r.logits, r.labels, **options)
         weight, limits = torch.ones(2), {"ratio": 1, "log_low": -0.5, "log_high": 0.5}
         sequences = triton.sequence_coef(-r.lse, r.abc[0], cu, weight, beta=0.1, **limits)
-        return [*stats, r.dlogits_(**options), *sequences]
+        return [*stats, r.dlogits_(**options), *r.exps_(**options), *sequences]
 
     first = run()
     assert all(equal(run(), first) for _ in range(20))
@@ -255,6 +286,7 @@ def test_no_rows_and_no_sequences_launch_nothing(
     assert all(t.shape == (0,) for t in triton.row_stats(torch.zeros(0, 9), labels))
     x = torch.zeros(0, 9)
     assert triton.dlogits_(x, labels, none, none, none, none) is x
+    assert all(t.shape == (0,) for t in triton.exps_(x, labels))
     limits = {"ratio": 1, "log_low": -0.5, "log_high": 0.5}
     cu = torch.zeros(1, dtype=torch.int64)
     assert all(t.numel() == 0 for t in triton.sequence_coef(none, none, cu, none, **limits))

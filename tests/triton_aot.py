@@ -40,8 +40,8 @@ class Case:
     num_warps: int
     num_stages: int
     aligned: Sequence[str] = ()  # pointers of 16-byte alignment, integers divisible by 16
-    wgmma: bool = False  # on sm_90: the tensor cores are fed asynchronously
     vector_loads: bool = False  # 16-byte loads of global memory
+    vector_stores: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)  # further options of triton.compile
 
 
@@ -124,7 +124,7 @@ _cases: list[Case] = []
 def _compile(index: int) -> dict[str, Any]:
     case = _cases[index]
     given = {f.name: getattr(case, f.name) for f in dataclasses.fields(Case)}
-    for name in ("name", "wgmma", "vector_loads"):
+    for name in ("name", "vector_loads", "vector_stores"):
         del given[name]
     try:
         return dataclasses.asdict(compile_kernel(**given, **given.pop("options")))

@@ -9,24 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from triton_aot import Case
 
 from lolkernels.backends import triton as rows
-from lolkernels.backends import triton_kernels, triton_onchip_kernels
-from lolkernels.backends import triton_onchip as onchip
+from lolkernels.backends import triton_kernels
 
 ARCHS = (80, 90, 100)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-MERGED = ("target_ptr", "lse_ptr", "expected_ptr", "max_ptr")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "inv_temperature": "fp32"}
 
 
 def compile_cases() -> list[Case]:
-    return [*row_cases(), *onchip_cases()]
-
-
-def row_cases() -> list[Case]:
     """The kernels of the triton backend, on contiguous rows as the driver hands them over."""
     cases = []
     for arch in ARCHS:
@@ -37,9 +30,11 @@ def row_cases() -> list[Case]:
         for x, out in (("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
             for cap in (False, True):
                 cases.append(dlogits_case(arch, x, out, 128256, cap))
+                cases.append(exps_case(arch, x, out, 50257 if cap else 128256, cap))
         cases += [sequence_case(arch, ratio, ref) for ratio in (0, 1, 2) for ref in (True, False)]
         cases += [one_column(stats_case(arch, "fp32", 1, False))]
         cases += [one_column(dlogits_case(arch, "fp32", "bf16", 1, True))]
+        cases += [one_column(exps_case(arch, "fp32", "bf16", 1, False))]
         cases += [one_program_a_row(dlogits_case(arch, "bf16", "bf16", 50257, False))]
     return cases
 
@@ -54,6 +49,7 @@ def one_column(case: Case) -> Case:
         constexprs={**case.constexprs, **dict.fromkeys(ones, 1)},
         aligned=[k for k in case.aligned if k not in ones],
         vector_loads=False,
+        vector_stores=False,
     )
 
 
@@ -101,6 +97,34 @@ def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
         num_stages=rows.STAGES,
         aligned=("x_ptr", "labels_ptr", "out_ptr", *vectors, "span", "x_row", "out_row"),
         vector_loads=True,
+        vector_stores=True,
+    )
+
+
+def exps_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
+    """With an anchor where the vocabulary is a multiple of 16, without one where it is not."""
+    block, warps = rows.exps_block(vocab)
+    given = vocab % 16 == 0
+    sums = ("used_ptr", "rest_ptr", "deviation_ptr", "max_ptr", "target_ptr", "slope_ptr")
+    signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64", "out_ptr": f"*{out}"}
+    signature |= dict.fromkeys(sums, "*fp32") | dict.fromkeys(("V", "x_row", "out_row"), "i32")
+    signature |= SCALARS | {"shift": "fp32", "reach": "fp32"}
+    signature |= {"anchor_ptr": "*fp32"} if given else {"anchor_row": "i32"}
+    constexprs: dict[str, Any] = dict.fromkeys(("x_col", "out_col", "labels_row"), 1)
+    constexprs |= {"anchor_row": 1} if given else {"anchor_ptr": None}
+    constexprs |= {"HAS_ANCHOR": given, "CAP": cap, "AT_TOP": out == "fp16", "BLOCK": block}
+    aligned = ["x_ptr", "labels_ptr", "out_ptr", *sums, "x_row", "out_row"]
+    return Case(
+        name=f"exps-sm{arch}-{x}-{out}-{vocab}{'-cap' * cap}",
+        fn=triton_kernels.exps,
+        signature=signature,
+        constexprs=constexprs,
+        arch=arch,
+        num_warps=warps,
+        num_stages=rows.STAGES,
+        aligned=[*aligned, *(("V", "anchor_ptr") if given else ())],
+        vector_loads=True,
+        vector_stores=True,
     )
 
 
@@ -118,79 +142,4 @@ def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
         arch=arch,
         num_warps=4,
         num_stages=rows.STAGES,
-    )
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-RAGGED = ((8192, 4100), (64, 4100))  # rows that no load of 16 bytes fits
-
-
-def onchip_cases() -> list[Case]:
-    """The kernels of the triton_onchip backend: descriptors and pointers, few rows, ragged D."""
-    cases = []
-    for arch in ARCHS:
-        for x in BYTES:
-            for aligned in (True, False) if arch >= 90 and x != "fp32" else (False,):
-                for n, D in ((8192, 4096), (1, 4096), *RAGGED * (not aligned)):
-                    for full in (False, True):
-                        cases.append(linear_case(arch, x, n, D, aligned, full))
-        cases.append(merge_case(arch))
-    return cases
-
-
-def linear_case(arch: int, x: str, n: int, D: int, aligned: bool, full: bool) -> Case:
-    """`full`: with a cap and a bias."""
-    c = onchip.config(n, D, 128256, DTYPES[x], (arch // 10, 0), aligned=aligned)
-    kind = "tma" if c.tma else "pointers"
-    operands = {
-        name: f"tensordesc<{x}[{rows}, {c.BLOCK_K}]>" if c.tma else f"*{x}"
-        for name, rows in (("h", c.BLOCK_M), ("w", c.BLOCK_N))
-    }
-    signature: dict[str, Any] = {**operands, "labels_ptr": "*i64", "part_ptr": "*fp32"} | SCALARS
-    signature |= dict.fromkeys(("n", "D", "V", "splits", "h_row", "w_row"), "i32")
-    constexprs: dict[str, Any] = dict.fromkeys(("h_col", "w_col", "labels_row"), 1)
-    divisible = {"labels_ptr", "part_ptr", "V"}
-    if full:
-        signature["bias_ptr"] = f"*{x}"
-        constexprs["bias_row"] = 1
-        divisible.add("bias_ptr")
-    else:
-        signature["bias_row"] = "i32"
-        constexprs["bias_ptr"] = None
-    if n == 1:
-        constexprs["n"] = 1  # as Triton specialises an argument that is 1
-    else:
-        divisible.add("n")
-    if D % 16 == 0:
-        divisible |= {"D", "h_row", "w_row"}
-    if not c.tma:
-        divisible |= {"h", "w"}
-    return Case(
-        name=f"linear_stats-sm{arch}-{x}-{kind}-{n}x{D}{'-full' * full}",
-        fn=triton_onchip_kernels.linear_stats,
-        signature=signature,
-        constexprs=constexprs | onchip.constants(c, D, cap=full),
-        arch=arch,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        aligned=sorted(divisible),
-        wgmma=arch == 90 and x != "fp32",
-    )
-
-
-def merge_case(arch: int) -> Case:
-    blocks = dict(onchip.MERGE)
-    return Case(
-        name=f"merge_stats-sm{arch}",
-        fn=triton_onchip_kernels.merge_stats,
-        arch=arch,
-        num_warps=blocks.pop("num_warps"),
-        num_stages=blocks.pop("num_stages"),
-        signature={"part_ptr": "*fp32", "labels_ptr": "*i64"}
-        | dict.fromkeys(MERGED, "*fp32")
-        | dict.fromkeys(("n", "V", "splits"), "i32"),
-        constexprs={"labels_row": 1, **blocks},
-        aligned=("part_ptr", "labels_ptr", *MERGED, "n", "V"),
     )

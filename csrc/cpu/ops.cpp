@@ -40,18 +40,46 @@ Four row_stats(const Tensor& logits, const Tensor& labels, double scale, double 
   return result;
 }
 
+Matrix matrix_like(const Matrix& x, const Tensor& out) {
+  const Matrix g = matrix(out, "out", kCpu);
+  STD_TORCH_CHECK(g.rows == x.rows && g.cols == x.cols, "out must have the shape of logits");
+  STD_TORCH_CHECK(writes_once(g), "out must not hold two elements in one place; pass a copy");
+  STD_TORCH_CHECK(same_view(x, g) || disjoint(x, g),
+                  "out must be logits itself or share no memory with it");
+  return g;
+}
+
+Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
+         double scale, double softcap, double temperature, Tensor out) {
+  const Matrix x = matrix(logits, "logits", kCpu);
+  const int64_t n = x.rows;
+  ExpsArgs args{};
+  args.logits = x;
+  args.out = matrix_like(x, out);
+  args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu);
+  if (anchor) args.anchor = vector<float>(*anchor, "anchor", ScalarType::Float, n, kCpu);
+  args.map = logit_map(scale, softcap, temperature);
+  Six result{new_float(logits, n), new_float(logits, n), new_float(logits, n),
+             new_float(logits, n), new_float(logits, n), new_float(logits, n)};
+  args.used = floats(std::get<0>(result));
+  args.rest = floats(std::get<1>(result));
+  args.deviation = floats(std::get<2>(result));
+  args.max_logit = floats(std::get<3>(result));
+  args.target_logit = floats(std::get<4>(result));
+  args.slope = floats(std::get<5>(result));
+  torch::stable::parallel_for(0, n, grain(n, n * x.cols), [&](int64_t begin, int64_t end) {
+    row_kernels().exps(args, begin, end);
+  });
+  return result;
+}
+
 void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
              const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
              Tensor out) {
   const Matrix x = matrix(logits, "logits", kCpu);
-  const Matrix g = matrix(out, "out", kCpu);
   const int64_t n = x.rows;
-  STD_TORCH_CHECK(g.rows == n && g.cols == x.cols, "out must have the shape of logits");
-  STD_TORCH_CHECK(writes_once(g), "out must not hold two elements in one place; pass a copy");
-  STD_TORCH_CHECK(same_view(x, g) || disjoint(x, g),
-                  "out must be logits itself or share no memory with it");
   const DlogitsArgs args{x,
-                         g,
+                         matrix_like(x, out),
                          vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu),
                          vector<float>(lse, "lse", ScalarType::Float, n, kCpu),
                          vector<float>(a, "a", ScalarType::Float, n, kCpu),
@@ -102,6 +130,7 @@ std::string cpu_isa() { return row_kernels().isa; }
 
 STABLE_TORCH_LIBRARY_IMPL(lolkernels, CPU, m) {
   m.impl("row_stats", TORCH_BOX(&lolkernels::cpu::row_stats));
+  m.impl("exps", TORCH_BOX(&lolkernels::cpu::exps));
   m.impl("dlogits", TORCH_BOX(&lolkernels::cpu::dlogits));
   m.impl("sequence_coef", TORCH_BOX(&lolkernels::cpu::sequence_coef));
 }

@@ -7,10 +7,11 @@
 
 namespace lolkernels::cpu {
 
-// Both functions handle rows [begin, end). A row's result depends on that row alone.
+// Each function handles rows [begin, end). A row's result depends on that row alone.
 struct RowKernels {
   const char* isa;
   void (*row_stats)(const RowStatsArgs&, int64_t begin, int64_t end);
+  void (*exps)(const ExpsArgs&, int64_t begin, int64_t end);
   void (*dlogits)(const DlogitsArgs&, int64_t begin, int64_t end);
 };
 

@@ -1,5 +1,5 @@
-// row_stats and dlogits for one instruction set; the including file sets LOL_LANES, LOL_ISA and
-// LOL_KERNELS. Nothing depends on how rows are spread over threads.
+// row_stats, exps and dlogits for one instruction set; the including file sets LOL_LANES, LOL_ISA
+// and LOL_KERNELS. Nothing depends on how rows are spread over threads.
 //
 // No std:: templates here: an out-of-line copy of one would carry this instruction set into code
 // that every machine runs.
@@ -13,22 +13,25 @@
 namespace lolkernels::cpu {
 namespace {
 
-// How a dtype is stored; kLowest is its -inf.
+// How a dtype is stored; kLowest is its -inf; kNarrow: its range does not hold e^kReach.
 struct Float32 {
   using Word = float;
   static constexpr float kLowest = -kInf;
+  static constexpr bool kNarrow = false;
   static F32 read(const float* p) { return load<F32>(p); }
   static void write(float* p, F32 v) { store(p, v); }
 };
 struct Bf16 {
   using Word = uint16_t;
   static constexpr uint16_t kLowest = 0xff80;
+  static constexpr bool kNarrow = false;
   static F32 read(const uint16_t* p) { return widen_bf16(load<U16>(p)); }
   static void write(uint16_t* p, F32 v) { store(p, narrow_bf16(v)); }
 };
 struct Fp16 {
   using Word = uint16_t;
   static constexpr uint16_t kLowest = 0xfc00;
+  static constexpr bool kNarrow = true;
   static F32 read(const uint16_t* p) { return widen_fp16(load<U16>(p)); }
   static void write(uint16_t* p, F32 v) { store(p, narrow_fp16(v)); }
 };
@@ -102,34 +105,51 @@ int64_t count_equal(const float* z, int64_t count, float value) {
   return equal;
 }
 
-struct BlockHead {
-  int64_t count;  // columns, padding included
+// kBlock columns of logits.
+template <typename D, bool kCapped, bool kSlopes>
+struct Block {
+  alignas(64) float z[kBlock];  // padded with -inf to a multiple of kStep
+  alignas(64) float slope[kSlopes ? kBlock : kLanes];
+  int64_t count;  // padding included
   float max;      // NaN does not count
-};
 
-// Writes z of columns [col, col + kBlock) to z, padded with -inf to a multiple of kStep.
-template <typename D, bool kCapped>
-BlockHead read_block(const Row<D>& row, int64_t col, const LogitMap& map, float* z) {
-  const int64_t left = row.cols - col;
-  const int64_t count = left < kBlock ? left : kBlock;
-  F32 max = splat(-kInf);
-  int64_t i = 0;
-  if (row.stride == 1) {
-    for (; i + kLanes <= count; i += kLanes) {
-      const F32 v = logit<kCapped>(D::read(row.data + col + i), map).z;
-      store(z + i, v);
-      max = at_least(max, v);
+  // Columns [col, col + kBlock).
+  void read(const Row<D>& row, int64_t col, const LogitMap& map) {
+    const int64_t left = row.cols - col;
+    const int64_t cols = left < kBlock ? left : kBlock;
+    F32 top = splat(-kInf);
+    int64_t i = 0;
+    const auto keep = [&](const Logit& x) {
+      store(z + i, x.z);
+      if constexpr (kSlopes) store(slope + i, x.slope);
+      top = at_least(top, x.z);
+    };
+    if (row.stride == 1) {
+      for (; i + kLanes <= cols; i += kLanes) {
+        keep(logit<kCapped>(D::read(row.data + col + i), map));
+      }
     }
+    for (; i < cols; i += kLanes) {
+      Logit x = logit<kCapped>(gather(row, col + i), map);
+      for (int64_t j = cols - i; j < kLanes; ++j) x.z[j] = -kInf;
+      keep(x);
+    }
+    for (; i % kStep != 0; i += kLanes) {
+      store(z + i, splat(-kInf));
+      if constexpr (kSlopes) store(slope + i, F32{});
+    }
+    count = i;
+    max = largest(top);
   }
-  for (; i < count; i += kLanes) {
-    F32 v = logit<kCapped>(gather(row, col + i), map).z;
-    for (int64_t j = count - i; j < kLanes; ++j) v[j] = -kInf;
-    store(z + i, v);
-    max = at_least(max, v);
+
+  // Column i takes no part.
+  void leave_out(int64_t i) {
+    z[i] = -kInf;
+    F32 top = splat(-kInf);
+    for (i = 0; i < count; i += kLanes) top = at_least(top, load<F32>(z + i));
+    max = largest(top);
   }
-  for (; i % kStep != 0; i += kLanes) store(z + i, splat(-kInf));
-  return {i, largest(max)};
-}
+};
 
 // Sums over the columns with z < ref, or NaN; z > ref does not occur. A column at ref counts 1, and
 // the caller adds it in double: in a float lane it would swallow the rest of a confident row.
@@ -155,13 +175,13 @@ Sums block_sums(const float* z, int64_t count, float ref, const Row<D>& row, int
 
 template <typename D, bool kCapped>
 void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float z[kBlock];
+  Block<D, kCapped, false> block;
   for (int64_t r = begin; r < end; ++r) {
     const Row<D> row(args.logits, r);
     float max = -kInf;
     Sums sum = {0.0, 0.0};  // relative to max
     for (int64_t col = 0; col < row.cols; col += kBlock) {
-      const BlockHead block = read_block<D, kCapped>(row, col, args.map, z);
+      block.read(row, col, args.map);
       if (block.max > max) {
         if (max != -kInf) {
           const double shift = static_cast<double>(max) - static_cast<double>(block.max);
@@ -172,13 +192,13 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
       }
       // While every logit is -inf, 0 takes the place of the maximum and only a NaN counts.
       const bool nothing = max == -kInf;
-      const Sums s = block_sums(z, block.count, nothing ? 0.0f : max, row, col + kBlock);
+      const Sums s = block_sums(block.z, block.count, nothing ? 0.0f : max, row, col + kBlock);
       if (!nothing || s.p != s.p) {
         sum.p += s.p;
         sum.pz += s.pz;
       }
       if (!nothing && block.max == max) {
-        sum.p += static_cast<double>(count_equal(z, block.count, max));
+        sum.p += static_cast<double>(count_equal(block.z, block.count, max));
       }
     }
     const int64_t label = args.labels[r];
@@ -188,6 +208,107 @@ void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
     args.lse[r] = static_cast<float>(max + std::log(sum.p));
     args.expected_logit[r] = static_cast<float>(max + sum.pz / sum.p);
     args.max_logit[r] = nan && max != kInf ? static_cast<float>(sum.p) : max;
+  }
+}
+
+// The maximum of the columns from `col` on but for the label.
+template <typename D, bool kCapped>
+[[gnu::noinline]] float highest(const Row<D> row, int64_t col, int64_t label, const LogitMap& map) {
+  Block<D, kCapped, false> block;
+  float max = -kInf;
+  for (; col < row.cols; col += kBlock) {
+    block.read(row, col, map);
+    if (label >= col && label < col + block.count) block.leave_out(label - col);
+    max = block.max > max ? block.max : max;
+  }
+  return max;
+}
+
+// Multiplies columns before `end`, a multiple of kBlock, by half * half, which may be too small for
+// a float though the product is not.
+template <typename D>
+[[gnu::noinline]] void rescale(const Row<D> row, int64_t end, float half) {
+  for (int64_t col = 0; col < end; col += kLanes) {
+    scatter(row, col, gather(row, col) * half * half);
+  }
+}
+
+template <typename In, typename Out, bool kCapped>
+void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
+  const LogitMap map = args.map;
+  const F32 gain = splat(map.gain);
+  Block<In, kCapped, kCapped> block;
+  for (int64_t r = begin; r < end; ++r) {
+    const Row<In> row(args.logits, r);
+    const Row<Out> out(args.out, r);
+    const int64_t label = args.labels[r];
+    float target = -kInf, slope = 0.0f;
+    if (row.holds(label)) {
+      const Logit y = logit<kCapped>(gather(row, label), map);
+      target = y.z[0];
+      slope = y.slope[0];
+    }
+    float anchor = args.anchor.data == nullptr ? target + kShift : args.anchor[r];
+    const bool at_top = Out::kNarrow || !(anchor - anchor == 0.0f);  // or the anchor is not finite
+    if (at_top) {
+      anchor = highest<In, kCapped>(row, 0, label, map);
+      // No other column counts: the label's own logit, if that is finite.
+      if (anchor == -kInf) anchor = target - target == 0.0f ? target : 0.0f;
+    }
+    float top = -kInf;
+    Sums sum = {0.0, 0.0};  // relative to the anchor
+    for (int64_t col = 0; col < row.cols; col += kBlock) {
+      block.read(row, col, map);
+      if (label >= col && label < col + block.count) block.leave_out(label - col);
+      top = block.max > top ? block.max : top;
+      if (!at_top && top - anchor > kReach) {
+        // Before anything of this block is written, which may take the place of its logits.
+        const float rest = highest<In, kCapped>(row, col + kBlock, label, map);
+        top = rest > top ? rest : top;
+        const double shift = static_cast<double>(anchor) - static_cast<double>(top);
+        const double f = std::exp(shift);
+        rescale(out, col, static_cast<float>(std::exp(0.5 * shift)));
+        sum = {f * sum.p, f * (sum.pz + sum.p * shift)};
+        anchor = top;
+      }
+      F32 p[kUnroll] = {}, pz[kUnroll] = {};
+      const auto exponential = [&](int64_t at, int u) {
+        const F32 t = load<F32>(block.z + at) - anchor;
+        const F32 near = at_least(t, splat(kExpMin));
+        const F32 e = t < kExpMin ? F32{} : exp_in_range(near);
+        p[u] += e;
+        pz[u] += e * near;
+        if constexpr (kCapped) return e * load<F32>(block.slope + at);
+        return e * gain;
+      };
+      const int64_t left = row.cols - col < kBlock ? row.cols - col : kBlock;
+      int64_t i = 0;
+      if (out.stride == 1) {
+        for (; i + kStep <= left; i += kStep) {
+          for (int u = 0; u < kUnroll; ++u) {
+            const int64_t at = i + u * kLanes;
+            Out::write(out.data + col + at, exponential(at, u));
+          }
+        }
+      }
+      const int64_t done = i;
+      for (; i < block.count; i += kStep) {
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = i + u * kLanes;
+          store(block.z + at, exponential(at, u));
+        }
+      }
+      for (i = done; i < left; i += kLanes) scatter(out, col + i, load<F32>(block.z + i));
+      sum.p += static_cast<double>(total((p[0] + p[1]) + (p[2] + p[3])));
+      sum.pz += static_cast<double>(total((pz[0] + pz[1]) + (pz[2] + pz[3])));
+    }
+    const bool nan = target != target || (sum.p != sum.p && top != kInf);
+    args.used[r] = anchor;
+    args.rest[r] = static_cast<float>(sum.p);
+    args.deviation[r] = static_cast<float>(sum.pz);
+    args.max_logit[r] = nan ? static_cast<float>(sum.p) + target : target > top ? target : top;
+    args.target_logit[r] = target;
+    args.slope[r] = slope;
   }
 }
 
@@ -237,31 +358,43 @@ void row_stats_any(const RowStatsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename In, typename Out>
-void dlogits_of(const DlogitsArgs& args, int64_t begin, int64_t end) {
-  return args.map.capped ? dlogits<In, Out, true>(args, begin, end)
-                         : dlogits<In, Out, false>(args, begin, end);
+template <typename In, typename Out, bool kCapped>
+void write_rows(const ExpsArgs& args, int64_t begin, int64_t end) {
+  exps<In, Out, kCapped>(args, begin, end);
 }
 
-template <typename In>
-void dlogits_from(const DlogitsArgs& args, int64_t begin, int64_t end) {
+template <typename In, typename Out, bool kCapped>
+void write_rows(const DlogitsArgs& args, int64_t begin, int64_t end) {
+  dlogits<In, Out, kCapped>(args, begin, end);
+}
+
+template <typename In, typename Out, typename Args>
+void write_of(const Args& args, int64_t begin, int64_t end) {
+  return args.map.capped ? write_rows<In, Out, true>(args, begin, end)
+                         : write_rows<In, Out, false>(args, begin, end);
+}
+
+template <typename In, typename Args>
+void write_from(const Args& args, int64_t begin, int64_t end) {
   switch (args.out.dtype) {
-    case DType::f32: return dlogits_of<In, Float32>(args, begin, end);
-    case DType::bf16: return dlogits_of<In, Bf16>(args, begin, end);
-    case DType::f16: return dlogits_of<In, Fp16>(args, begin, end);
+    case DType::f32: return write_of<In, Float32>(args, begin, end);
+    case DType::bf16: return write_of<In, Bf16>(args, begin, end);
+    case DType::f16: return write_of<In, Fp16>(args, begin, end);
   }
 }
 
-void dlogits_any(const DlogitsArgs& args, int64_t begin, int64_t end) {
+template <typename Args>
+void write_any(const Args& args, int64_t begin, int64_t end) {
   switch (args.logits.dtype) {
-    case DType::f32: return dlogits_from<Float32>(args, begin, end);
-    case DType::bf16: return dlogits_from<Bf16>(args, begin, end);
-    case DType::f16: return dlogits_from<Fp16>(args, begin, end);
+    case DType::f32: return write_from<Float32>(args, begin, end);
+    case DType::bf16: return write_from<Bf16>(args, begin, end);
+    case DType::f16: return write_from<Fp16>(args, begin, end);
   }
 }
 
 }  // namespace
 
-const RowKernels LOL_KERNELS = {LOL_ISA, row_stats_any, dlogits_any};
+const RowKernels LOL_KERNELS = {LOL_ISA, row_stats_any, write_any<ExpsArgs>,
+                                write_any<DlogitsArgs>};
 
 }  // namespace lolkernels::cpu

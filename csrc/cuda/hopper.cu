@@ -20,22 +20,10 @@ using cute::Int;
 using cute::Shape;
 using Stride = cute::Stride<int64_t, _1, int64_t>;  // rows, elements of a row, batch
 
-template <typename T>
-struct InCutlass;
-template <>
-struct InCutlass<__nv_bfloat16> {
-  using type = cutlass::bfloat16_t;
-};
-template <>
-struct InCutlass<__half> {
-  using type = cutlass::half_t;
-};
-
 // What CUTLASS asks of an epilogue that loads nothing, in place of its store of D.
-template <typename Out>
 struct FinishSpans {
   using ElementC = void;
-  using ElementD = typename InCutlass<Out>::type;
+  using ElementD = cutlass::bfloat16_t;
   using ElementAccumulator = float;
   using ElementCompute = float;
   using StrideC = Stride;
@@ -45,8 +33,8 @@ struct FinishSpans {
   struct ThreadEpilogueOp {
     using ElementCompute = float;
   };
-  using Arguments = LinearSpansArgs;
-  using Params = LinearSpansArgs;
+  using Arguments = SpansArgs;
+  using Params = SpansArgs;
 
   const Params& params;
 
@@ -70,52 +58,56 @@ struct FinishSpans {
     return true;
   }
 
-  template <class Problem, class Tile, class Place, class Engine, class Layout, class Mma,
+  template <class Problem, class Extent, class Place, class Engine, class Layout, class Mma,
             class Rest>
-  CUTLASS_DEVICE void operator()(const Problem&, const Tile&, const Place& place,
+  CUTLASS_DEVICE void operator()(const Problem&, const Extent&, const Place& place,
                                  const cute::Tensor<Engine, Layout>& accumulators, const Mma&,
                                  const Rest&, int thread, char*) {
-    // Of a thread: (pairs of columns, its two rows, groups of columns), one tile by one.
-    static_assert(cute::size(Layout{}) == 2 * kHeld && cute::size<1>(Layout{}) == 1 &&
-                  cute::size<2>(Layout{}) == 1 && cute::size<0, 0>(Layout{}) == 2 &&
-                  cute::size<0, 1>(Layout{}) == 2);
-    const int64_t first = static_cast<int64_t>(cute::get<0>(place)) * cute::size<0>(Tile{});
+    // Of a thread: (pairs of columns, its two rows, groups of columns), one tile of 64 rows by one.
+    constexpr int kHeld = cute::size<1>(Extent{}) / kQuad;
+    static_assert(cute::size<0, 0>(Layout{}) == 2 && cute::size<0, 1>(Layout{}) == 2 &&
+                  cute::size<0, 2>(Layout{}) == kHeld / 2 && cute::size<2>(Layout{}) == 1);
+    const int64_t first = static_cast<int64_t>(cute::get<0>(place)) * cute::size<0>(Extent{});
     const int64_t span = cute::get<1>(place);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[kHeld];
+    for (int below = 0; below < cute::size<1>(Layout{}); ++below) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        x[i] = accumulators(cute::make_coord(cute::make_coord(i % 2, half, i / 2), 0, 0));
+      for (int half = 0; half < 2; ++half) {
+        float x[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          x[i] = accumulators(cute::make_coord(cute::make_coord(i % 2, half, i / 2), below, 0));
+        }
+        finish_span(params, first + 64 * below + held_row(thread, half), span, x);
       }
-      finish_span<Out>(params, first + held_row(thread, half), span, x);
     }
   }
 };
 
-template <typename T, Schedule kSchedule>
+template <Tile kTile>
 struct Gemm {
-  static constexpr bool kTurns = kSchedule == Schedule::pingpong;
-  using Element = typename InCutlass<T>::type;
-  using Tile = Shape<Int<kTurns ? 64 : 128>, Int<kSpan>, _64>;
+  static constexpr bool kTurns = kTile != Tile::m128n256;
+  using Element = cutlass::bfloat16_t;
+  using Extent =
+      Shape<Int<kTile == Tile::m64n256 ? 64 : 128>, Int<kTile == Tile::m128n192 ? 192 : 256>, _64>;
   using Cluster = Shape<_2, _1, _1>;  // two tiles of rows share the columns' operand
   using Policy = cute::conditional_t<kTurns, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, 8,
-      Element, cutlass::layout::ColumnMajor, 8, float, Tile, Cluster,
+      Element, cutlass::layout::ColumnMajor, 8, float, Extent, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<1024>, Policy>::CollectiveOp;
   using Epilogue =
-      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<FinishSpans<T>>;
+      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<FinishSpans>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue,
                                                       cutlass::gemm::PersistentScheduler>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 };
 
-template <typename T, Schedule kSchedule>
-cudaError_t run(const Matrix& hidden, const Matrix& weight, const LinearSpansArgs& args,
+template <Tile kTile>
+cudaError_t run(const Matrix& hidden, const Matrix& weight, const SpansArgs& args,
                 cudaStream_t stream) {
-  using G = Gemm<T, kSchedule>;
+  using G = Gemm<kTile>;
   using Element = typename G::Element;
   cutlass::KernelHardwareInfo card;
   cudaError_t status = cudaGetDevice(&card.device_id);
@@ -148,18 +140,12 @@ cudaError_t run(const Matrix& hidden, const Matrix& weight, const LinearSpansArg
 
 }  // namespace
 
-cudaError_t linear_spans(const Matrix& hidden, const Matrix& weight, const LinearSpansArgs& args,
-                         Schedule schedule, cudaStream_t stream) {
-  const auto go = [&](auto element) {
-    using T = decltype(element);
-    return schedule == Schedule::pingpong
-               ? run<T, Schedule::pingpong>(hidden, weight, args, stream)
-               : run<T, Schedule::cooperative>(hidden, weight, args, stream);
-  };
-  switch (hidden.dtype) {
-    case DType::bf16: return go(__nv_bfloat16{});
-    case DType::f16: return go(__half{});
-    case DType::f32: break;
+cudaError_t linear_spans(const Matrix& hidden, const Matrix& weight, const SpansArgs& args,
+                         Tile tile, cudaStream_t stream) {
+  switch (tile) {
+    case Tile::m128n256: return run<Tile::m128n256>(hidden, weight, args, stream);
+    case Tile::m64n256: return run<Tile::m64n256>(hidden, weight, args, stream);
+    case Tile::m128n192: return run<Tile::m128n192>(hidden, weight, args, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -3,7 +3,6 @@
 
 #include <type_traits>
 
-#include "rows.cuh"
 #include "sequences.cuh"
 #include "span_rows.cuh"
 
@@ -53,33 +52,6 @@ cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream) {
   return args.logits.col_stride == 1 ? go(std::true_type{}) : go(std::false_type{});
 }
 
-template <typename In, typename Out, bool kCapped>
-cudaError_t launch_dlogits(const DlogitsArgs& args, bool aliased, cudaStream_t stream) {
-  const auto go = [&](auto contiguous, auto shared) {
-    constexpr bool kContiguous = decltype(contiguous)::value, kAliased = decltype(shared)::value;
-    constexpr int64_t kPack = kPackOf<In, kContiguous>, kBatch = kWrites<In, kContiguous>;
-    const int64_t rows = args.logits.rows, packs = args.logits.cols / kPack;
-    const int64_t threads = block_threads(args.logits.cols, kPack * kBatch);
-    const int64_t batches = (packs + kBatch * threads - 1) / (kBatch * threads);
-    const int64_t wanted = kAliased || batches == 0 ? 1 : (kEnoughBlocks + rows - 1) / rows;
-    const int64_t parts = wanted < batches ? wanted : batches > 0 ? batches : 1;
-    const int64_t span = (batches + parts - 1) / parts * kBatch * threads;
-    const int64_t blocks = span == 0 ? 1 : (packs + span - 1) / span;
-    return launch(dlogits_kernel<In, Out, kCapped, kContiguous, kAliased>,
-                  static_cast<unsigned>(rows), static_cast<unsigned>(blocks),
-                  static_cast<int>(threads), stream, args, static_cast<int>(span));
-  };
-  const bool contiguous = packs_align<In, Out>(args.logits, args.out);
-  if constexpr (sizeof(Out) < sizeof(In)) {
-    if (aliased) {
-      return contiguous ? go(std::true_type{}, std::true_type{})
-                        : go(std::false_type{}, std::true_type{});
-    }
-  }
-  return contiguous ? go(std::true_type{}, std::false_type{})
-                    : go(std::false_type{}, std::false_type{});
-}
-
 template <typename F>
 cudaError_t with_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -88,6 +60,28 @@ cudaError_t with_dtype(DType dtype, const F& f) {
     case DType::f16: return f(__half{});
   }
   return cudaErrorInvalidValue;
+}
+
+template <typename F>
+cudaError_t with_flag(bool flag, const F& f) {
+  return flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// f(In{}, Out{}, capped, contiguous, aliased) with the three as types.
+template <typename F>
+cudaError_t with_rows(const Matrix& x, const Matrix& out, bool capped, bool aliased, const F& f) {
+  return with_dtype(x.dtype, [&](auto in) {
+    return with_dtype(out.dtype, [&](auto to) {
+      return with_flag(capped, [&](auto cap) {
+        return with_flag(packs_align<decltype(in), decltype(to)>(x, out), [&](auto contiguous) {
+          if constexpr (sizeof(to) < sizeof(in)) {
+            if (aliased) return f(in, to, cap, contiguous, std::true_type{});
+          }
+          return f(in, to, cap, contiguous, std::false_type{});
+        });
+      });
+    });
+  });
 }
 
 // At least one row and one column.
@@ -99,15 +93,40 @@ inline cudaError_t row_stats(const RowStatsArgs& args, cudaStream_t stream) {
 }
 
 // aliased: out's rows start where those of logits do, with narrower elements.
+inline cudaError_t exps(const ExpsArgs& args, bool aliased, cudaStream_t stream) {
+  return with_rows(
+      args.logits, args.out, args.map.capped, aliased,
+      [&](auto in, auto to, auto capped, auto contiguous, auto shared) {
+        using In = decltype(in);
+        constexpr bool kCapped = decltype(capped)::value;
+        constexpr bool kContiguous = decltype(contiguous)::value;
+        constexpr int kBatch = kPackOf<In, kContiguous> * kExps<In, kCapped, kContiguous>;
+        return launch(exps_kernel<In, decltype(to), kCapped, kContiguous, decltype(shared)::value>,
+                      static_cast<unsigned>(args.logits.rows), 1,
+                      block_threads(args.logits.cols, kBatch), stream, args);
+      });
+}
+
 inline cudaError_t dlogits(const DlogitsArgs& args, bool aliased, cudaStream_t stream) {
-  return with_dtype(args.logits.dtype, [&](auto x) {
-    return with_dtype(args.out.dtype, [&](auto g) {
-      using In = decltype(x);
-      using Out = decltype(g);
-      return args.map.capped ? launch_dlogits<In, Out, true>(args, aliased, stream)
-                             : launch_dlogits<In, Out, false>(args, aliased, stream);
-    });
-  });
+  return with_rows(
+      args.logits, args.out, args.map.capped, aliased,
+      [&](auto in, auto to, auto capped, auto contiguous, auto shared) {
+        using In = decltype(in);
+        constexpr bool kContiguous = decltype(contiguous)::value;
+        constexpr bool kAliased = decltype(shared)::value;
+        constexpr int64_t kPack = kPackOf<In, kContiguous>, kBatch = kWrites<In, kContiguous>;
+        const int64_t rows = args.logits.rows, packs = args.logits.cols / kPack;
+        const int64_t threads = block_threads(args.logits.cols, kPack * kBatch);
+        const int64_t batches = (packs + kBatch * threads - 1) / (kBatch * threads);
+        const int64_t wanted = kAliased || batches == 0 ? 1 : (kEnoughBlocks + rows - 1) / rows;
+        const int64_t parts = wanted < batches ? wanted : batches > 0 ? batches : 1;
+        const int64_t span = (batches + parts - 1) / parts * kBatch * threads;
+        const int64_t blocks = span == 0 ? 1 : (packs + span - 1) / span;
+        return launch(
+            dlogits_kernel<In, decltype(to), decltype(capped)::value, kContiguous, kAliased>,
+            static_cast<unsigned>(rows), static_cast<unsigned>(blocks), static_cast<int>(threads),
+            stream, args, static_cast<int>(span));
+      });
 }
 
 inline cudaError_t sequence_coef(const SequencesArgs& args, int64_t sequences,
@@ -123,29 +142,10 @@ inline cudaError_t sequence_coef(const SequencesArgs& args, int64_t sequences,
   return cudaErrorInvalidValue;
 }
 
-inline cudaError_t merge_spans(const MergeSpansArgs& args, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((args.spans.rows + kWarp - 1) / kWarp);
-  return launch(merge_spans_kernel, blocks, 1, kMergeWarps * kWarp, stream, args);
-}
-
-inline cudaError_t span_dlogits(const SpanDlogitsArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.spans.rows, spans = span_count(args.spans.cols);
-  const int threads = block_threads(spans * kWarp, kSpansAtOnce);
-  const int64_t batch = threads / kWarp * kSpansAtOnce, batches = (spans + batch - 1) / batch;
-  const int64_t wanted = (kEnoughBlocks + rows - 1) / rows,
-                parts = wanted < batches ? wanted : batches;
-  const int64_t spans_a_block = (batches + parts - 1) / parts * batch;
-  const auto blocks = static_cast<unsigned>((spans + spans_a_block - 1) / spans_a_block);
-  const auto go = [&](auto kernel) {
-    return launch(kernel, static_cast<unsigned>(rows), blocks, threads, stream, args,
-                  static_cast<int>(spans_a_block));
-  };
-  switch (args.spans.dtype) {
-    case DType::bf16: return go(span_dlogits_kernel<__nv_bfloat16>);
-    case DType::f16: return go(span_dlogits_kernel<__half>);
-    case DType::f32: break;
-  }
-  return cudaErrorInvalidValue;
+// span: the columns of one.
+inline cudaError_t merge_spans(const SpansArgs& args, int span, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((args.rows + kWarp - 1) / kWarp);
+  return launch(merge_spans_kernel, blocks, 1, kMergeWarps * kWarp, stream, args, span);
 }
 
 }  // namespace lolkernels::cuda

@@ -66,6 +66,41 @@ bool begins_with(const Matrix& x, const Matrix& out) {
          out.col_stride == 1;
 }
 
+// Whether that is so; out may also be logits itself, or share no memory with it.
+bool check_out(const Matrix& x, const Matrix& out) {
+  check_size(x);
+  STD_TORCH_CHECK(out.rows == x.rows && out.cols == x.cols, "out must have the shape of logits");
+  STD_TORCH_CHECK(writes_once(out), "out must not hold two elements in one place; pass a copy");
+  const bool aliased = begins_with(x, out);
+  STD_TORCH_CHECK(same_view(x, out) || disjoint(x, out) || aliased,
+                  "out must be logits itself, share no memory with it, or hold narrower elements "
+                  "in rows that begin where those of logits do");
+  return aliased;
+}
+
+Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
+            double scale, double softcap, double temperature, Tensor out) {
+  const Here here(logits);
+  const Matrix x = matrix(logits, "logits", here.device);
+  const Matrix e = matrix(out, "out", here.device);
+  const bool aliased = check_out(x, e);
+  const int64_t n = x.rows;
+  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  Vector<float> given = {nullptr, 0};
+  if (anchor.has_value()) {
+    given = vector<float>(*anchor, "anchor", ScalarType::Float, n, here.device);
+  }
+  const LogitMap map = logit_map(scale, softcap, temperature);
+  Six sums{new_float(logits, n), new_float(logits, n), new_float(logits, n),
+           new_float(logits, n), new_float(logits, n), new_float(logits, n)};
+  if (n == 0) return sums;
+  check_launch(exps({x, e, y, given, map, floats(std::get<0>(sums)), floats(std::get<1>(sums)),
+                     floats(std::get<2>(sums)), floats(std::get<3>(sums)),
+                     floats(std::get<4>(sums)), floats(std::get<5>(sums))},
+                    aliased, here.stream));
+  return sums;
+}
+
 void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
                 const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
                 Tensor out) {
@@ -73,13 +108,7 @@ void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, c
   const Matrix x = matrix(logits, "logits", here.device);
   const Matrix g = matrix(out, "out", here.device);
   const int64_t n = x.rows;
-  check_size(x);
-  STD_TORCH_CHECK(g.rows == n && g.cols == x.cols, "out must have the shape of logits");
-  STD_TORCH_CHECK(writes_once(g), "out must not hold two elements in one place; pass a copy");
-  const bool aliased = begins_with(x, g);
-  STD_TORCH_CHECK(same_view(x, g) || disjoint(x, g) || aliased,
-                  "out must be logits itself, share no memory with it, or hold narrower elements "
-                  "in rows that begin where those of logits do");
+  const bool aliased = check_out(x, g);
   const auto floats_of = [&](const Tensor& t, const char* name) {
     return vector<float>(t, name, ScalarType::Float, n, here.device);
   };
@@ -125,11 +154,12 @@ Four sequence_coef_op(const Tensor& logps, const std::optional<Tensor>& ref_logp
   return result;
 }
 
-// Of half precision, neighbouring elements, rows from aligned addresses: what TMA loads and a pack
-// of 16 bytes stores.
+#if defined(LOLKERNELS_HOPPER)
+// bfloat16, neighbouring elements, rows from aligned addresses: what TMA loads and a pack of 16
+// bytes stores.
 Matrix aligned_rows(const Tensor& t, const char* name, int device) {
   const Matrix m = matrix(t, name, device);
-  STD_TORCH_CHECK(m.dtype != DType::f32, name, " must be bfloat16 or float16");
+  STD_TORCH_CHECK(m.dtype == DType::bf16, name, " must be bfloat16");
   const bool rows = m.rows < 2 || (m.row_stride >= m.cols && m.row_stride % 8 == 0);
   STD_TORCH_CHECK(
       (m.cols < 2 || m.col_stride == 1) && rows && reinterpret_cast<uintptr_t>(m.data) % 16 == 0,
@@ -139,87 +169,52 @@ Matrix aligned_rows(const Tensor& t, const char* name, int device) {
   return m;
 }
 
-// The last pack of a row is written whole.
-void check_room(const Matrix& m, const char* name) {
-  STD_TORCH_CHECK(m.row_stride >= (m.cols + 7) / 8 * 8, name,
-                  "'s rows must have room for a multiple of 8 columns");
-}
-
-Spans spans_of(const Matrix& m, const Tensor& parts) {
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, floats(parts)};
-}
-
-#if defined(LOLKERNELS_HOPPER)
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Six linear_spans_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                    const Tensor& labels, const std::optional<Tensor>& out, double scale,
-                    double softcap, double temperature, int64_t schedule) {
+Six linear_exps_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Tensor& labels, const Tensor& anchor, const std::optional<Tensor>& out,
+                   double scale, double softcap, double temperature, int64_t tile) {
   const Here here(hidden);
   Matrix h = aligned_rows(hidden, "hidden", here.device);
   Matrix w = aligned_rows(weight, "weight", here.device);
-  const int64_t n = h.rows, cols = w.rows, spans = span_count(cols);
-  STD_TORCH_CHECK(h.dtype == w.dtype, "hidden and weight must have one dtype");
+  STD_TORCH_CHECK(tile >= 0 && tile < kTiles, "tile must be 0, 1 or 2, not ", tile);
+  const Tile shape = static_cast<Tile>(tile);
+  const int span = span_of(shape);
+  const int64_t n = h.rows, cols = w.rows, spans = span_count(cols, span);
   STD_TORCH_CHECK(h.cols == w.cols && h.cols > 0 && cols > 0,
                   "hidden (n, D) and weight (V, D) must have one D, and D and V be positive");
   STD_TORCH_CHECK(h.cols % 8 == 0, "hidden must have a multiple of 8 columns, not ", h.cols);
   STD_TORCH_CHECK(cols <= kMaxCols, "weight must have at most 2^30 rows, not ", cols);
   if (n < 2) h.row_stride = h.cols;  // of a single row it may be any number
   if (cols < 2) w.row_stride = w.cols;
-  STD_TORCH_CHECK(schedule == 0 || schedule == 1, "schedule must be 0 or 1, not ", schedule);
-  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
-  const float* padded_bias = nullptr;
+  SpansArgs args = {};
+  args.rows = n, args.cols = cols;
+  args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  args.anchor = vector<float>(anchor, "anchor", ScalarType::Float, n, here.device);
   if (bias.has_value()) {
-    const auto b = vector<float>(*bias, "bias", ScalarType::Float, spans * kSpan, here.device);
+    const auto b = vector<float>(*bias, "bias", ScalarType::Float, spans * span, here.device);
     STD_TORCH_CHECK(b.stride == 1, "bias must be contiguous");
-    padded_bias = b.data;
+    args.bias = b.data;
   }
-  const LogitMap map = logit_map(scale, softcap, temperature);
-  const Tensor parts = torch::stable::new_empty(hidden, {3, spans, n}, ScalarType::Float);
-  Spans held = {nullptr, h.dtype, n, cols, 0, floats(parts)};
+  args.map = logit_map(scale, softcap, temperature);
   if (out.has_value()) {
-    const Matrix x = aligned_rows(*out, "out", here.device);
-    STD_TORCH_CHECK(x.dtype == h.dtype && x.rows == n && x.cols == cols,
-                    "out must be (n, V) of hidden's dtype");
-    check_room(x, "out");
-    held = spans_of(x, parts);
+    const Matrix e = aligned_rows(*out, "out", here.device);
+    STD_TORCH_CHECK(e.rows == n && e.cols == cols, "out must be (n, V)");
+    STD_TORCH_CHECK(e.row_stride >= (cols + 7) / 8 * 8,
+                    "out's rows must have room for a multiple of 8 columns");
+    STD_TORCH_CHECK(disjoint(h, e) && disjoint(w, e),
+                    "out must share no memory with hidden or weight");
+    args.out = e.data, args.row_stride = e.row_stride;
   }
-  Six result{new_float(hidden, n), new_float(hidden, n), new_float(hidden, n),
-             new_float(hidden, n), new_float(hidden, n), parts};
-  if (n == 0) return result;
-  float* target = floats(std::get<0>(result));
-  check_launch(linear_spans(h, w, {held, padded_bias, y, map, target, floats(std::get<4>(result))},
-                            static_cast<Schedule>(schedule), here.stream));
-  check_launch(merge_spans({held, y, target, floats(std::get<1>(result)),
-                            floats(std::get<2>(result)), floats(std::get<3>(result))},
-                           here.stream));
-  return result;
-}
-
-void span_dlogits_op(Tensor x, const Tensor& parts, const Tensor& labels,
-                     const Tensor& target_logit, const Tensor& target_slope, const Tensor& lse,
-                     const Tensor& coef, double scale, double softcap, double temperature) {
-  const Here here(x);
-  const Matrix m = aligned_rows(x, "x", here.device);
-  check_room(m, "x");
-  const int64_t n = m.rows;
-  check_device(parts, "parts", here.device);
-  STD_TORCH_CHECK(parts.scalar_type() == ScalarType::Float && parts.is_contiguous() &&
-                      parts.dim() == 3 && parts.size(0) == 3 &&
-                      parts.size(1) == span_count(m.cols) && parts.size(2) == n,
-                  "parts must be the float32 (3, spans, n) that linear_spans returned for x");
-  const auto floats_of = [&](const Tensor& t, const char* name) {
-    return vector<float>(t, name, ScalarType::Float, n, here.device);
-  };
-  const SpanDlogitsArgs args{spans_of(m, parts),
-                             vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device),
-                             floats_of(target_logit, "target_logit"),
-                             floats_of(target_slope, "target_slope"),
-                             floats_of(lse, "lse"),
-                             floats_of(coef, "coef"),
-                             logit_map(scale, softcap, temperature)};
-  if (n == 0 || m.cols == 0) return;
-  check_launch(span_dlogits(args, here.stream));
+  Six sums{new_float(hidden, n), new_float(hidden, n), new_float(hidden, n),
+           new_float(hidden, n), new_float(hidden, n), new_float(hidden, n)};
+  if (n == 0) return sums;
+  const Tensor parts = torch::stable::new_empty(hidden, {3, spans, n}, ScalarType::Float);
+  args.parts = floats(parts);
+  args.used = floats(std::get<0>(sums)), args.rest = floats(std::get<1>(sums));
+  args.deviation = floats(std::get<2>(sums)), args.max_logit = floats(std::get<3>(sums));
+  args.target_logit = floats(std::get<4>(sums)), args.slope = floats(std::get<5>(sums));
+  check_launch(linear_spans(h, w, args, shape, here.stream));
+  check_launch(merge_spans(args, span, here.stream));
+  return sums;
 }
 #endif
 
@@ -229,25 +224,21 @@ void span_dlogits_op(Tensor x, const Tensor& parts, const Tensor& labels,
 STABLE_TORCH_LIBRARY_FRAGMENT(lolkernels_cuda, m) {
   lolkernels::define_row_functions(m);
 #if defined(LOLKERNELS_HOPPER)
-  // -> target_logit, lse, expected_logit, max_logit, target_slope, each (n,) float32, and parts
+  // as exps; bias (ceil(V / S) S,) float32 with the tile's S columns, out (n, V) bfloat16
   m.def(
-      "linear_spans(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!)? out,"
-      " float scale, float softcap, float temperature, int schedule)"
+      "linear_exps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor anchor,"
+      " Tensor(a!)? out, float scale, float softcap, float temperature, int tile)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "span_dlogits(Tensor(a!) x, Tensor parts, Tensor labels, Tensor target_logit,"
-      " Tensor target_slope, Tensor lse, Tensor coef, float scale, float softcap,"
-      " float temperature) -> ()");
 #endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lolkernels_cuda, CUDA, m) {
   using namespace lolkernels::cuda;
   m.impl("row_stats", TORCH_BOX(&row_stats_op));
+  m.impl("exps", TORCH_BOX(&exps_op));
   m.impl("dlogits", TORCH_BOX(&dlogits_op));
   m.impl("sequence_coef", TORCH_BOX(&sequence_coef_op));
 #if defined(LOLKERNELS_HOPPER)
-  m.impl("linear_spans", TORCH_BOX(&linear_spans_op));
-  m.impl("span_dlogits", TORCH_BOX(&span_dlogits_op));
+  m.impl("linear_exps", TORCH_BOX(&linear_exps_op));
 #endif
 }

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../arguments.h"
 #include "block.cuh"
@@ -74,8 +75,8 @@ struct Split {
 template <typename T, bool kContiguous>
 constexpr int kPackOf = kContiguous ? kLoadBytes / static_cast<int>(sizeof(T)) : 1;
 
-// Packs a thread reads before it computes: in row_stats 64 bytes, in dlogits, which has as much to
-// write, 16 columns; 8 columns of a strided row.
+// Packs a thread reads before it computes: in row_stats 64 bytes, where it has as much to write 16
+// columns; 8 columns of a strided row.
 template <typename T, bool kContiguous>
 constexpr int kReads = kContiguous ? 4 : 8;
 template <typename T, bool kContiguous>
@@ -90,6 +91,18 @@ __device__ __forceinline__ Split<kPackOf<T, kContiguous>> split(const T* row, in
   const int lead = past == 0 ? 0 : static_cast<int>((kLoadBytes - past) / sizeof(T));
   const int head = lead < count ? lead : count;
   return {head, (count - head) / kPack, count};
+}
+
+// batch(begin, count) over the packs [first, last): a thread's are begin + thread, and count in
+// all, `threads` apart. All are there where count is kBatch; where it is 1 the pack may be beyond
+// `last`.
+template <int kBatch, typename Batch>
+__device__ __forceinline__ void in_batches(int first, int last, int threads, const Batch& batch) {
+  int begin = first;
+  for (; begin + kBatch * threads <= last; begin += kBatch * threads) {
+    batch(begin, std::integral_constant<int, kBatch>{});
+  }
+  for (; begin < last; begin += threads) batch(begin, std::integral_constant<int, 1>{});
 }
 
 // row_stats ---------------------------------------------------------------------------------------
@@ -142,9 +155,10 @@ __device__ __forceinline__ Running merge(Running a, Running b) {
 }
 
 // In the first thread of the block: everyone's, in an order that depends on blockDim alone.
-__device__ __forceinline__ Running merge_block(Running s) {
+template <typename Merge>
+__device__ __forceinline__ Running merge_block(Running s, const Merge& merge) {
   __shared__ Running of_warp[kMaxThreads / kWarp];
-  const auto merge_warp = [](Running mine) {
+  const auto merge_warp = [&](Running mine) {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       Running other;
@@ -185,31 +199,26 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
   Running s = nothing();
-  int pack = thread;
-  for (; pack + (kBatch - 1) * threads < at.packs; pack += kBatch * threads) {
-    Columns raw[kBatch];
+  in_batches<kBatch>(0, at.packs, threads, [&](int begin, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    if (kCount == 1 && begin + thread >= at.packs) return;
+    Columns raw[kCount];
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      raw[u] = *reinterpret_cast<const Columns*>(x + at.column(pack + u * threads) * stride);
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t column = at.column(begin + u * threads + thread);
+      raw[u] = *reinterpret_cast<const Columns*>(x + column * stride);
     }
-    float z[kBatch * kPack];
+    float z[kCount * kPack];
 #pragma unroll
-    for (int i = 0; i < kBatch * kPack; ++i) {
+    for (int i = 0; i < kCount * kPack; ++i) {
       z[i] = logit<kCapped>(widen(raw[i / kPack].lane[i % kPack]), args.map).z;
     }
     absorb(s, z);
-  }
-  for (; pack < at.packs; pack += threads) {
-    const Columns raw = *reinterpret_cast<const Columns*>(x + at.column(pack) * stride);
-    float z[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) z[i] = logit<kCapped>(widen(raw.lane[i]), args.map).z;
-    absorb(s, z);
-  }
+  });
   if (thread < at.edges()) {
     absorb(s, {logit<kCapped>(widen(x[at.edge(thread) * stride]), args.map).z});
   }
-  s = merge_block(s);
+  s = merge_block(s, merge);
 
   if (thread != 0) return;
   const int64_t label = args.labels[row];
@@ -259,38 +268,25 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     if (mine) x_label = x[label * x_stride];
   }
 
-  for (int begin = first; begin < last; begin += kBatch * threads) {
-    Pack<In, kPack> raw[kBatch];
-    const int pack = begin + thread;
-    const auto load = [&](int u) {
-      const int64_t v = at.column(pack + u * threads) * x_stride;
-      raw[u] = *reinterpret_cast<const Pack<In, kPack>*>(x + v);
-    };
-    const auto store = [&](int u) {
+  in_batches<kBatch>(first, last, threads, [&](int begin, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const bool there = kCount > 1 || begin + thread < last;
+    Pack<In, kPack> raw[kCount];
+#pragma unroll
+    for (int u = 0; u < kCount && there; ++u) {
+      const int64_t column = at.column(begin + u * threads + thread);
+      raw[u] = *reinterpret_cast<const Pack<In, kPack>*>(x + column * x_stride);
+    }
+    if (kAliased) __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kCount && there; ++u) {
       Pack<Out, kPack> dx;
 #pragma unroll
       for (int i = 0; i < kPack; ++i) narrow(gradient(raw[u].lane[i]), &dx.lane[i]);
-      const int64_t v = at.column(pack + u * threads) * out_stride;
-      *reinterpret_cast<Pack<Out, kPack>*>(out + v) = dx;
-    };
-    if (begin + kBatch * threads <= last) {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) load(u);
-      if (kAliased) __syncthreads();
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) store(u);
-    } else {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (pack + u * threads < last) load(u);
-      }
-      if (kAliased) __syncthreads();
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (pack + u * threads < last) store(u);
-      }
+      const int64_t column = at.column(begin + u * threads + thread);
+      *reinterpret_cast<Pack<Out, kPack>*>(out + column * out_stride) = dx;
     }
-  }
+  });
   if (kContiguous) {
     const In raw = has_edge ? x[at.edge(thread)] : In{};
     if (kAliased) __syncthreads();

@@ -1,83 +1,78 @@
-// Rows from the spans that finish_span leaves: their statistics, and dlogits over the exponentials.
+// The rows of what finish_span leaves. Compiled once, while the GEMM has an object of its own.
 #pragma once
 
 #include "spans.cuh"
 
 namespace lolkernels::cuda {
 
-// The rows' statistics. A warp takes every eighth span of 32 rows, one a lane.
+// Rows from spans. A warp takes every eighth span of 32 rows, one a lane; where a span of a row is
+// out of the anchor's reach, the block then scales the row's exponentials to its maximum.
 constexpr int kMergeWarps = 8;
 
 __global__ void __launch_bounds__(kWarp* kMergeWarps)
-    merge_spans_kernel(const MergeSpansArgs args) {
+    merge_spans_kernel(const SpansArgs args, const int span_columns) {
+  __shared__ float tops[kMergeWarps][kWarp];
   __shared__ Running of_warp[kMergeWarps][kWarp];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t rows = args.spans.rows, row = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
-  const int64_t spans = span_count(args.spans.cols), plane = spans * rows;
-  Running s = nothing();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int64_t rows = args.rows, first = static_cast<int64_t>(blockIdx.x) * kWarp;
+  const int64_t row = first + lane, spans = span_count(args.cols, span_columns);
+  const int64_t plane = spans * rows;
+
+  float top = -HUGE_VALF;
   if (row < rows) {
     for (int64_t span = warp; span < spans; span += kMergeWarps) {
-      const float* part = args.spans.parts + span * rows + row;
-      s = merge(s, {part[0], part[plane], part[2 * plane]});
+      top = fmaxf(top, args.parts[span * rows + row]);
     }
   }
-  of_warp[warp][lane] = s;
+  tops[warp][lane] = top;
   __syncthreads();
-  if (warp != 0 || row >= rows) return;
-  for (int other = 1; other < kMergeWarps; ++other) s = merge(s, of_warp[other][lane]);
-  const int64_t label = args.labels[row];
-  if (label < 0 || label >= args.spans.cols) args.target_logit[row] = -HUGE_VALF;
-  write_stats(s, args.lse + row, args.expected_logit + row, args.max_logit + row);
-}
-
-// dL/dx over the exponentials: one factor a row and span, the label's column from its own logit.
-// A warp takes whole spans: its 32 threads eight columns each. Bytes per logit: 2 read, 2 written.
-constexpr int kSpansAtOnce = 4;
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    span_dlogits_kernel(const SpanDlogitsArgs args, const int spans_a_block) {
-  constexpr int kPack = kLoadBytes / static_cast<int>(sizeof(T));
-  static_assert(kPack * kWarp == kSpan);
-  using Columns = Pack<T, kPack>;
-  const int64_t row = blockIdx.x, rows = args.spans.rows, cols = args.spans.cols;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp,
-            warps = static_cast<int>(blockDim.x) / kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int spans = static_cast<int>(span_count(cols));
-  const int first = static_cast<int>(blockIdx.y) * spans_a_block;
-  const int last = spans - first < spans_a_block ? spans : first + spans_a_block;
-  T* e = static_cast<T*>(args.spans.data) + row * args.spans.row_stride + lane * kPack;
-  const float* maximum = args.spans.parts + row;
-  const float lse = args.lse[row], coef = args.coef[row];
-  const int64_t label = args.labels[row];
-
-  for (int begin = first + warp; begin < last; begin += kSpansAtOnce * warps) {
-    Columns raw[kSpansAtOnce];
-    float factor[kSpansAtOnce];
-#pragma unroll
-    for (int u = 0; u < kSpansAtOnce; ++u) {
-      const int span = begin + u * warps;
-      const bool there = span < last && span * kSpan + lane * kPack < cols;
-      if (!there) continue;
-      raw[u] = *reinterpret_cast<const Columns*>(e + static_cast<int64_t>(span) * kSpan);
-      factor[u] = -coef * args.map.gain * fast_exp(maximum[span * rows] - lse);
+  const auto top_of = [&](int of_lane) {
+    float all = tops[0][of_lane];
+    for (int other = 1; other < kMergeWarps; ++other) all = fmaxf(all, tops[other][of_lane]);
+    return all;
+  };
+  if (row < rows) {
+    const float anchor = args.anchor[row], base = base_of(top_of(lane), anchor);
+    Running s = nothing();
+    for (int64_t span = warp; span < spans; span += kMergeWarps) {
+      const float* part = args.parts + span * rows + row;
+      Running next = {part[0], part[plane], part[2 * plane]};
+      Fall(base_of(next.m, anchor), base).move(next);
+      s = add_up(s, next);
     }
+    of_warp[warp][lane] = s;
+  }
+  __syncthreads();
+  if (warp == 0 && row < rows) {
+    Running s = of_warp[0][lane];
+    for (int other = 1; other < kMergeWarps; ++other) s = add_up(s, of_warp[other][lane]);
+    const int64_t label = args.labels[row];
+    if (label < 0 || label >= args.cols) {
+      args.target_logit[row] = -HUGE_VALF;
+      args.slope[row] = 0.0f;
+    }
+    const float anchor = args.anchor[row], target = args.target_logit[row];
+    args.used[row] = within_reach(s.m, anchor) ? anchor : own_anchor(s.m, target);
+    args.rest[row] = s.rest;
+    args.deviation[row] = s.dev;
+    args.max_logit[row] = max_logit(s, target);
+  }
+
+  if (args.out == nullptr) return;
+  for (int of_lane = 0; of_lane < kWarp && first + of_lane < rows; ++of_lane) {
+    const int64_t one = first + of_lane;
+    const float anchor = args.anchor[one], highest = top_of(of_lane);
+    if (within_reach(highest, anchor)) continue;
+    constexpr int kPack = kLoadBytes / static_cast<int>(sizeof(__nv_bfloat16));
+    using Columns = Pack<__nv_bfloat16, kPack>;
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + one * args.row_stride;
+    for (int64_t column = kPack * thread; column < args.cols; column += kPack * blockDim.x) {
+      const float of_span = args.parts[column / span_columns * rows + one];
+      const Fall fall(base_of(of_span, anchor), base_of(highest, anchor));
+      Columns e = *reinterpret_cast<const Columns*>(out + column);
 #pragma unroll
-    for (int u = 0; u < kSpansAtOnce; ++u) {
-      const int span = begin + u * warps;
-      const int64_t column = static_cast<int64_t>(span) * kSpan + lane * kPack;
-      if (span >= last || column >= cols) continue;
-      Columns dx;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) narrow(widen(raw[u].lane[i]) * factor[u], &dx.lane[i]);
-      *reinterpret_cast<Columns*>(e + static_cast<int64_t>(span) * kSpan) = dx;
-      if (label >= column && label < column + kPack) {
-        const float k = dlogit_at_label(args.target_logit[row], lse, coef, -coef, 0.0f);
-        narrow(k * args.target_slope[row],
-               e + static_cast<int64_t>(span) * kSpan + (label - column));
-      }
+      for (int i = 0; i < kPack; ++i) narrow(fall(widen(e.lane[i])), &e.lane[i]);
+      *reinterpret_cast<Columns*>(out + column) = e;
     }
   }
 }

@@ -1,25 +1,23 @@
-// The epilogue of a GEMM that makes logits 256 columns of a row at a time: their statistics and
-// their exponentials, while they are in registers. The float32 logits are never written: 6 bytes a
-// logit go through memory instead of 14.
+// The epilogue of a GEMM that makes logits some columns of a row at a time, a span: what exps makes
+// of them, while they are in registers. The float32 logits are never written: 2 bytes a logit go
+// through memory instead of 10.
 //
 // As in rows.cuh this is text for nvcc and for tests/cuda_host. The GEMM stands in hopper.cu; what
 // makes rows of its spans in span_rows.cuh.
 #pragma once
 
-#include "rows.cuh"
+#include "exps.cuh"
 
 namespace lolkernels::cuda {
 
-constexpr int kSpan = 256;  // columns
-constexpr int kQuad = 4;    // threads that share a row of a span
-constexpr int kHeld = kSpan / kQuad;
+constexpr int kQuad = 4;  // threads that share a row of a span
 
-__host__ __device__ __forceinline__ int64_t span_count(int64_t cols) {
-  return (cols + kSpan - 1) / kSpan;
+__host__ __device__ __forceinline__ int64_t span_count(int64_t cols, int span) {
+  return (cols + span - 1) / span;
 }
 
-// How wgmma's accumulators of 64 rows and 256 columns fall to the 128 threads of a warpgroup: the
-// thread holds 64 columns of two rows, eight apart.
+// How wgmma's accumulators of 64 rows fall to the 128 threads of a warpgroup: the thread holds a
+// quarter of the columns of two rows, eight apart.
 __host__ __device__ __forceinline__ int held_row(int thread, int half) {
   return thread / kWarp * 16 + thread % kWarp / kQuad + 8 * half;
 }
@@ -28,9 +26,8 @@ __host__ __device__ __forceinline__ int held_column(int thread, int i) {
 }
 
 // Two neighbours, the first in the lower half.
-template <typename Out>
 __device__ __forceinline__ uint32_t narrow_pair(float x, float y) {
-  Out pair[2];
+  __nv_bfloat16 pair[2];
   narrow(x, &pair[0]);
   narrow(y, &pair[1]);
   uint32_t word;
@@ -54,17 +51,23 @@ __device__ __forceinline__ void gather_groups(uint32_t (&words)[kQuad], int q) {
   }
 }
 
+// What exponentials of columns whose greatest logit is `top` are relative to.
+__device__ __forceinline__ float base_of(float top, float anchor) {
+  return within_reach(top, anchor) ? anchor : finite_or_zero(top);
+}
+
 // One row of one span: x holds the thread's accumulators (held_column) and is used up. All threads
 // of a warp call it together, those whose row is past the last one too.
-template <typename Out>
-__device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t row, int64_t span,
+template <int kHeld>
+__device__ __forceinline__ void finish_span(const SpansArgs& args, int64_t row, int64_t span,
                                             float (&x)[kHeld]) {
+  constexpr int kSpan = kHeld * kQuad;
   const int q = static_cast<int>(threadIdx.x) % kQuad;
-  const int64_t rows = args.spans.rows, begin = span * kSpan;
+  const int64_t rows = args.rows, begin = span * kSpan;
   const bool inside = row < rows;
-  const int64_t rest = args.spans.cols - begin;
-  if (rest <= 0) return;  // a tile that only fills up a cluster
-  const int left = rest < kSpan ? static_cast<int>(rest) : kSpan;
+  const int64_t columns = args.cols - begin;
+  if (columns <= 0) return;  // a tile that only fills up a cluster
+  const int left = columns < kSpan ? static_cast<int>(columns) : kSpan;
 
   if (args.bias != nullptr) {
     const float* bias = args.bias + begin + 2 * q;
@@ -72,22 +75,21 @@ __device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t
     for (int i = 0; i < kHeld; ++i) x[i] += bias[held_column(0, i)];
   }
 
-  // Few spans of a row hold its label.
+  // Few spans of a row hold its label, and one thread of four.
   const int64_t label = inside ? args.labels[row] - begin : -1;
-  if (label >= 0 && label < left && label / 2 % kQuad == q) {
-    const int at = static_cast<int>(label) - 2 * q;
-    float at_label = 0.0f;
+  const bool mine = label >= 0 && label < left && label / 2 % kQuad == q;
+  const int at_label = static_cast<int>(label) - 2 * q;
+  if (mine) {
+    float raw = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (held_column(0, i) == at) at_label = x[i];
+      if (held_column(0, i) == at_label) raw = x[i];
     }
-    const Logit y =
-        args.map.capped ? logit<true>(at_label, args.map) : logit<false>(at_label, args.map);
+    const Logit y = args.map.capped ? logit<true>(raw, args.map) : logit<false>(raw, args.map);
     args.target_logit[row] = y.z;
-    args.target_slope[row] = y.slope;
+    args.slope[row] = y.slope;
   }
 
-  float top = -HUGE_VALF;
   if (args.map.capped) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) x[i] = logit<true>(x[i], args.map).z;
@@ -95,6 +97,13 @@ __device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) x[i] *= args.map.gain;
   }
+  if (mine) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (held_column(0, i) == at_label) x[i] = -HUGE_VALF;
+    }
+  }
+  float top = -HUGE_VALF;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (held_column(0, i) >= left - 2 * q) x[i] = -HUGE_VALF;
@@ -105,45 +114,40 @@ __device__ __forceinline__ void finish_span(const LinearSpansArgs& args, int64_t
     top = fmaxf(top, __shfl_xor_sync(kEveryLane, top, step));
   }
 
-  const float base = finite_or_zero(top), per_unit = args.map.capped ? 1.0f / args.map.outer : 0.0f;
-  // Ones, the maximum's among them, are counted apart: beside them small terms would be lost, of
-  // which the log-prob of a confident label is made. Four sums at a time make shorter chains.
-  float ones = 0.0f, total[kQuad] = {}, dev[kQuad] = {};
+  // dz/dx is gain (1 - tanh^2), or gain. Four sums at a time make shorter chains.
+  const float base = base_of(top, inside ? args.anchor[row] : 0.0f), gain = args.map.gain;
+  const float bend = args.map.capped ? gain / (args.map.outer * args.map.outer) : 0.0f;
+  float total[kQuad] = {}, dev[kQuad] = {};
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const float z = x[i], e = fast_exp(z - base), t = z * per_unit;
-    if (e == 1.0f) {
-      ones += 1.0f;
-    } else {
-      total[i % kQuad] += e;
-    }
+    const float z = x[i], e = fast_exp(z - base);
+    total[i % kQuad] += e;
     dev[i % kQuad] += e * depth(z, base);
-    x[i] = e == 0.0f ? 0.0f : e * (1.0f - t * t);  // the slope: 1 - tanh^2, or 1
+    x[i] = e == 0.0f ? 0.0f : e * (gain - z * z * bend);
   }
-  float sum = (total[0] + total[1]) + (total[2] + total[3]);
+  float rest = (total[0] + total[1]) + (total[2] + total[3]);
   float deviation = (dev[0] + dev[1]) + (dev[2] + dev[3]);
 #pragma unroll
   for (int step = 1; step < kQuad; step *= 2) {
-    ones += __shfl_xor_sync(kEveryLane, ones, step);
-    sum += __shfl_xor_sync(kEveryLane, sum, step);
+    rest += __shfl_xor_sync(kEveryLane, rest, step);
     deviation += __shfl_xor_sync(kEveryLane, deviation, step);
   }
   if (inside && q == 0) {
-    const int64_t plane = span_count(args.spans.cols) * rows;
-    float* part = args.spans.parts + span * rows + row;
+    const int64_t plane = span_count(args.cols, kSpan) * rows;
+    float* part = args.parts + span * rows + row;
     part[0] = top;
-    part[plane] = sum + (ones - held(top));
+    part[plane] = rest;
     part[2 * plane] = deviation;
   }
 
-  if (args.spans.data == nullptr) return;
-  Out* out = static_cast<Out*>(args.spans.data) + row * args.spans.row_stride + begin;
+  if (args.out == nullptr) return;
+  __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + row * args.row_stride + begin;
 #pragma unroll
   for (int g = 0; g < kHeld / 8; ++g) {
     uint32_t words[kQuad];
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      words[k] = narrow_pair<Out>(x[8 * g + 2 * k], x[8 * g + 2 * k + 1]);
+      words[k] = narrow_pair(x[8 * g + 2 * k], x[8 * g + 2 * k + 1]);
     }
     gather_groups(words, q);
     const int column = (kQuad * g + q) * 8;

@@ -1,12 +1,7 @@
 """The table of backends and the choice among them: a pure function of device and dtype.
 
-A backend is a module with ``why_unavailable``, ``DEVICES``, ``DTYPES``, ``WHOLE_ROWS`` (whether it
-wants the vocabulary in one piece on a CPU too, as on a GPU) and three row functions (see
-:mod:`lolkernels.backends.reference`, which defines what they compute). It may offer
-``linear_row_stats``, the statistics of hidden W^T with no logits in memory: scoring then uses it.
-It may offer ``linear_spans`` with ``span_dlogits_``, a GEMM that leaves something smaller than
-logits, of which gradients can be made: ``linear_loss`` then uses them (see
-:mod:`lolkernels.backends.cuda_hopper`). ``GEMM_DTYPES`` are the operands that such GEMMs take.
+A backend is a record of row functions (:class:`lolkernels.backends.contract.Backend`); the
+reference backend defines what they compute.
 """
 
 from __future__ import annotations
@@ -14,21 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from . import cpu, cuda, cuda_hopper, reference, triton, triton_onchip
+from . import cpu, cuda, cuda_gemm, reference, triton
+from .contract import Backend
 
 # The first that fits is taken; the reference always fits: what follows it is taken by name only.
 # Adding a backend is one module and one entry here.
-TABLE: dict[str, Any] = {
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda,
-    "reference": reference,
-    "triton_onchip": triton_onchip,
-    "cuda_hopper": cuda_hopper,
+TABLE: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        *(cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND),
+        *cuda_gemm.BACKENDS,
+    )
 }
 
 _forced: list[str] = []
@@ -37,7 +31,7 @@ _warned: set[str] = set()
 
 def available_backends() -> dict[str, str | None]:
     """Every backend's name -> None where it can be used, otherwise why not and what to do."""
-    return {name: module.why_unavailable() for name, module in TABLE.items()}
+    return {name: backend.why_unavailable() for name, backend in TABLE.items()}
 
 
 @contextmanager
@@ -68,23 +62,23 @@ def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     name = name if name is not None else (_forced[-1] if _forced else None)
     if name is not None:
         check_backend(name)
-        module = TABLE[name]
-        if not _fits(module, device, dtype):
+        backend = TABLE[name]
+        if not backend.fits(device, dtype):
             raise ValueError(
                 f"backend={name!r} does not take {dtype} on {device.type}; it takes "
-                f"{_names(module.DTYPES)} on {', '.join(module.DEVICES or ('any device',))}. "
+                f"{_names(backend.dtypes)} on {', '.join(backend.devices or ('any device',))}. "
                 "Use backend='reference' or convert the tensors."
             )
         return name
     missing: tuple[str, str] | None = None  # the best that would fit, and why it is not there
-    for candidate, module in TABLE.items():
-        if not _fits(module, device, dtype):
+    for candidate, backend in TABLE.items():
+        if not backend.fits(device, dtype):
             continue
         reason = _reason(candidate)
         if reason is not None:
             missing = missing or (candidate, reason)
             continue
-        if module is reference and missing and not torch.compiler.is_compiling():
+        if candidate == "reference" and missing and not torch.compiler.is_compiling():
             best, reason = missing
             if best not in _warned:
                 _warned.add(best)
@@ -99,18 +93,12 @@ def pick(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _reason(name: str) -> str | None:
-    reason: str | None = TABLE[name].why_unavailable()
-    return reason
+    return TABLE[name].why_unavailable()
 
 
 # It looks at files, which torch.compile cannot trace: what torch.compiler.assume_constant_result
 # sets, without its import of the whole compiler.
 _reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _fits(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    devices = module.DEVICES
-    return (devices is None or device.type in devices) and dtype in module.DTYPES
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

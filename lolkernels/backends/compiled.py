@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import Exps
+
 
 class Compiled:
     """The row functions of one shared object, which torch calls through its stable ABI.
@@ -59,6 +61,25 @@ class Compiled:
             logits, labels, scale, softcap, temperature
         )
         return result
+
+    def exps_(
+        self,
+        logits: Tensor,  # (n, V)
+        labels: Tensor,  # (n,) int64
+        anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        out: Tensor | None = None,  # (n, V)
+    ) -> Exps:
+        """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
+
+        `out` as for :meth:`dlogits_`. Memory traffic: each logit is read once and its exponential
+        written once; twice in rows that reach too far above their anchor, and in float16.
+        """
+        target = logits if out is None else out
+        return Exps(*self.ops.exps(logits, labels, anchor, scale, softcap, temperature, out=target))
 
     def dlogits_(
         self,

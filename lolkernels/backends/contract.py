@@ -15,6 +15,7 @@ REACH = 50.0  # a row whose maximum stands higher than this above its anchor is 
 class Backend(NamedTuple):
     """Row functions for some devices and dtypes. The reference backend defines what they compute.
 
+    Adding one is a module with a ``BACKEND`` and an entry in the table of ``backends``.
     ``gemm(hidden, weight, bias, labels, anchor, out, **scaling) -> Exps`` is a matrix product whose
     epilogue does what ``exps_`` does, so that no logits are written.
     """
@@ -22,6 +23,7 @@ class Backend(NamedTuple):
     name: str
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]  # of the logits
+    panels: bool  # on a CPU the caller hands over panels of columns that fit its cache
     why_unavailable: Callable[[], str | None]  # None where it can be used, else why and what to do
     row_stats: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     exps_: Callable[..., Exps]
@@ -29,6 +31,9 @@ class Backend(NamedTuple):
     sequence_coef: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     gemm: Callable[..., Exps] | None = None
     gemm_dtypes: tuple[torch.dtype, ...] = ()  # of the operands
+
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return (self.devices is None or device.type in self.devices) and dtype in self.dtypes
 
 
 class Exps(NamedTuple):
@@ -57,19 +62,20 @@ class RowStats(NamedTuple):
 
 def statistics(sums: Exps) -> RowStats:
     """What the sums over whole rows say of them."""
-    d = sums.target_logit - sums.anchor
-    above = d.clamp(min=0)  # where the label stands above the anchor, it is the base
-    mine, fall = (d - above).exp(), (-above).exp()
+    base = torch.maximum(sums.target_logit, sums.anchor)
+    mine, fall = (sums.target_logit - base).exp(), (sums.anchor - base).exp()
     rest = sums.rest * fall
     total = rest + mine
-    lse = sums.anchor + above + total.log()
+    lse = base + total.log()
     lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
     logps = torch.where(mine > rest, -torch.log1p(rest / mine), sums.target_logit - lse)
-    expected = sums.deviation * fall + torch.where(mine == 0, 0.0, mine * d)
+    others = fall * (sums.deviation + sums.rest * (sums.anchor - base))
+    own = mine * (sums.target_logit - base)
+    deviation = torch.where(fall == 0, 0.0, others) + torch.where(mine == 0, 0.0, own)
     return RowStats(
         logps=logps + 0.0 * lse,  # nan where the row is spoilt
         lse=lse,
-        expected_logit=sums.anchor + expected / total,
+        expected_logit=base + deviation / total,
         max_logit=sums.max_logit,
         target_logit=sums.target_logit,
         slope=sums.slope,

@@ -7,15 +7,11 @@ threads.
 import torch
 
 from .compiled import Compiled
-
-DEVICES = ("cpu",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = False  # on a CPU the driver hands over panels of columns
+from .contract import Backend
 
 _compiled = Compiled("_C.abi3.so", "lolkernels", "compiled", "a C++ compiler")
-row_stats = _compiled.row_stats
-dlogits_ = _compiled.dlogits_
-sequence_coef = _compiled.sequence_coef
+row_stats, exps_ = _compiled.row_stats, _compiled.exps_
+dlogits_, sequence_coef = _compiled.dlogits_, _compiled.sequence_coef
 
 
 def why_unavailable() -> str | None:
@@ -27,3 +23,16 @@ def isa() -> str:
     """The instruction set in use: `avx512`, `avx2` or `baseline`."""
     name: str = _compiled.ops.cpu_isa()
     return name
+
+
+BACKEND = Backend(
+    name="cpu",
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    panels=True,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

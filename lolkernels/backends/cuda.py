@@ -9,15 +9,9 @@ from functools import cache
 import torch
 
 from .compiled import Compiled
+from .contract import Backend
 
-DEVICES = ("cuda",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = True  # a tile is as wide as the vocabulary
-
-_compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
-row_stats = _compiled.row_stats
-dlogits_ = _compiled.dlogits_
-sequence_coef = _compiled.sequence_coef
+compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
 
 
 @cache
@@ -28,4 +22,17 @@ def why_unavailable() -> str | None:
             "torch sees no NVIDIA GPU: install a CUDA build of torch on a machine that has one "
             "(torch.version.cuda and torch.cuda.is_available() tell)"
         )
-    return _compiled.why_unavailable
+    return compiled.why_unavailable
+
+
+BACKEND = Backend(
+    name="cuda",
+    devices=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    panels=False,
+    why_unavailable=why_unavailable,
+    row_stats=compiled.row_stats,
+    exps_=compiled.exps_,
+    dlogits_=compiled.dlogits_,
+    sequence_coef=compiled.sequence_coef,
+)

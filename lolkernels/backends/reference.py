@@ -19,15 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import REACH, SHIFT, Exps
-
-DEVICES = None  # any
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = False  # on a CPU the driver hands over panels of columns
-
-
-def why_unavailable() -> str | None:
-    return None
+from .contract import REACH, SHIFT, Backend, Exps
 
 
 def row_stats(
@@ -64,8 +56,9 @@ def exps_(
 
     The anchor is known before the row is read, so that one read and one write make E. A row that
     reaches more than REACH above it, or whose anchor is not finite, is anchored at its maximum over
-    v != label instead; fp16, whose range is small, always is. The sums are of what stands before
-    the rounding to ``out``'s dtype.
+    v != label instead, or at the label's logit where that is -inf; fp16, whose range is small,
+    always is. An anchor that stands above all of a row is kept: what is 87 below it counts as 0.
+    The sums are of what stands before the rounding to ``out``'s dtype.
     """
     out = logits if out is None else out
     z, dz_dx = _transform(logits, scale, softcap, temperature)
@@ -81,7 +74,8 @@ def exps_(
     if out.dtype == torch.float16:
         again = torch.ones_like(again)
     anchor = torch.where(again, top, anchor)
-    anchor = torch.where(anchor == -torch.inf, 0.0, anchor)  # no other column counts
+    # Where no other column counts, the label's own logit.
+    anchor = torch.where(anchor == -torch.inf, z_y.nan_to_num(0.0, 0.0, 0.0), anchor)
     d = others - anchor[:, None]
     e = d.exp()
     out.copy_(torch.where(e == 0, 0.0, e * slope))
@@ -174,3 +168,16 @@ def _transform(
 def _target(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     has_target = (labels >= 0) & (labels < vocab)
     return has_target, torch.where(has_target, labels, 0)
+
+
+BACKEND = Backend(
+    name="reference",
+    devices=None,
+    dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    panels=True,
+    why_unavailable=lambda: None,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

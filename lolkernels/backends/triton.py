@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import REACH, SHIFT, Backend, Exps
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE_ROWS = True  # a tile is as wide as the vocabulary
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
 STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
 
@@ -49,6 +48,11 @@ def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
     columns = 8 if cap else 16
     block = min(_power_of_2(vocab), 256 * columns)
     return block, max(1, min(8, block // (32 * columns)))
+
+
+def exps_block(vocab: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) of ``exps_``: 8 columns a thread, because its sums take registers too."""
+    return dlogits_block(vocab, cap=True)
 
 
 def row_stats(
@@ -86,6 +90,51 @@ def row_stats(
                 num_stages=STAGES,
             )
     return target, lse, expected, largest
+
+
+def exps_(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # (n, V)
+) -> Exps:
+    """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
+
+    `out` as for :func:`dlogits_`. Memory traffic: each logit is read once and its exponential
+    written once; twice in rows that reach too far above their anchor, and in float16.
+    """
+    target = logits if out is None else out
+    n, vocab = logits.shape
+    sums = Exps(*(logits.new_empty(n, dtype=torch.float32) for _ in Exps._fields))
+    if n:
+        block, warps = exps_block(vocab)
+        with _device(logits):
+            _kernels().exps[(n,)](
+                logits,
+                labels,
+                anchor,
+                target,
+                *sums,
+                vocab,
+                *logits.stride(),
+                *target.stride(),
+                labels.stride(0),
+                0 if anchor is None else anchor.stride(0),
+                *_scaling(scale, softcap, temperature),
+                SHIFT,
+                REACH,
+                HAS_ANCHOR=anchor is not None,
+                CAP=softcap != 0,
+                AT_TOP=target.dtype == torch.float16,
+                BLOCK=block,
+                num_warps=warps,
+                num_stages=STAGES,
+            )
+    return sums
 
 
 def dlogits_(
@@ -212,3 +261,16 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+BACKEND = Backend(
+    name="triton",
+    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    panels=False,
+    why_unavailable=why_unavailable,
+    row_stats=row_stats,
+    exps_=exps_,
+    dlogits_=dlogits_,
+    sequence_coef=sequence_coef,
+)

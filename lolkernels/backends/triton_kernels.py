@@ -148,6 +148,115 @@ def row_stats(
 
 
 @triton.jit
+def exps(
+    x_ptr,  # (n, V)
+    labels_ptr,  # (n,) int64
+    anchor_ptr,  # (n,) fp32
+    out_ptr,  # (n, V)
+    used_ptr,  # (n,) fp32, and so are the next five
+    rest_ptr,
+    deviation_ptr,
+    max_ptr,
+    target_ptr,
+    slope_ptr,
+    V,
+    x_row,
+    x_col,
+    out_row,
+    out_col,
+    labels_row,
+    anchor_row,
+    scale,
+    softcap,
+    inv_temperature,
+    shift,
+    reach,
+    HAS_ANCHOR: tl.constexpr,
+    CAP: tl.constexpr,
+    AT_TOP: tl.constexpr,  # anchor every row at its maximum
+    BLOCK: tl.constexpr,
+):
+    """E = e^(z - anchor) dz/dx, 0 at the label, and its sums. Bytes per logit: one read, one write.
+
+    From a block on whose maximum is out of the anchor's reach the walk only looks for the row's
+    maximum. Then that is the anchor: what has been written is scaled down, and a second walk starts
+    from that block. No logit is lost where out is x, or where its rows start where those of x do,
+    with narrower elements: a block is written when its maximum is known, hence all of it read.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_row
+    out_ptr += row * out_row
+    label = tl.load(labels_ptr + row * labels_row)
+    has_target = (label >= 0) & (label < V)
+    column = tl.where(has_target, label, -1).to(tl.int32)
+    x_y = tl.load(x_ptr + label * x_col, mask=has_target, other=0.0).to(tl.float32)
+    z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
+    z_y = tl.where(has_target, z_y, NEG_INF)
+    tl.store(target_ptr + row, z_y)
+    tl.store(slope_ptr + row, tl.where(has_target, slope_y, 0.0))
+    if HAS_ANCHOR:
+        anchor = tl.load(anchor_ptr + row * anchor_row)
+    else:
+        anchor = z_y + shift
+    # All threads have the label's logit before any writes.
+    tl.debug_barrier()
+    writing = tl.abs(anchor) < POS_INF
+    if AT_TOP:
+        writing = writing & False
+    anchor = tl.where(writing, anchor, 0.0)
+    limit = anchor + reach
+    top = tl.full((), NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    dev = tl.zeros([BLOCK], tl.float32)
+    blocks = tl.cdiv(V, BLOCK)
+    done = 0  # blocks that hold exponentials
+    while done < blocks:
+        for block in range(done, blocks):
+            v = block * BLOCK + tl.arange(0, BLOCK)
+            if block < V // BLOCK:
+                x = tl.load(x_ptr + v.to(tl.int64) * x_col).to(tl.float32)
+            else:
+                x = tl.load(x_ptr + v.to(tl.int64) * x_col, mask=v < V, other=0.0).to(tl.float32)
+            z, slope = transform(x, scale, softcap, inv_temperature, CAP)
+            z = tl.where((v < V) & (v != column), z, NEG_INF)
+            high = tl.max(z, 0)
+            top = tl.maximum(top, high)
+            writing = writing & ~(high > limit)
+            if writing:
+                d = z - anchor
+                e = tl.exp(d)
+                total += e
+                dev += tl.where(e == 0.0, 0.0, e * d)
+                e = (e * slope).to(out_ptr.dtype.element_ty)
+                if block < V // BLOCK:
+                    tl.store(out_ptr + v.to(tl.int64) * out_col, e)
+                else:
+                    tl.store(out_ptr + v.to(tl.int64) * out_col, e, mask=v < V)
+                done = block + 1
+        if done < blocks:
+            # Where no other column counts, the label's own logit.
+            base = tl.where(top == NEG_INF, tl.where(tl.abs(z_y) < POS_INF, z_y, 0.0), top)
+            fall = tl.where(done == 0, 0.0, anchor - base)
+            half = tl.exp(0.5 * fall)  # its square may be too small for a float
+            dev = (dev + total * fall) * half * half
+            total = total * half * half
+            tl.debug_barrier()
+            for block in range(done):
+                at = out_ptr + (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * out_col
+                e = tl.load(at).to(tl.float32) * half * half
+                tl.store(at, e.to(out_ptr.dtype.element_ty))
+            anchor = base
+            limit = POS_INF
+            writing = tl.full((), True, tl.int1)
+    rest = tl.sum(total, 0)
+    spoilt = (z_y != z_y) | ((rest != rest) & (top != POS_INF))  # the maximum skips nan
+    tl.store(used_ptr + row, anchor)
+    tl.store(rest_ptr + row, rest)
+    tl.store(deviation_ptr + row, tl.sum(dev, 0))
+    tl.store(max_ptr + row, tl.where(spoilt, NAN, tl.maximum(top, z_y)))
+
+
+@triton.jit
 def dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP: tl.constexpr):
     """p (b + c z) dz/dx: a column that is not the label."""
     z, slope = transform(x, scale, softcap, inv_temperature, CAP)

@@ -286,6 +286,12 @@ def _compute(
     progress: bool,
 ) -> dict[str, Tensor]:
     records = dataset.records
+    for name in ("value", "advantage"):
+        given = [getattr(r, name) is not None for r in records]
+        if any(given) and not all(given):
+            raise records[given.index(False)].error(
+                name, "is missing, but other rows have it", "give it in every row, or in none"
+            )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     logps = score_logps(
         model,

@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a policy from the reference by any objective (a_lol, nll, wbc, ...)",
     "evaluate": "measure a policy and its reference on held-out prompts",
     "demo": "the whole recipe on real movie reviews: fetches them once, about ten minutes",
+    "plan": "how many tokens of training fit into a given memory, by formula",
     "env": "print versions, backends and device, for a bug report",
 }
 
@@ -83,6 +84,11 @@ def _add_flags(sub: argparse.ArgumentParser, verb: str) -> None:
         "evaluate": options.EvaluateOptions,
         "demo": options.DemoOptions,
     }
+    if verb == "plan":
+        from lolrl import plan
+
+        sub.description, sub.formatter_class = plan.__doc__, argparse.RawDescriptionHelpFormatter
+        classes[verb] = plan.PlanOptions
     add_config_flags(sub, classes[verb])
     if verb in ("sft", "train"):
         add_training_flags(sub)

@@ -60,6 +60,11 @@ def _trained(trainer: Any, verb: str, output: Path) -> list[str]:
     return lines
 
 
+def _refuse_rest(verb: str, merged: Mapping) -> None:
+    if merged:
+        raise ConfigError(f"{verb} has no option {next(iter(merged))!r}")
+
+
 def run_sft(merged: Mapping) -> list[str]:
     """Fine-tune `model` on `data` (objective nll): the reference of the later stages."""
     given = dict(merged)
@@ -205,8 +210,7 @@ def run_evaluate(merged: Mapping) -> list[str]:
     """Measure a policy, and its reference, on held-out prompts."""
     given = dict(merged)
     options = take(EvaluateOptions, merged, required=("model", "data", "reward", "output_dir"))
-    if merged:
-        raise ConfigError(f"evaluate has no option {next(iter(merged))!r}")
+    _refuse_rest("evaluate", merged)
     from lolrl import report
     from lolrl.evaluate import evaluate
     from lolrl.rewards import RidgeJudge, reward_by_name
@@ -288,6 +292,15 @@ def run_demo(merged: Mapping) -> list[str]:
         data_dir=None if options.data_dir is None else Path(options.data_dir),
     )
     return []
+
+
+def run_plan(merged: Mapping) -> list[str]:
+    """The largest batch that a given memory holds, by formula."""
+    from lolrl.plan import PlanOptions
+
+    options = take(PlanOptions, merged, required=("model_shape", "memory"))
+    _refuse_rest("plan", merged)
+    return [options.report()]
 
 
 def run_env(merged: Mapping) -> list[str]:

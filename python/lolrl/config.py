@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+import lolkernels as lk
 from lolrl.configfile import (
     ConfigError,
     dump_config,
@@ -19,7 +20,6 @@ from lolrl.configfile import (
 )
 
 __all__ = [
-    "OBJECTIVES",
     "AnnotateConfig",
     "ConfigError",
     "LoLConfig",
@@ -30,18 +30,6 @@ __all__ = [
     "load_yaml",
     "to_mapping",
 ]
-
-OBJECTIVES = (
-    "nll",
-    "wbc",
-    "r_gold",
-    "r_lol",
-    "a_lol",
-    "a_lol_seq",
-    "a_lol_ref_free",
-    "a_lol_kl",
-    "r_lol_kl",
-)
 
 
 def _help(text: str) -> dict[str, str]:
@@ -59,6 +47,20 @@ def _positive(name: str, value: Any, *, zero: bool = False) -> None:
     if not good or value < 0 or (value == 0 and not zero):
         bound = ">= 0" if zero else "> 0"
         raise ConfigError(f"{name}={value!r} must be a finite number {bound}")
+
+
+def _number_or_auto(name: str, value: Any) -> Any:
+    """`value`, a number in place of its text (YAML 1.1 reads 1e-4 as a string)."""
+    if isinstance(value, (bool, list, dict)) or (value is None and name != "clip"):
+        raise ConfigError(f"{name}={value!r} must be a number, or auto: the objective's own")
+    if not isinstance(value, str) or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(
+            f"{name}={value!r} must be a number, or auto: the objective's own"
+        ) from None
 
 
 def _check_rewards(
@@ -105,21 +107,35 @@ class LoLConfig(TrainingArguments):
     )
     objective: str = field(
         default="a_lol",
-        metadata=_help("The loss: " + ", ".join(OBJECTIVES) + ". A callable goes to LoLTrainer."),
+        metadata=_help(
+            f"The loss: {', '.join(lk.objectives.REGISTRY)}. A callable goes to LoLTrainer."
+        ),
     )
     objective_args: dict[str, Any] | None = field(
         default=None, metadata=_help("Further options of the objective, by parameter name.")
     )
-    clip: float | None = field(
-        default=0.9,
+    clip: float | str | None = field(
+        default="auto",
         metadata=_help(
-            "eps of the ratio's bounds [1 - eps, 1 + eps]; null: no clip; 0 is refused."
+            "eps of the ratio's bounds [1 - eps, 1 + eps]; null: no clip; 0 is refused; auto: the "
+            "objective's own (0.9 for A-LoL)."
         ),
     )
-    beta: float = field(
-        default=0.1, metadata=_help("Weight of the KL term of a_lol_kl and r_lol_kl.")
+    beta: float | str = field(
+        default="auto",
+        metadata=_help("Weight of a KL term, or scale of a preference; auto: the objective's own."),
     )
-    floor: float = field(default=0.1, metadata=_help("Lower bound of r_gold's token probability."))
+    floor: float | str = field(
+        default="auto",
+        metadata=_help("Lower bound of r_gold's token probability; auto: the objective's own."),
+    )
+    group_size: int = field(
+        default=1,
+        metadata=_help(
+            "Consecutive rows that one loss value couples: 2 for pairs (a chosen/rejected row is "
+            "one), K for ranked lists, best first."
+        ),
+    )
     temperature: float = field(
         default=1.0, metadata=_help("Divides the logits in training and in the reference's scores.")
     )
@@ -130,16 +146,16 @@ class LoLConfig(TrainingArguments):
     advantage_filter: str = field(
         default="auto",
         metadata=_help(
-            "positive: train only on rows with advantage > 0; none: on all; auto: positive for the "
-            "objectives that take advantages."
+            "positive: train only on rows with advantage > 0; none: on all; auto: what the "
+            "objective declares (positive for A-LoL)."
         ),
     )
     sampling: str = field(
         default="auto",
         metadata=_help(
             "advantage: draw rows in proportion to max(advantage, 0), without replacement inside "
-            "an update; uniform: a permutation each epoch; auto: advantage for the objectives that "
-            "take advantages."
+            "an update; uniform: a permutation each epoch; auto: what the objective declares "
+            "(advantage for A-LoL)."
         ),
     )
     disable_dropout: bool = field(
@@ -206,7 +222,7 @@ class LoLConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        _choice("objective", self.objective, OBJECTIVES)
+        _choice("objective", self.objective, tuple(lk.objectives.REGISTRY))
         _choice(
             "reduction", self.reduction, ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
         )
@@ -214,13 +230,17 @@ class LoLConfig(TrainingArguments):
         _choice("sampling", self.sampling, ("auto", "advantage", "uniform"))
         _choice("on_bad", self.on_bad, ("error", "skip"))
         _choice("stale_cache", self.stale_cache, ("error", "rebuild"))
-        if self.clip is not None:
+        for name in ("clip", "beta", "floor"):
+            setattr(self, name, _number_or_auto(name, getattr(self, name)))
+        if self.clip not in (None, "auto"):
             # Zero would mean "weight one" to some and "no clip" to others; both have their name.
             _positive("clip (null switches it off, a_lol_ref_free is weight one)", self.clip)
         for name in ("temperature", "step0_tolerance", "step0_rows", "eval_max_new_tokens"):
             _positive(name, getattr(self, name))
+        self._check_groups()
         for name in ("beta", "floor", "eval_temperature"):
-            _positive(name, getattr(self, name), zero=True)
+            if getattr(self, name) != "auto":
+                _positive(name, getattr(self, name), zero=True)
         for name in ("memory_budget", "max_prompt_length", "max_completion_length", "eval_prompts"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -249,6 +269,22 @@ class LoLConfig(TrainingArguments):
         if self.report_to == "auto":
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"group_size={size!r} must be an integer >= 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) % size:
+                raise ConfigError(f"{name}={getattr(self, name)} must hold whole groups of {size}")
+        if size > 1:
+            for name, value in (
+                ("on_bad", "skip"),
+                ("advantage_filter", "positive"),
+                ("sampling", "advantage"),
+            ):
+                if getattr(self, name) == value:
+                    raise ConfigError(f"{name}={value!r} would tear groups of {size} rows apart")
 
 
 @dataclass

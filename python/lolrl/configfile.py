@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import types
 import typing
@@ -91,6 +92,33 @@ def _check_tokens(text: str) -> None:
             raise ConfigError(f"nested more than {MAX_DEPTH} deep; no field needs that")
 
 
+def _read_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """A mapping given as one, as JSON text or as the path of a JSON file.
+
+    transformers would open whatever else stands here: a path, or the descriptor of that number.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    accepted = f"{name}={value!r} must be a mapping, its JSON text or the path of a JSON file"
+    if not isinstance(value, str):
+        raise ConfigError(accepted)
+    text = value
+    try:
+        if not value.startswith("{"):
+            path = Path(value).expanduser()
+            if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ConfigError(f"{accepted} of at most 64 KiB")
+            text = path.read_text(encoding="utf-8")
+        mapping = json.loads(text)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a RecursionError is a RuntimeError
+        raise ConfigError(f"{accepted} ({error})") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(accepted)
+    return mapping
+
+
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type, where the type is plain; YAML 1.1 reads 1e-4 as a string."""
     origin = typing.get_origin(hint)
@@ -101,6 +129,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         plain = [option for option in options if option is not type(None)]
         if len(plain) == 1:
             return _coerce(name, value, plain[0])
+        kinds = {typing.get_origin(option) or option for option in plain}
+        if {dict, str} <= kinds:
+            return _read_mapping(name, value)
         return value
     if origin is list and typing.get_args(hint)[0] in (str, int, float):
         if not isinstance(value, (list, tuple)):
@@ -145,8 +176,10 @@ def from_mapping(
             raise ConfigError(f"{source}: {error}") from error
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+    except Exception as error:
+        # transformers raises any kind over a value: AttributeError, ImportError, KeyError, OSError.
+        kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+        raise ConfigError(f"{source}: {kind}{error}") from error
 
 
 def load_config(
@@ -183,5 +216,6 @@ def _plain(value: Any) -> Any:
 
 def dump_config(config: Any, path: str | os.PathLike[str]) -> Path:
     """Write every field to a YAML file that `load_config` reads back to an equal configuration."""
-    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    # Escaped: PyYAML writes some Unicode line breaks as they are and reads them back as spaces.
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=False)
     return write_atomic(path, text.encode("utf-8"))

@@ -240,7 +240,7 @@ class Experiment:
             reward_funcs=vader_reward if curves else None,
             peft_config=lora(settings.lora_rank),
         )
-        filtered = "advantages" in lk.objectives.side_inputs(getattr(lk.objectives, method))
+        filtered = lk.objectives.traits(lk.objectives.REGISTRY[method]).positive_only
         self.measure(method, trainer.model, trainer, kept=self.positive if filtered else 1.0)
 
     def measure(self, name: str, model: Any, trainer: LoLTrainer, *, kept: float) -> None:

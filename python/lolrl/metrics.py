@@ -16,56 +16,40 @@ from transformers import TrainerCallback
 
 from lolrl.files import write_atomic
 
-SUMS = (
-    "loss",
-    "sequences",
-    "tokens",
-    "input_tokens",
-    "scored_tokens",
-    "logps",
-    "entropy",
-    "ratios",
-    "ratio",
-    "clipped",
-    "ref_sequences",
-    "log_ratio",
-    "advantage",
-    "advantage_sequences",
-    "positive",
-    "unlearned",
-    "reward",
-    "reward_sequences",
-)
-TOKEN_RATIO = ("a_lol_seq",)
-SEQUENCE_RATIO = ("a_lol", "r_lol")
 # exp of this is the largest finite number logs (and JSON) can hold with room for a mean.
 MAX_LOG_RATIO = 700.0
+# Metrics of the A-LoL family by the names of a log line; others keep theirs behind "objective/".
+LOGGED = {"log_ratio": "kl", "clipped": "clip_ratio", "unlearned": "unlearned_share"}
 
 
 class Meter:
     """Accumulates what `LoLTrainer` logs between two log lines.
 
-    ratio/{min,mean,max} are those of the ratio the objective uses (whole-sequence for a_lol and
-    r_lol, per token for a_lol_seq, before the clip; whole-sequence for other objectives with a
-    reference), clip_ratio the share outside [1 - clip, 1 + clip], kl the mean over sequences of
-    sum_t (l_t - l^r_t) in nats, entropy and logps/mean means over the tokens that were scored
-    (sequences without weight are not), unlearned_share the share of rows a KL objective pushes
-    down.
+    Everything is a mean. Over the tokens that were scored: logps/mean and entropy. Over the
+    sequences that have tokens: advantage/mean, positive_share and reward/mean. Over the sequences
+    (groups) that were scored, those without weight being skipped: what the objective reports in the
+    outputs' `metrics`. Of these log_ratio, sum_t (l_t - l^r_t) in nats, is logged as kl, and its
+    exponential as ratio/{min,mean,max}; where the objective reports none it is taken from the
+    rows' ref_logps. clipped is logged as clip_ratio, unlearned as unlearned_share, and any other
+    name behind `objective/`.
     """
 
-    def __init__(self, objective: str, *, clip: float | None, beta: float, device: Any) -> None:
-        self.objective, self.clip, self.beta = objective, clip, beta
+    def __init__(self, device: Any) -> None:
         self.device = torch.device(device)
         self.num_tokens = 0.0
         self.skipped_steps = 0
+        self.sums: dict[str, Tensor] = {}
         self._zero()
 
     def _zero(self) -> None:
         self._started: float | None
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
-        self.low = torch.full((), math.inf, dtype=torch.float64, device=self.device)
-        self.high = torch.full((), -math.inf, dtype=torch.float64, device=self.device)
+        names = {"loss", "tokens", "input_tokens", *self.sums}  # ranks agree about the names
+        self.sums = {name: self._number(0.0, 0.0) for name in names}
+        self.low, self.high = self._number(math.inf), self._number(-math.inf)
         self.updates, self.seconds, self._started = 0, 0.0, None
+
+    def _number(self, *values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def begin_update(self) -> None:
         """Start the clock: evaluation, logging and saving between updates are not step time."""
@@ -78,95 +62,67 @@ class Meter:
             self.seconds += time.monotonic() - self._started
         self._started = None
 
-    def _add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self.sums[SUMS.index(name)] += value
+    def _add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        if name not in self.sums:
+            self.sums[name] = self._number(0.0, 0.0)
+        self.sums[name][0] += total
+        self.sums[name][1] += count
+
+    def _mean(self, name: str, values: Tensor, use: Tensor) -> None:
+        self._add(name, torch.where(use, values.double(), 0.0).sum(), use.sum())
 
     @torch.no_grad()
     def add(self, out: Any, inputs: dict[str, Tensor]) -> None:
         """Count one micro-batch: `out` of the fused model, `inputs` of the collator."""
-        seq, mask = out.seq, inputs["completion_mask"]
-        present = seq.lengths > 0
-        scored = ~torch.isnan(out.logps)
-        logps = out.logps.double()
-        self._add(
-            loss=out.loss.detach().double(),
-            sequences=present.sum(),
-            tokens=float(seq.num_tokens),
-            input_tokens=inputs["attention_mask"].sum(),
-            scored_tokens=scored.sum(),
-            logps=torch.where(scored, logps, 0.0).sum(),
-            entropy=torch.where(scored, out.entropy.double(), 0.0).sum(),
-        )
-        if "ref_logps" in inputs:
-            self._add_ratio(logps, inputs["ref_logps"][mask].double(), scored, seq, present)
-        if "advantages" in inputs:
-            advantages = inputs["advantages"].double()
-            self._add(
-                advantage=(advantages * present).sum(),
-                advantage_sequences=present.sum(),
-                positive=((advantages > 0) & present).sum(),
-            )
-            if self.objective == "a_lol_kl":
-                self._add(unlearned=((advantages.clamp(min=0) < self.beta) & present).sum())
-        if "rewards" in inputs:
-            rewards = inputs["rewards"].double()
-            self._add(reward=(rewards * present).sum(), reward_sequences=present.sum())
-            if self.objective == "r_lol_kl":
-                self._add(unlearned=((rewards < self.beta) & present).sum())
-
-    def _add_ratio(
-        self, logps: Tensor, ref: Tensor, scored: Tensor, seq: Any, present: Tensor
-    ) -> None:
-        token = torch.where(scored, logps - ref, 0.0)
-        whole = torch.zeros(seq.num_sequences, dtype=torch.float64, device=logps.device)
-        whole = whole.index_add(0, seq.token_to_sequence, token)
+        seq = out.seq
+        present, scored = seq.lengths > 0, ~torch.isnan(out.logps)
+        self._add("loss", out.loss.detach().double())
+        self._add("tokens", float(seq.num_tokens))
+        self._add("input_tokens", inputs["attention_mask"].sum())
+        self._mean("logps/mean", out.logps, scored)
+        self._mean("entropy", out.entropy, scored)
         # A sequence is scored as a whole or not at all.
-        counted = torch.zeros_like(whole).index_add(0, seq.token_to_sequence, scored.double()) > 0
-        self._add(ref_sequences=counted.sum(), log_ratio=torch.where(counted, whole, 0.0).sum())
-        log_ratio, use = (token, scored) if self.objective in TOKEN_RATIO else (whole, counted)
-        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        self._add(ratios=use.sum(), ratio=torch.where(use, ratio, 0.0).sum())
+        counted = seq.sum(scored.double()) > 0
+        metrics = dict(getattr(out, "metrics", None) or {})
+        if "log_ratio" not in metrics and "ref_logps" in inputs:
+            ref = inputs["ref_logps"][inputs["completion_mask"]].double()
+            metrics["log_ratio"] = seq.sum(torch.where(scored, out.logps.double() - ref, 0.0))
+        for name, values in metrics.items():
+            values = values.to(self.device).double()
+            use = counted if len(values) == len(counted) else counted.view(len(values), -1).any(1)
+            use = use & ~torch.isnan(values)
+            self._mean(LOGGED.get(name, f"objective/{name}"), values, use)
+            if name == "log_ratio":
+                self._add_ratio(values.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), use)
+        if "rewards" in inputs:
+            self._mean("reward/mean", inputs["rewards"], present)
+        if "advantages" in inputs and inputs["advantages"].shape == present.shape:  # not per token
+            self._mean("advantage/mean", inputs["advantages"], present)
+            self._mean("positive_share", inputs["advantages"] > 0, present)
+
+    def _add_ratio(self, ratio: Tensor, use: Tensor) -> None:
+        self._mean("ratio/mean", ratio, use)
         if ratio.numel():
             self.low = torch.minimum(self.low, torch.where(use, ratio, math.inf).min())
             self.high = torch.maximum(self.high, torch.where(use, ratio, -math.inf).max())
-        if self.clip is not None and self.objective in TOKEN_RATIO + SEQUENCE_RATIO:
-            outside = (ratio < 1 - self.clip) | (ratio > 1 + self.clip)
-            self._add(clipped=(outside & use).sum())
 
     def pop(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The log line's figures over all ranks; starts the next line.
 
         `gather` turns one rank's (k,) tensor into all ranks' (ranks, k).
         """
-        every = self._gathered(gather)
-        sums = dict(zip(SUMS, every[:, :-2].sum(0).tolist(), strict=True))
-        low, high = float(every[:, -2].min()), float(every[:, -1].max())
-        ranks, updates = len(every), max(self.updates, 1)
-        seconds = max(self.seconds, 1e-9)
-        self.num_tokens += sums["input_tokens"]
-        logs = {"loss": sums["loss"] / updates / ranks}
-
-        def mean(name: str, total: str, count: str) -> None:
-            if sums[count]:
-                logs[name] = sums[total] / sums[count]
-
-        mean("logps/mean", "logps", "scored_tokens")
-        mean("entropy", "entropy", "scored_tokens")
-        if sums["ratios"]:
+        sums, low, high, ranks = self._gathered(gather)
+        updates, seconds = max(self.updates, 1), max(self.seconds, 1e-9)
+        input_tokens = sums.pop("input_tokens")[0]
+        self.num_tokens += input_tokens
+        logs = {"loss": sums.pop("loss")[0] / updates / ranks}
+        completion_tokens = sums.pop("tokens")[0]
+        logs |= {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+        if "ratio/mean" in logs:
             logs["ratio/min"], logs["ratio/max"] = low, high
-            mean("ratio/mean", "ratio", "ratios")
-            mean("kl", "log_ratio", "ref_sequences")
-            if self.objective in TOKEN_RATIO + SEQUENCE_RATIO:
-                mean("clip_ratio", "clipped", "ratios")
-        mean("advantage/mean", "advantage", "advantage_sequences")
-        mean("positive_share", "positive", "advantage_sequences")
-        mean("reward/mean", "reward", "reward_sequences")
-        if self.objective.endswith("_kl"):
-            mean("unlearned_share", "unlearned", "sequences")
         logs["num_tokens"] = self.num_tokens
-        logs["completion_tokens"] = sums["tokens"]
-        logs["tokens_per_second"] = sums["input_tokens"] / seconds
+        logs["completion_tokens"] = completion_tokens
+        logs["tokens_per_second"] = input_tokens / seconds
         logs["step_time"] = seconds / updates
         if self.skipped_steps:
             logs["skipped_steps"] = float(self.skipped_steps)
@@ -175,19 +131,26 @@ class Meter:
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Counters and unfinished sums of all ranks as JSON values; floats are text, to survive."""
-        every = self._gathered(gather)
+        sums, low, high, _ = self._gathered(gather)
         return {
-            "sums": [repr(v) for v in every[:, :-2].sum(0).tolist()],
-            "low": repr(float(every[:, -2].min())),
-            "high": repr(float(every[:, -1].max())),
+            "sums": {name: [repr(total), repr(count)] for name, (total, count) in sums.items()},
+            "low": repr(low),
+            "high": repr(high),
             "updates": self.updates,
             "num_tokens": self.num_tokens,
             "skipped_steps": self.skipped_steps,
         }
 
-    def _gathered(self, gather: Callable[[Tensor], Tensor]) -> Tensor:  # (ranks, len(SUMS) + 2)
-        packed = torch.cat([self.sums, self.low[None], self.high[None]])
-        return gather(packed[None]).reshape(-1, len(packed)).cpu()
+    def _gathered(
+        self, gather: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, list[float]], float, float, int]:
+        """Totals and counts over all ranks, the lowest and highest ratio, and how many ranks."""
+        names = sorted(self.sums)
+        packed = torch.cat([*(self.sums[name] for name in names), self.low, self.high])
+        every = gather(packed[None]).reshape(-1, len(packed)).cpu()
+        pairs = every[:, :-2].sum(0).view(-1, 2).tolist()
+        sums = dict(zip(names, pairs, strict=True))
+        return sums, float(every[:, -2].min()), float(every[:, -1].max()), len(every)
 
     def load(self, state: dict[str, Any], *, main: bool = True) -> None:
         """Go on from `state()`; the sums of all ranks go to the `main` one.
@@ -196,18 +159,17 @@ class Meter:
             ValueError: the state is not one of this class.
         """
         try:
-            sums = [float(v) for v in state["sums"]]
-            if len(sums) != len(SUMS):
-                raise ValueError(f"{len(sums)} sums instead of {len(SUMS)}")
+            sums = {name: (float(a), float(b)) for name, (a, b) in state["sums"].items()}
+            low, high = float(state["low"]), float(state["high"])
+            self.sums = dict.fromkeys(sums, self.low)
             self._zero()
             if main:
-                self.sums += torch.tensor(sums, dtype=torch.float64, device=self.device)
-                self.low.fill_(float(state["low"]))
-                self.high.fill_(float(state["high"]))
+                self.sums |= {name: self._number(*pair) for name, pair in sums.items()}
+                self.low, self.high = self._number(low), self._number(high)
             self.updates = int(state["updates"])
             self.num_tokens = float(state["num_tokens"])
             self.skipped_steps = int(state["skipped_steps"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's counters cannot be read: {error}") from error
 
 

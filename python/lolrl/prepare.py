@@ -13,11 +13,13 @@ from torch import Tensor
 
 import lolkernels as lk
 from lolrl.annotate import RewardFuncs, annotate
-from lolrl.config import OBJECTIVES, AnnotateConfig, ConfigError, LoLConfig
+from lolrl.config import AnnotateConfig, ConfigError, LoLConfig
 from lolrl.data import Record, read_prompts, read_records
 from lolrl.tokens import LoLDataset, as_dataset
 
 Objective = Callable[..., Tensor]
+COLUMNS = {"ref_logps": "token", "advantages": "sequence", "rewards": "sequence"}
+FITTING = {(held, asked) for held in ("token", "sequence") for asked in (held, "tensor")}
 
 
 def check_reward_funcs(reward_funcs: RewardFuncs | None, args: LoLConfig) -> None:
@@ -68,45 +70,106 @@ def wrap_peft(model: Any, peft_config: Any, args: LoLConfig) -> Any:
 def resolve_objective(args: LoLConfig, objective: Objective | None) -> tuple[str, Objective]:
     """Name and function: `args.objective`, or a callable, whose name gets the prefix `custom:`."""
     if objective is None:
-        return args.objective, getattr(lk.objectives, args.objective)
+        return args.objective, lk.objectives.REGISTRY[args.objective]
     if not callable(objective):
         raise TypeError(
             f"objective is a {type(objective).__name__}; give a callable, or args.objective"
         )
     inner = objective.func if isinstance(objective, functools.partial) else objective
     name = getattr(inner, "__name__", type(inner).__name__)
-    known = name in OBJECTIVES and getattr(lk.objectives, name) is inner
+    known = lk.objectives.REGISTRY.get(name) is inner
     return (name if known else f"custom:{name}"), objective
 
 
 def objective_options(args: LoLConfig, needed: dict[str, str], name: str) -> dict[str, Any]:
-    """The objective's options: clip, beta and floor where it has them, then `objective_args`.
+    """The options that the user has set: clip, beta and floor, then `objective_args`.
+
+    The others keep the objective's own defaults.
 
     Raises:
-        ConfigError: `objective_args` names an option the objective does not have.
+        ConfigError: an option that the objective does not have.
     """
     known = [n for n, kind in needed.items() if kind == "option"]
-    options = {n: getattr(args, n) for n in ("clip", "beta", "floor") if n in known}
-    if name.startswith("custom:"):
-        options = {}  # a callable's own defaults are its author's choice
-    for key, value in (args.objective_args or {}).items():
-        if key not in known:
-            has = ", ".join(known) or "none"
-            raise ConfigError(f"objective_args: {name} has no option {key!r} (options: {has})")
-        options[key] = value
-    return options
+    set_here = {n: getattr(args, n) for n in ("clip", "beta", "floor")}
+    options = {n: value for n, value in set_here.items() if value != "auto"}
+    for source, given in (("", options), ("objective_args: ", args.objective_args or {})):
+        for key in given:
+            if key not in known:
+                has = ", ".join(known) or "none"
+                raise ConfigError(f"{source}{name} has no option {key!r} (options: {has})")
+    return options | (args.objective_args or {})
 
 
-def resolve_auto(args: LoLConfig, needed: dict[str, str], *, has_rewards: bool) -> None:
+def resolve_auto(
+    args: LoLConfig, objective: Objective, options: dict[str, Any], *, has_rewards: bool
+) -> None:
     """Replace "auto" by what it means for this objective, so that the echoed file says it."""
-    takes_advantages = "advantages" in needed
+    declared = lk.objectives.traits(objective)
     if args.sampling == "auto":
-        args.sampling = "advantage" if takes_advantages else "uniform"
+        args.sampling = declared.sampling
     if args.advantage_filter == "auto":
-        args.advantage_filter = "positive" if takes_advantages else "none"
+        args.advantage_filter = "positive" if declared.positive_only else "none"
+    used = lk.objectives.defaults(objective) | options
+    for name in ("clip", "beta", "floor"):
+        value = used.get(name, "auto")
+        if isinstance(value, (int, float)) or (value is None and name == "clip"):
+            setattr(args, name, value)
     if args.metric_for_best_model is None and args.eval_strategy != "no":
         args.metric_for_best_model = "reward" if has_rewards else "nll"
         args.greater_is_better = has_rewards
+
+
+def check_columns(needed: dict[str, str], name: str) -> None:
+    """Refuse an objective that needs what no row holds.
+
+    Raises:
+        ConfigError: naming the input.
+    """
+    for column, kind in needed.items():
+        if kind != "option" and (COLUMNS.get(column), kind) not in FITTING:
+            raise ConfigError(
+                f"objective {name} needs {column} (per {kind}), and rows hold "
+                f"{', '.join(f'{c} (per {k})' for c, k in COLUMNS.items())}: give a data_collator "
+                "that adds it, or choose another objective"
+            )
+
+
+def check_groups(dataset: LoLDataset, args: LoLConfig) -> None:
+    """Refuse rows that do not come in whole groups of one prompt each.
+
+    Raises:
+        ConfigError: the objective's recipe draws single rows.
+        DataError: naming the row that is torn from its group.
+    """
+    size = args.group_size
+    if size == 1:
+        return
+    if args.sampling == "advantage" or args.advantage_filter == "positive":
+        raise ConfigError(
+            f"group_size={size}: the objective's recipe filters and draws single rows; set "
+            "sampling='uniform' and advantage_filter='none', or choose another objective"
+        )
+    for start in range(0, len(dataset), size):
+        group = dataset.records[start : start + size]
+        for record in group:
+            if record.prompt != group[0].prompt:
+                how = f"give {size} consecutive rows of one prompt, best first"
+                raise record.error("prompt", f"differs from that of its group of {size}", how)
+        if len(group) < size:
+            how = f"give {size} consecutive rows per prompt"
+            raise group[-1].error("prompt", f"stands in a group of {len(group)} rows", how)
+
+
+def warn_of_negative_rewards(
+    objective: Objective, needed: dict[str, str], options: dict[str, Any], dataset: LoLDataset
+) -> None:
+    """Warn once where the objective pushes rows' likelihood down without a bound."""
+    family = lk.objectives.traits(objective).family
+    if family is not None:
+        columns = {n: getattr(dataset, n) for n in ("rewards", "advantages") if n in needed}
+        seq = lk.Sequences.from_lengths(dataset.completion_lengths)
+        given = lk.objectives.defaults(objective) | options | columns
+        lk.objectives.warn_unlearned(objective, family(seq=seq, **given))
 
 
 def training_rows(

@@ -40,6 +40,8 @@ class UpdateSampler(Sampler[int]):
         seed: any integer.
         lengths: (n,) tokens of each row; the rows of one update then come longest first, so that
             its micro-batches hold rows of like length and little padding. The update is the same.
+        group_size: consecutive rows that stay together and in order, drawn as one (without weights
+            only); it divides n and update_batch_size.
 
     Raises:
         ValueError: naming the argument.
@@ -53,6 +55,7 @@ class UpdateSampler(Sampler[int]):
         update_batch_size: int,
         seed: int,
         lengths: Tensor | None = None,
+        group_size: int = 1,
     ) -> None:
         if num_rows < 1:
             raise ValueError(f"num_rows={num_rows} must be at least 1")
@@ -73,7 +76,15 @@ class UpdateSampler(Sampler[int]):
                 )
         if lengths is not None and lengths.shape != (num_rows,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({num_rows},)")
+        if num_rows % group_size or update_batch_size % group_size:
+            raise ValueError(
+                f"group_size={group_size} must divide num_rows={num_rows} and "
+                f"update_batch_size={update_batch_size}"
+            )
+        if group_size > 1 and weights is not None:
+            raise ValueError("weights are of rows, and groups are drawn: sampling must be uniform")
         self.weights, self.num_rows, self.seed = weights, num_rows, seed
+        self.group_size = group_size
         self.lengths = lengths
         self.length = num_rows if weights is None else int((weights > 0).sum())
         self.update_batch_size = min(update_batch_size, self.length)
@@ -90,14 +101,21 @@ class UpdateSampler(Sampler[int]):
         permutation: list[int] = []
         if self.weights is None:
             generator = _generator(self.seed, self.epoch, "permutation")
-            permutation = torch.randperm(self.num_rows, generator=generator).tolist()
+            size = self.group_size
+            groups = torch.randperm(self.num_rows // size, generator=generator).tolist()
+            permutation = [size * group + i for group in groups for i in range(size)]
         for update, start in enumerate(range(0, self.length, self.update_batch_size)):
             stop = min(start + self.update_batch_size, self.length)
             rows = permutation[start:stop] or self.draw(update, stop - start)
             if self.lengths is not None:
-                lengths = self.lengths
-                rows = sorted(rows, key=lambda row: (-int(lengths[row]), row))
+                rows = self._longest_first(rows, self.lengths)
             yield from rows
+
+    def _longest_first(self, rows: list[int], lengths: Tensor) -> list[int]:
+        size = self.group_size
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        groups.sort(key=lambda group: (-max(int(lengths[row]) for row in group), group[0]))
+        return [row for group in groups for row in group]
 
     def draw(self, update: int, count: int) -> list[int]:
         """The `count` rows of one update of the current epoch, in the order drawn."""
@@ -120,4 +138,5 @@ class UpdateSampler(Sampler[int]):
             "update_batch_size": self.update_batch_size,
             "weights": digest,
             "by_length": self.lengths is not None,
+            **({"group_size": self.group_size} if self.group_size > 1 else {}),
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lolrl.config import OBJECTIVES, ConfigError
+import lolkernels as lk
+from lolrl.config import ConfigError
 
 
 def _help(text: str) -> dict[str, str]:
@@ -58,9 +59,11 @@ class DemoSettings:
     curve_points: int = field(default=3, metadata=_help("Points of those curves."))
 
     def __post_init__(self) -> None:
-        unknown = [m for m in self.methods if m not in OBJECTIVES]
+        unknown = [m for m in self.methods if m not in lk.objectives.REGISTRY]
         if unknown or not self.methods:
-            raise ConfigError(f"methods={unknown or ()} must be among {', '.join(OBJECTIVES)}")
+            raise ConfigError(
+                f"methods={unknown or ()} must be among {', '.join(lk.objectives.REGISTRY)}"
+            )
         for name in ("validation", "test", "sft_batch", "updates", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

@@ -28,12 +28,15 @@ from lolrl.data import Record
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
 from lolrl.metrics import JsonLinesCallback, Meter
 from lolrl.prepare import (
+    check_columns,
+    check_groups,
     check_reward_funcs,
     evaluation_rows,
     objective_options,
     resolve_auto,
     resolve_objective,
     training_rows,
+    warn_of_negative_rewards,
     wrap_peft,
 )
 from lolrl.sampler import UpdateSampler
@@ -141,7 +144,9 @@ class LoLTrainer(SavingTrainer):
         self.options = objective_options(args, self.needed, self.objective_name)
         self.reward_funcs = reward_funcs
         self.tokenizer = processing_class
-        resolve_auto(args, self.needed, has_rewards=reward_funcs is not None)
+        resolve_auto(args, self.objective, self.options, has_rewards=reward_funcs is not None)
+        if data_collator is None:
+            check_columns(self.needed, self.objective_name)
         self.train_report: dict[str, Any] = {}
         if train_dataset is not None:
             train_dataset, self.train_report = training_rows(
@@ -153,6 +158,8 @@ class LoLTrainer(SavingTrainer):
                 self.needed,
                 self.objective_name,
             )
+            check_groups(train_dataset, args)
+            warn_of_negative_rewards(self.objective, self.needed, self.options, train_dataset)
         self.eval_records: list[Record] = []
         self.eval_rows: LoLDataset | None = None
         if eval_dataset is not None:
@@ -178,7 +185,7 @@ class LoLTrainer(SavingTrainer):
         self._skipped_in_a_row = 0
         self._resumed: dict[str, Any] | None = None
         self._sampler: UpdateSampler | None = None
-        self._meter = self._new_meter()
+        self._meter = Meter(self.args.device)
         self.step0: dict[str, float] | None = None
         self.summary: dict[str, Any] = {}
         if self.is_world_process_zero():
@@ -199,6 +206,7 @@ class LoLTrainer(SavingTrainer):
             update_batch_size=update,
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=dataset.lengths,
+            group_size=args.group_size,
         )
         return self._sampler
 
@@ -245,6 +253,7 @@ class LoLTrainer(SavingTrainer):
             reduction=self.args.reduction,
             totals=totals,
             temperature=self.args.temperature,
+            **({"group_size": self.args.group_size} if self.args.group_size > 1 else {}),
         )
         # Data parallelism averages gradients over ranks; the totals are sums over ranks.
         loss = out.loss * self.accelerator.num_processes if totals is not None else out.loss
@@ -277,10 +286,6 @@ class LoLTrainer(SavingTrainer):
             logs.update(self._meter.pop(self.accelerator.gather))
         super().log(logs, start_time)
 
-    def _new_meter(self) -> Meter:
-        clip, beta = self.options.get("clip"), float(self.options.get("beta", 0.0))
-        return Meter(self.objective_name, clip=clip, beta=beta, device=self.args.device)
-
     # --- start, resume, checkpoints ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -291,7 +296,7 @@ class LoLTrainer(SavingTrainer):
             CheckpointError: the checkpoint is incomplete, damaged, or of other data, seed or batch.
         """
         self._resumed = None
-        self._meter = self._new_meter()
+        self._meter = Meter(self.args.device)
         if resume_from_checkpoint:
             folder = (
                 last_complete(self.args.output_dir)
@@ -441,6 +446,8 @@ def sft(
     """
     args = copy.copy(args)
     args.objective, args.sampling, args.advantage_filter = "nll", "uniform", "none"
+    args.clip = args.beta = args.floor = "auto"
+    args.objective_args, args.group_size = None, 1
     return train(
         model,
         tokenizer,

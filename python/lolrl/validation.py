@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+import lolkernels as lk
 from lolrl.annotate import RewardFuncs, call_reward_funcs, shared_columns
 from lolrl.config import LoLConfig
 from lolrl.data import Record
@@ -83,7 +84,12 @@ def row_losses(
     size, device = args.per_device_eval_batch_size, args.device
     known = {"ref_logps": rows.ref_logps, "advantages": rows.advantages, "rewards": rows.rewards}
     required = [name for name, kind in needed.items() if kind != "option"]
+    groups = args.group_size
     with_loss = all(known.get(name) is not None for name in required)
+    if with_loss and len(rows) % groups:
+        raise ValueError(
+            f"eval_dataset has {len(rows)} rows, which are no whole groups of {groups}"
+        )
     nll = tokens = loss = 0.0
     with evaluation_mode(model):
         for start in range(0, len(rows), size):
@@ -96,8 +102,18 @@ def row_losses(
             if with_loss:
                 mask = batch["completion_mask"]
                 side = {n: batch[n][mask] if batch[n].dim() == 2 else batch[n] for n in required}
-                loss += float(objective(out.logps, **side, seq=out.seq, **options).double().sum())
+                stats = {
+                    "logps": out.logps,
+                    "lse": out.lse,
+                    "entropy": out.entropy,
+                    "max_logit": out.max_logit,
+                    "target_logit": out.logps + out.lse,
+                }
+                seq = lk.Sequences.from_lengths(out.seq.lengths, group_size=groups)
+                weights = torch.ones(seq.num_groups, device=device)
+                found = lk.objectives.evaluate(objective, stats, seq, weights, side | options)
+                loss += float(found.seq_loss.double().sum())
     metrics = {"nll": nll / tokens}
     if with_loss:
-        metrics["loss"] = loss / len(rows)
+        metrics["loss"] = loss / (len(rows) // groups)
     return metrics

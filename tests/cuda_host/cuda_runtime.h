@@ -78,6 +78,7 @@ struct Fiber {
 
 struct Meeting {
   int arrived = 0, generation = 0;
+  bool votes[3] = {};  // of this generation, the next and the last
 };
 
 struct Block {
@@ -130,17 +131,22 @@ inline void trampoline() {
   yield();
 }
 
-inline void meet(Meeting& point, int size) {
+// Whether any of those who meet says so.
+inline bool meet(Meeting& point, int size, bool vote = false) {
   const int seen = point.generation;
+  bool& here = point.votes[seen % 3];
+  here = here || vote;
+  point.votes[(seen + 1) % 3] = false;
   if (++point.arrived == size) {
     point.arrived = 0;
     ++point.generation;
-    return;
+    return here;
   }
   Fiber& fiber = block->fibers[block->current];
   fiber.waits_for = seen + 1;
   fiber.generation = &point.generation;
   yield();
+  return here;
 }
 
 // The value of the lane that `source` names, which is the thread's own where that is none.
@@ -205,6 +211,10 @@ inline void run_block(int threads, const std::function<void()>& body) {
 
 inline void __syncthreads() {
   cuda_host::meet(cuda_host::block->all, static_cast<int>(blockDim.x));
+}
+
+inline int __syncthreads_or(int vote) {
+  return cuda_host::meet(cuda_host::block->all, static_cast<int>(blockDim.x), vote != 0);
 }
 
 template <typename T>

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lolkernels import deferred, testing
-from lolkernels.backends import reference
+from lolkernels.backends import TABLE
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # for on_device
@@ -38,19 +38,14 @@ def _clean_device() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run walks as on a GPU, where the gradients of half-precision logits are rounded once
     before the last products: eager's error and one more rounding.
     """
     from on_device import HALF, ON_GPU
 
     if not ON_GPU:
-        monkeypatch.setattr(reference, "WHOLE_ROWS", True)
-        given = getattr(request.node, "callspec", None)
-        if given and {"triton_onchip", torch.bfloat16} <= {
-            v for v in given.params.values() if isinstance(v, (str, torch.dtype))
-        }:
-            pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+        monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
     for dtype in HALF:
         monkeypatch.setitem(testing.GRADIENT_TOL, dtype, 2 * testing.GRADIENT_TOL[dtype])
 

@@ -23,12 +23,7 @@ ON_GPU = DEVICE.type == "cuda"
 if ON_GPU and not torch.cuda.is_available():  # skips the test file that imports this
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 # In a dry run the CUDA kernels are those that g++ compiles.
-# cuda_hopper, which does not take every hidden size, has shapes of its own in test_hopper.
-BACKENDS = [
-    name
-    for name, m in TABLE.items()
-    if name != "cuda_hopper" and (m.DEVICES is None or "cuda" in m.DEVICES)
-]
+BACKENDS = [name for name, m in TABLE.items() if m.devices is None or "cuda" in m.devices]
 BACKENDS += [] if ON_GPU else ["cuda_host"]
 KERNELS = [name for name in BACKENDS if name != "reference"]  # all that is not eager torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,12 +31,6 @@ HALF = (torch.bfloat16, torch.float16)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_kernel = pytest.mark.parametrize("backend", KERNELS)
-# For hidden sizes that are multiples of 8.
-HOPPER = ["cuda_hopper"] if ON_GPU and TABLE["cuda_hopper"].why_unavailable() is None else []
-each_aligned_backend = pytest.mark.parametrize("backend", [*BACKENDS, *HOPPER])
-each_aligned_kernel = pytest.mark.parametrize("backend", [*KERNELS, *HOPPER])
-# triton_onchip has triton's row functions.
-each_row_kernel = pytest.mark.parametrize("backend", [k for k in KERNELS if k != "triton_onchip"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="only a CUDA device has this")
 
@@ -137,11 +126,6 @@ def check_stats(got: Any, want: Any) -> None:
     for i, factor in enumerate((1, 1, 3, 1)):
         near = (got[i] == want[i]) | ((got[i] - want[i]).abs() <= factor * scale * 2e-5)
         assert bool(near.all()), (i, float((got[i] - want[i]).abs().nan_to_num().max()))
-
-
-def narrow(backend: str) -> torch.dtype:
-    """bfloat16, but where Triton's interpreter multiplies it wrongly."""
-    return torch.bfloat16 if ON_GPU or backend != "triton_onchip" else torch.float16
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:

@@ -11,8 +11,8 @@ from on_device import (
     KERNELS,
     ON_GPU,
     a_lol,
-    each_aligned_kernel,
     each_dtype,
+    each_kernel,
     leaves,
     moved,
     needs_gpu,
@@ -80,7 +80,7 @@ BUDGETS = {"whole": None, "chunks": 4 * V * (N // 2), "long groups": 4 * V * (N 
 
 
 @needs_gpu
-@each_aligned_kernel
+@each_kernel
 @each_dtype
 @each_op
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
@@ -106,7 +106,7 @@ def test_ten_replays_of_a_cuda_graph(
 
 
 @needs_gpu
-@each_aligned_kernel
+@each_kernel
 def test_a_bad_label_in_a_replay_is_reported(backend: str) -> None:
     step = Step("linear_loss", backend, torch.bfloat16, None)
     step()
@@ -121,7 +121,7 @@ def test_a_bad_label_in_a_replay_is_reported(backend: str) -> None:
 
 
 @needs_gpu
-@each_aligned_kernel
+@each_kernel
 @each_op
 def test_a_side_stream(op: str, backend: str) -> None:
     """A call works behind what its own stream still has to do."""
@@ -140,7 +140,7 @@ def test_a_side_stream(op: str, backend: str) -> None:
 
 
 @pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@each_aligned_kernel
+@each_kernel
 @each_op
 def test_tensors_on_a_device_that_is_not_the_current_one(op: str, backend: str) -> None:
     step = Step(op, backend, torch.bfloat16, None)
@@ -171,7 +171,7 @@ def by_logits(h: Tensor, w: Tensor, y: Tensor, seq: Any, ref: Tensor, adv: Tenso
     return lk.aggregate(objectives.a_lol(out.logps, ref, adv, seq), seq)
 
 
-@each_aligned_kernel
+@each_kernel
 @pytest.mark.parametrize("dtype", DTYPES[:2] if ON_GPU else DTYPES[:1], ids=str)
 @pytest.mark.parametrize("function", [by_loss, by_logprob, by_logits], ids=lambda f: f.__name__)
 def test_compile_as_one_graph(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import DEVICE, each_backend, narrow
+from on_device import DEVICE, each_backend
 
 import lolkernels as lk
 from lolkernels import objectives
@@ -71,7 +71,7 @@ def exact(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @each_backend
 @each_model
 def test_scores_and_losses(name: str, backend: str) -> None:
-    plain = build(name, narrow(backend))
+    plain = build(name, torch.bfloat16)
     model = lk.fuse_lm_head(copy.deepcopy(plain), backend=backend)
     ids, mask = batch()
     with torch.no_grad():
@@ -120,9 +120,9 @@ def test_generation_is_unchanged(name: str) -> None:
 @each_backend
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_head_as_a_module(compiled: bool, backend: str) -> None:
-    linear = torch.nn.Linear(64, VOCAB, bias=True).to(DEVICE, narrow(backend))
+    linear = torch.nn.Linear(64, VOCAB, bias=True).to(DEVICE, torch.bfloat16)
     head = lk.LogprobHead(linear, backend=backend, softcap=20.0)
-    hidden = torch.randn(9, 64, device=DEVICE).to(narrow(backend)).requires_grad_()
+    hidden = torch.randn(9, 64, device=DEVICE).to(torch.bfloat16).requires_grad_()
     labels = torch.randint(VOCAB, (9,), device=DEVICE)
     torch._dynamo.reset()
     call = torch.compile(head, backend="aot_eager", fullgraph=True) if compiled else head

@@ -11,7 +11,7 @@ from on_device import (
     DEVICE,
     ON_GPU,
     a_lol,
-    each_aligned_backend,
+    each_backend,
     each_dtype,
     leaves,
     needs_gpu,
@@ -52,7 +52,7 @@ def test_the_judgement_notices_a_wait(no_sync: Any) -> None:
         x.sum().item()
 
 
-@each_aligned_backend
+@each_backend
 @each_dtype
 @each_budget
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -83,7 +83,7 @@ def test_linear_loss(
     lk.check_errors()
 
 
-@each_aligned_backend
+@each_backend
 @each_dtype
 @each_budget
 def test_linear_logprob(budget: int | None, dtype: torch.dtype, backend: str, no_sync: Any) -> None:
@@ -102,7 +102,7 @@ def test_linear_logprob(budget: int | None, dtype: torch.dtype, backend: str, no
         run()
 
 
-@each_aligned_backend
+@each_backend
 @each_dtype
 def test_logprob(dtype: torch.dtype, backend: str, no_sync: Any) -> None:
     logits = torch.randn(N, V, device=DEVICE).to(dtype).requires_grad_()
@@ -117,7 +117,7 @@ def test_logprob(dtype: torch.dtype, backend: str, no_sync: Any) -> None:
         run()
 
 
-@each_aligned_backend
+@each_backend
 @pytest.mark.parametrize("pinned", [False, True])
 @each_budget
 def test_advantages_on_the_host_skip_what_they_can(
@@ -148,7 +148,7 @@ def test_advantages_on_the_host_skip_what_they_can(
     assert not grads[0][skipped].any()
 
 
-@each_aligned_backend
+@each_backend
 def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
     """Sequences.from_mask waits, once; everything after it does not."""
     mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [0], [12]], device=DEVICE)

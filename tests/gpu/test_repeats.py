@@ -10,9 +10,9 @@ from on_device import (
     DEVICE,
     ON_GPU,
     a_lol,
-    each_aligned_backend,
-    each_aligned_kernel,
+    each_backend,
     each_dtype,
+    each_kernel,
     leaves,
     loss_inputs,
     peaky,
@@ -66,7 +66,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@each_aligned_kernel
+@each_kernel
 @each_dtype
 @each_op
 def test_the_same_bits_again(op: str, dtype: torch.dtype, backend: str) -> None:
@@ -80,7 +80,7 @@ def test_the_same_bits_again(op: str, dtype: torch.dtype, backend: str) -> None:
         same(call.backward(), first)
 
 
-@each_aligned_kernel
+@each_kernel
 def test_the_same_bits_while_the_device_is_busy(backend: str) -> None:
     """Other work beside it changes the order in which programs run, and nothing else."""
     call = Call("linear_loss", backend, torch.bfloat16)
@@ -96,7 +96,7 @@ def test_the_same_bits_while_the_device_is_busy(backend: str) -> None:
     stream.synchronize()
 
 
-@each_aligned_backend
+@each_backend
 @each_dtype
 @each_op
 def test_deterministic_mode(op: str, dtype: torch.dtype, backend: str, deterministic: None) -> None:

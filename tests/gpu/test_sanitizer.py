@@ -12,7 +12,6 @@ from on_device import (
     a_lol,
     each_dtype,
     each_kernel,
-    each_row_kernel,
     leaves,
     loss_inputs,
     peaky,
@@ -38,7 +37,7 @@ def some_labels(v: int) -> Tensor:
     return labels
 
 
-@each_row_kernel
+@each_kernel
 @each_dtype
 @each_v
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -53,7 +52,7 @@ def test_rows(softcap: float, v: int, dtype: torch.dtype, backend: str) -> None:
         assert torch.equal(x, out)
 
 
-@each_row_kernel
+@each_kernel
 @each_v
 @pytest.mark.parametrize("narrow", HALF, ids=str)
 def test_half_precision_over_fp32(narrow: torch.dtype, v: int, backend: str) -> None:
@@ -66,7 +65,7 @@ def test_half_precision_over_fp32(narrow: torch.dtype, v: int, backend: str) -> 
     assert out.isfinite().all()
 
 
-@each_row_kernel
+@each_kernel
 @pytest.mark.parametrize("ratio", [0, 1, 2])
 @pytest.mark.parametrize("with_ref", [True, False])
 def test_coefficients(with_ref: bool, ratio: int, backend: str) -> None:
@@ -91,31 +90,4 @@ def test_whole_calls(dtype: torch.dtype, backend: str) -> None:
         scored = score(p, backend=backend, memory_budget=budget)
         for total in (out.loss, scored.logps.sum()):
             assert all(g.isfinite().all() for g in torch.autograd.grad(total, wanted))
-    lk.check_errors()
-
-
-@each_dtype
-@pytest.mark.parametrize("d", [16, 17])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_onchip(with_bias: bool, d: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
-    onchip = pytest.importorskip("lolkernels.backends.triton_onchip")
-    p = peaky(N, d, 131, dtype=dtype, bias=with_bias)
-    stats = onchip.linear_row_stats(p.hidden, p.weight, p.bias, some_labels(131))
-    assert stats[1].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("schedule", [0, 1])
-def test_hopper(schedule: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = TABLE["cuda_hopper"]
-    if why := hopper.why_unavailable():
-        pytest.skip(why)
-    monkeypatch.setattr(hopper, "SCHEDULE", schedule)
-    for d, v in ((16, 131), (72, 1031)):
-        p, wanted = leaves(peaky(150, d, v, dtype=dtype, bias=True))
-        seq, side = loss_inputs(150, split(150, 9), torch.full((150,), -5.0, device=DEVICE))
-        for budget in (None, 2 * v * 70):
-            out = a_lol(p, seq, side, backend="cuda_hopper", memory_budget=budget)
-            assert all(g.isfinite().all() for g in torch.autograd.grad(out.loss, wanted))
     lk.check_errors()

@@ -1,14 +1,18 @@
-"""Annotation: the reference's log-probs, advantages, and a cache that is never stale (T6)."""
+"""Annotation: the reference's log-probs, advantages, and a cache that is never stale."""
 
 from __future__ import annotations
 
 import copy
 import json
+import operator
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from tokenizers import Tokenizer
 
 from lolrl import cache
 from lolrl.annotate import annotate, call_reward_funcs, score_logps
@@ -59,12 +63,12 @@ def test_autocast_scores_as_mixed_precision_does(llama: Any, tokenizer: Any) -> 
 def test_temperature_divides_the_logits(llama: Any, tokenizer: Any) -> None:
     dataset = make_dataset(tokenizer, 3)
     hot = score_logps(llama, dataset, pad_token_id=2, temperature=2.0)
-    plain = make_llama(len(tokenizer)).eval()
-    item = dataset[1]
     with torch.no_grad():
-        logits = plain(item["input_ids"][None]).logits[0] / 2.0
-    theirs = logits[:-1].log_softmax(-1).gather(1, item["input_ids"][1:, None])[:, 0]
-    assert (hot[1] - theirs[item["prompt_length"] - 1 :]).abs().max() < 2e-5
+        llama.eval().lm_head.weight.div_(2.0)  # and with it the embedding, which is put back
+        llama.model.embed_tokens.weight = torch.nn.Parameter(llama.lm_head.weight * 2.0)
+    item = dataset[1]
+    theirs = eager_logps(llama, item["input_ids"], item["prompt_length"])
+    assert (hot[1] - theirs).abs().max() < 2e-5
 
 
 def test_advantage_is_reward_minus_value(llama: Any, tokenizer: Any) -> None:
@@ -84,21 +88,28 @@ def test_advantage_is_reward_minus_value(llama: Any, tokenizer: Any) -> None:
         assert torch.equal(kept.dataset.ref_logps[place], result.dataset.ref_logps[row])
 
 
-def test_values_come_from_the_head(llama: Any, tokenizer: Any) -> None:
+def test_values_come_from_the_head_and_advantages_of_the_data_win(
+    llama: Any, tokenizer: Any
+) -> None:
     rows = [{k: v for k, v in r.items() if k != "value"} for r in make_rows(10)]
-    head = head_of()
-    result = annotate(
-        llama, tokenizer, rows, value_head=head, config=AnnotateConfig(keep="all"), progress=False
-    )
+    head, config = head_of(), AnnotateConfig(keep="all")
+    result = annotate(llama, tokenizer, rows, value_head=head, config=config, progress=False)
     values = predict_values(head, llama, tokenizer, [r["prompt"] for r in rows], batch_size=16)
     assert torch.equal(result.dataset.values, values)
     assert torch.equal(result.dataset.advantages, result.dataset.rewards - values)
+    rows = [{**r, "advantage": i / 4 - 0.5} for i, r in enumerate(rows)]
+    result = annotate(llama, tokenizer, rows, value_head=head, config=config, progress=False)
+    assert result.dataset.advantages.tolist() == [i / 4 - 0.5 for i in range(10)]
 
 
-def test_advantages_of_the_data_win(llama: Any, tokenizer: Any) -> None:
-    rows = [{**r, "advantage": i / 4 - 0.5} for i, r in enumerate(make_rows(6))]
-    result = annotate(llama, tokenizer, rows, config=AnnotateConfig(keep="all"), progress=False)
-    assert result.dataset.advantages.tolist() == [i / 4 - 0.5 for i in range(6)]
+@pytest.mark.parametrize("column", ["value", "advantage"])
+def test_a_column_that_some_rows_lack_is_an_error(llama: Any, tokenizer: Any, column: str) -> None:
+    """Those of the others would be replaced by the value head's without a word."""
+    rows = [{**r, "advantage": 0.5, "value": 0.1} for r in make_rows(6)]
+    del rows[3][column]
+    with pytest.raises(DataError, match=f"'{column}': is missing, but other rows") as caught:
+        annotate(llama, tokenizer, rows, value_head=head_of(), progress=False)
+    assert caught.value.line == 4
 
 
 def test_reward_functions_fill_in(llama: Any, tokenizer: Any) -> None:
@@ -153,7 +164,6 @@ def test_call_reward_funcs() -> None:
 
 
 def test_a_reference_with_nan_is_named_by_row(llama: Any, tokenizer: Any) -> None:
-    """T7: a log-prob that is not finite is an error at caching, with the row."""
     dataset = make_dataset(tokenizer, 4)
     with torch.no_grad():
         llama.lm_head.weight[int(dataset[2]["input_ids"][-2])] = float("nan")
@@ -162,7 +172,7 @@ def test_a_reference_with_nan_is_named_by_row(llama: Any, tokenizer: Any) -> Non
     assert (caught.value.line, caught.value.field) == (1, "completion")
 
 
-# --- T6: the invalidation matrix ---
+# --- the cache: what makes it stale and what does not ---
 
 
 class World:
@@ -170,25 +180,22 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = make_rows(8)
+        self.rows = [{k: v for k, v in r.items() if k != "value"} for r in make_rows(8)]
+        del self.rows[0]["reward"]
         self.tokenizer = make_tokenizer(extra=("<|user|>", "<|assistant|>"), template=CHAT)
         self.model = make_llama(len(self.tokenizer))
         self.head: ValueHead | None = head_of()
         self.reward_funcs: Any = [first_reward]
         self.config: dict[str, Any] = {"keep": "all", "max_prompt_length": 64}
-        for row in self.rows:
-            del row["value"]
-        del self.rows[0]["reward"]
 
     def run(self, **kw: Any) -> Any:
-        config = AnnotateConfig(**{**self.config, "cache_dir": str(self.folder), **kw})
         return annotate(
             self.model,
             self.tokenizer,
             self.rows,
             value_head=self.head,
             reward_funcs=self.reward_funcs,
-            config=config,
+            config=AnnotateConfig(**{**self.config, "cache_dir": str(self.folder), **kw}),
             progress=False,
         )
 
@@ -207,9 +214,6 @@ class Judge:
     def __init__(self, version: str) -> None:
         self.cache_key = f"judge:{version}"
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [0.5 for _ in completions]
-
 
 def _config(**changes: Any) -> Any:
     return lambda w: w.config.update(changes)
@@ -219,25 +223,18 @@ def _row(index: int, **changes: Any) -> Any:
     return lambda w: w.rows[index].update(changes)
 
 
-def _weights(w: World) -> None:
-    with torch.no_grad():
-        w.model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
+def _nudge(find: Any) -> Any:
+    """Adds 1e-6 to one parameter."""
 
-
-def _head_weights(w: World) -> None:
-    with torch.no_grad():
-        w.head.linear.bias += 1e-6
-
-
-def _attribute(path: str, value: Any) -> Any:
     def change(w: World) -> None:
-        *parents, last = path.split(".")
-        target: Any = w
-        for name in parents:
-            target = getattr(target, name)
-        setattr(target, last, value)
+        with torch.no_grad():
+            find(w).view(-1)[5 % find(w).numel()] += 1e-6
 
     return change
+
+
+def _set(target: str, name: str, value: Any) -> Any:
+    return lambda w: setattr(operator.attrgetter(target)(w) if target else w, name, value)
 
 
 def _tokenizer(**kw: Any) -> Any:
@@ -248,65 +245,51 @@ def _tokenizer(**kw: Any) -> Any:
 def _vocabulary(w: World) -> None:
     core = json.loads(w.tokenizer.backend_tokenizer.to_str())
     core["model"]["merges"] = core["model"]["merges"][:-1]
-    from tokenizers import Tokenizer
-
     w.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
 
 
-CHANGES: dict[str, tuple[Any, set[str]]] = {
-    "one character of a completion": (_row(3, completion="goods 3"), {"rows", "tokens"}),
-    "one character of a prompt": (_row(3, prompt="nobody lauGhe "), {"rows", "tokens"}),
-    "a reward": (_row(2, reward=0.123), {"rows"}),
-    "a value of the data": (_row(2, value=0.1), {"rows"}),
-    "an advantage of the data": (_row(2, advantage=0.1), {"rows"}),
-    "a column the reward function reads": (
-        lambda w: [r.update(topic=i) for i, r in enumerate(w.rows)],
-        {"columns"},
-    ),
-    "the order of rows": (lambda w: w.rows.reverse(), {"rows", "tokens"}),
-    "a row less": (lambda w: w.rows.pop(), {"rows", "tokens", "num_rows"}),
-    "a row twice": (lambda w: w.rows.append(w.rows[-1]), {"rows", "tokens", "num_rows"}),
-    "max_prompt_length that cuts": (_config(max_prompt_length=4), {"tokens", "max_prompt_length"}),
-    "max_prompt_length that does not": (_config(max_prompt_length=65), {"max_prompt_length"}),
-    "max_completion_length": (
-        _config(max_completion_length=3),
-        {"tokens", "max_completion_length"},
-    ),
-    "temperature": (_config(temperature=1.25), {"temperature"}),
-    "mixed precision": (_config(autocast="bf16"), {"autocast"}),
-    "backend": (_config(backend="reference"), {"backend"}),
-    "reward weights": (_config(reward_weights=[0.5]), {"rows", "reward_weights"}),
-    "weight of the reward function": (
-        _config(reward_func_weights=[2.0]),
-        {"reward_func_weights"},
-    ),
-    "reward columns": (_config(reward_columns=["score"]), {"rows", "reward_columns"}),
-    "reward function": (_attribute("reward_funcs", [second_reward]), {"reward_funcs"}),
-    "a further reward function": (
-        _attribute("reward_funcs", [first_reward, second_reward]),
-        {"reward_funcs"},
-    ),
-    "no value head": (_attribute("head", None), {"value_head", "value_config"}),
-    "weights of the value head": (_head_weights, {"value_head"}),
+def _topics(w: World) -> None:
+    for i, row in enumerate(w.rows):
+        row["topic"] = i
+
+
+# What changes, and the fields of the key that must say so.
+CHANGES: dict[str, tuple[Any, str]] = {
+    "one character of a completion": (_row(3, completion="goods 3"), "rows tokens"),
+    "one character of a prompt": (_row(3, prompt="nobody lauGhe "), "rows tokens"),
+    "a reward": (_row(2, reward=0.123), "rows"),
+    "a value of the data": (_row(2, value=0.1), "rows"),
+    "an advantage of the data": (_row(2, advantage=0.1), "rows"),
+    "a column the reward function reads": (_topics, "columns"),
+    "the order of rows": (lambda w: w.rows.reverse(), "rows tokens"),
+    "a row less": (lambda w: w.rows.pop(), "rows tokens num_rows"),
+    "a row twice": (lambda w: w.rows.append(w.rows[-1]), "rows tokens num_rows"),
+    "max_prompt_length that cuts": (_config(max_prompt_length=4), "tokens max_prompt_length"),
+    "max_prompt_length that does not": (_config(max_prompt_length=65), "max_prompt_length"),
+    "max_completion_length": (_config(max_completion_length=3), "tokens max_completion_length"),
+    "temperature": (_config(temperature=1.25), "temperature"),
+    "mixed precision": (_config(autocast="bf16"), "autocast"),
+    "backend": (_config(backend="reference"), "backend"),
+    "reward weights": (_config(reward_weights=[0.5]), "rows reward_weights"),
+    "weight of the reward function": (_config(reward_func_weights=[2.0]), "reward_func_weights"),
+    "reward columns": (_config(reward_columns=["score"]), "rows reward_columns"),
+    "reward function": (lambda w: w.reward_funcs.__setitem__(0, second_reward), "reward_funcs"),
+    "a further reward function": (lambda w: w.reward_funcs.append(second_reward), "reward_funcs"),
+    "no value head": (_set("", "head", None), "value_head value_config"),
+    "a weight of the value head": (_nudge(lambda w: w.head.linear.bias), "value_head"),
     "range of the value head": (
-        _attribute("head", head_of(max_value=0.75)),
-        {"value_config"},
+        lambda w: setattr(w, "head", head_of(max_value=0.75)),
+        "value_config",
     ),
-    "one weight of the reference": (_weights, {"weights"}),
-    "dtype of the reference": (lambda w: w.model.bfloat16(), {"weights", "dtype"}),
-    "attention of the reference": (
-        lambda w: w.model.set_attn_implementation("eager"),
-        {"attention"},
-    ),
-    "configuration of the reference": (
-        _attribute("model.config.rms_norm_eps", 1e-5),
-        {"model_config"},
-    ),
-    "chat template": (_tokenizer(template=CHAT + " "), {"chat_template"}),
-    "padding token": (_tokenizer(pad="<eos>"), {"special_tokens"}),
-    "BOS": (_tokenizer(bos=False), {"tokenizer", "special_tokens", "tokens"}),
-    "a merge of the tokenizer": (_vocabulary, {"tokenizer"}),
-    "kernel version": ("patch", {"lolkernels"}),
+    "a weight of the reference": (_nudge(lambda w: w.model.model.norm.weight), "weights"),
+    "dtype of the reference": (lambda w: w.model.bfloat16(), "weights dtype"),
+    "attention": (lambda w: w.model.set_attn_implementation("eager"), "attention"),
+    "configuration of the model": (_set("model.config", "rms_norm_eps", 1e-5), "model_config"),
+    "chat template": (_tokenizer(template=CHAT + " "), "chat_template"),
+    "padding token": (_tokenizer(pad="<eos>"), "special_tokens"),
+    "BOS": (_tokenizer(bos=False), "tokenizer special_tokens tokens"),
+    "a merge of the tokenizer": (_vocabulary, "tokenizer"),
+    "kernel version": (None, "lolkernels"),
 }
 
 IRRELEVANT: dict[str, Any] = {
@@ -314,12 +297,10 @@ IRRELEVANT: dict[str, Any] = {
     "memory budget": _config(memory_budget=1 << 20),
     "which rows are returned": _config(keep="positive"),
     "mode of the model": lambda w: w.model.train(),
-    "another object with the same weights": lambda w: setattr(
-        w, "model", make_llama(len(w.tokenizer))
-    ),
-    "name of the model": _attribute("model.config._name_or_path", "elsewhere"),
+    "an equal model": lambda w: setattr(w, "model", make_llama(len(w.tokenizer))),
+    "name of the model": _set("model.config", "_name_or_path", "elsewhere"),
     "an equal tokenizer": _tokenizer(),
-    "generation settings": _attribute("model.config.use_cache", False),
+    "generation settings": _set("model.config", "use_cache", False),
 }
 
 
@@ -330,15 +311,12 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-def test_the_matrix_is_large_enough() -> None:
-    assert len(CHANGES) >= 20 and len(IRRELEVANT) >= 5
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_makes_the_cache_stale(name: str, world: World, monkeypatch) -> None:
-    """T6: rejected, with the field named; rebuilding gives what a cold run gives."""
-    change, fields = CHANGES[name]
-    if change == "patch":
+    """It is refused, with the field named; rebuilding gives what a cold run gives."""
+    change, named = CHANGES[name]
+    fields = set(named.split())
+    if change is None:
         monkeypatch.setattr("lolkernels.__version__", "999")
     else:
         change(world)
@@ -354,12 +332,12 @@ def test_a_change_makes_the_cache_stale(name: str, world: World, monkeypatch) ->
     assert world.run().report["cache"] == "hit"
 
 
-@pytest.mark.parametrize("name", IRRELEVANT)
-def test_what_does_not_matter_is_a_hit(name: str, world: World) -> None:
-    before = world.run()
-    IRRELEVANT[name](world)
-    after = world.run()
-    assert after.report["cache"] == "hit" and after.report["key"] == before.report["key"]
+def test_what_does_not_matter_is_a_hit(world: World) -> None:
+    key = world.run().report["key"]
+    for name, change in IRRELEVANT.items():
+        change(world)
+        after = world.run()
+        assert after.report["cache"] == "hit" and after.report["key"] == key, name
 
 
 def test_cached_equals_online_bit_for_bit(world: World) -> None:
@@ -378,8 +356,6 @@ def test_key_is_in_both_files_and_every_field_counts(world: World) -> None:
     manifest = json.loads((world.folder / cache.MANIFEST).read_text())
     assert len(manifest["key"]) >= 20
     assert manifest["key_sha256"] == cache.key_hash(manifest["key"])
-    import safetensors
-
     with safetensors.safe_open(world.folder / cache.ARRAYS, framework="pt") as file:
         assert json.loads(file.metadata()["key"]) == manifest["key"]
     for field in manifest["key"]:
@@ -390,8 +366,16 @@ def test_key_is_in_both_files_and_every_field_counts(world: World) -> None:
     assert cache.stale_fields(manifest["key"], shorter) == ["dtype"]
 
 
-def test_torn_and_flipped_files_are_found(world: World) -> None:
-    """T5: 50 truncations and 50 bit flips of each file; none is loaded."""
+def test_torn_flipped_and_hostile_files_are_found(
+    world: World, tmp_path: Path, monkeypatch
+) -> None:
+    """50 truncations and 50 bit flips of each file: none is loaded, and nothing hostile runs."""
+    monkeypatch.chdir(tmp_path)
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (Path("CANARY"),))
+
     for name in (cache.ARRAYS, cache.MANIFEST):
         path = world.folder / name
         data = path.read_bytes()
@@ -403,38 +387,19 @@ def test_torn_and_flipped_files_are_found(world: World) -> None:
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             with pytest.raises(StaleCacheError):
                 world.run()
+        path.write_bytes(pickle.dumps(Attack()))
+        with pytest.raises(StaleCacheError):
+            world.run()
         path.write_bytes(data)
+    assert not (tmp_path / "CANARY").exists()
     assert world.run().report["cache"] == "hit"
     (world.folder / cache.ARRAYS).unlink()
     with pytest.raises(StaleCacheError, match="damaged"):
         world.run()
     assert world.run(stale_cache="rebuild").report["cache"] == "built"
-
-
-def test_arrays_without_manifest_are_no_cache(world: World) -> None:
-    """A run killed between the two files leaves no cache, not a wrong one."""
+    # A run that is killed between the two files leaves no cache, not a wrong one.
     (world.folder / cache.MANIFEST).unlink()
     assert world.run().report["cache"] == "built"
-
-
-def test_hostile_files_run_nothing(world: World, tmp_path: Path, monkeypatch) -> None:
-    import pickle
-
-    monkeypatch.chdir(tmp_path)
-
-    class Attack:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (Path("CANARY"),))
-
-    payload = pickle.dumps(Attack())
-    for name in (cache.ARRAYS, cache.MANIFEST):
-        path = world.folder / name
-        data = path.read_bytes()
-        path.write_bytes(payload)
-        with pytest.raises(StaleCacheError):
-            world.run()
-        path.write_bytes(data)
-    assert not (tmp_path / "CANARY").exists()
 
 
 def test_identity_of_reward_functions() -> None:
@@ -446,7 +411,6 @@ def test_identity_of_reward_functions() -> None:
 
 
 def test_rows_keep_their_scores_under_shuffling(llama: Any, tokenizer: Any) -> None:
-    """RELIABILITY 3.2, property 18: scores belong to rows, not to places."""
     records = read_records(make_rows(11))
     dataset = LoLDataset.from_records(records, tokenizer)
     order = [7, 2, 9, 0, 10, 4, 1, 8, 3, 6, 5]

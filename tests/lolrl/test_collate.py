@@ -11,21 +11,10 @@ import lolkernels as lk
 from lolrl.collate import LoLCollator
 from tests.lolrl.toys import make_dataset, make_gpt2, make_llama
 
+FIELDS = "input_ids", "prompt_length", "ref_logps", "advantage", "reward"
 ROWS = [
-    {
-        "input_ids": [5, 6, 7],
-        "prompt_length": 1,
-        "ref_logps": [-1.0, -2.0],
-        "advantage": 0.5,
-        "reward": 1.0,
-    },
-    {
-        "input_ids": [8, 9, 4, 3, 1],
-        "prompt_length": 3,
-        "ref_logps": [-3.0, -4.0],
-        "advantage": -2.0,
-        "reward": 0.0,
-    },
+    dict(zip(FIELDS, ([5, 6, 7], 1, [-1.0, -2.0], 0.5, 1.0), strict=True)),
+    dict(zip(FIELDS, ([8, 9, 4, 3, 1], 3, [-3.0, -4.0], -2.0, 0.0), strict=True)),
 ]
 
 
@@ -49,11 +38,8 @@ def test_left_padding_and_multiples() -> None:
 
 
 def test_a_column_is_there_only_if_every_row_has_it() -> None:
-    rows = [
-        dict(ROWS[0]),
-        {k: v for k, v in ROWS[1].items() if k not in ("ref_logps", "advantage")},
-    ]
-    batch = LoLCollator(1)(rows)
+    fewer = {k: v for k, v in ROWS[1].items() if k not in ("ref_logps", "advantage")}
+    batch = LoLCollator(1)([dict(ROWS[0]), fewer])
     assert "ref_logps" not in batch and "advantages" not in batch and "rewards" in batch
 
 

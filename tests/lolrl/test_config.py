@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lolkernels as lk
 from lolrl.config import (
-    OBJECTIVES,
     AnnotateConfig,
     ConfigError,
     LoLConfig,
@@ -104,9 +104,9 @@ def test_value_config_refuses(changes: dict, name: str) -> None:
 
 @settings(max_examples=60)
 @given(
-    objective=st.sampled_from(OBJECTIVES),
-    clip=st.none() | st.floats(1e-6, 1e6),
-    beta=st.floats(0, 1e9),
+    objective=st.sampled_from(sorted(lk.objectives.REGISTRY)),
+    clip=st.none() | st.just("auto") | st.floats(1e-6, 1e6),
+    beta=st.just("auto") | st.floats(0, 1e9),
     rate=st.floats(1e-12, 1.0),
     columns=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True),
     options=st.none()
@@ -133,6 +133,34 @@ def test_round_trip_through_yaml(
     assert to_mapping(back) == to_mapping(config)
     for field in ("objective", "clip", "beta", "learning_rate", "objective_args", "max_steps"):
         assert getattr(back, field) == getattr(config, field)
+
+
+def test_text_of_a_number_is_a_number_and_another_word_is_refused(tmp_path: Path) -> None:
+    def config(**changes: object) -> LoLConfig:
+        return LoLConfig(output_dir=str(tmp_path), **CPU, **changes)
+
+    assert (config().clip, config().beta, config().floor) == ("auto", "auto", "auto")
+    assert config(clip="5e-1", beta="0.25").clip == 0.5
+    for name in ("clip", "beta", "floor"):
+        for value in ("small", True, [0.9], "nan"):
+            with pytest.raises(ConfigError, match=name):
+                config(**{name: value})
+    for name in ("beta", "floor"):
+        with pytest.raises(ConfigError, match=f"{name}=None must be a number, or auto"):
+            config(**{name: None})
+
+
+def test_the_choices_are_the_registry(tmp_path: Path) -> None:
+    def fresh(logps, seq):
+        return -seq.sum(logps)
+
+    with pytest.raises(ConfigError, match="fresh"):
+        LoLConfig(output_dir=str(tmp_path), objective="fresh", **CPU)
+    lk.objectives.objective()(fresh)
+    try:
+        assert LoLConfig(output_dir=str(tmp_path), objective="fresh", **CPU).objective == "fresh"
+    finally:
+        del lk.objectives.REGISTRY["fresh"]
 
 
 def test_secrets_are_not_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""T4: killed at random moments, the run goes on by itself and ends with the same bits."""
+"""Killed at random moments, the run goes on by itself and ends with the same bits."""
 
 from __future__ import annotations
 

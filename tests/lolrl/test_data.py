@@ -1,4 +1,4 @@
-"""Rows: what is accepted, and T9: a hundred malformed ones, each named by file, line, field."""
+"""Rows: what is accepted, and a hundred malformed ones, each named by file, line and field."""
 
 from __future__ import annotations
 
@@ -40,153 +40,98 @@ def pair(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in {**PAIR, **changes}.items() if v is not ...}
 
 
-# (row or raw line, field that must be named)
-MALFORMED: list[tuple[Any, str]] = [
-    # the line itself
-    (b"", "*"),  # replaced below by a file without rows
-    (b"{", "*"),
-    (b"[1, 2]", "*"),
-    (b"3", "*"),
-    (b'"text"', "*"),
-    (b"null", "*"),
-    (b"true", "*"),
-    (b"{'prompt': 'a'}", "*"),
-    (b'{"prompt": "a" "completion": "b"}', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": 1} trailing', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": NaN}', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": Infinity}', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": -Infinity}', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": 1,}', "*"),
-    (b'{"prompt": "a", "prompt": "b", "completion": "c", "reward": 1}', "prompt"),
-    (b'{"prompt": "a", "completion": "c", "reward": 1, "reward": 2}', "reward"),
-    (b'{"prompt": [{"role": "user", "role": "x", "content": "a"}]}', "role"),
-    (b'{"prompt": "\xff", "completion": "b", "reward": 1}', "*"),
-    (b"\x00\x01\x02", "*"),
-    (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "*"),
-    (b'{"prompt": "' + b"x" * (10 << 20) + b'"}', "*"),
-    (b'{"prompt": "a", "completion": "b", "reward": 1' + b"0" * 5000 + b"}", "*"),
-    # prompt
-    (row(prompt=...), "prompt"),
-    (row(prompt=None), "prompt"),
-    (row(prompt=3), "prompt"),
-    (row(prompt=1.5), "prompt"),
-    (row(prompt=True), "prompt"),
-    (row(prompt={}), "prompt"),
-    (row(prompt={"role": "user", "content": "x"}), "prompt"),
-    (row(prompt=[]), "prompt"),
-    (row(prompt="\ud800"), "prompt"),
-    ({}, "prompt"),
-    ({"text": "a"}, "prompt"),
-    ({"instruction": "a", "output": "b"}, "prompt"),
-    # completion
-    (row(completion=...), "completion"),
-    (row(completion=None), "completion"),
-    (row(completion=""), "completion"),
-    (row(completion=" "), "completion"),
-    (row(completion="\n\t \n"), "completion"),
-    (row(completion="\u3000\u2003"), "completion"),
-    (row(completion=7), "completion"),
-    (row(completion=False), "completion"),
-    (row(completion={}), "completion"),
-    (row(completion=[]), "completion"),
-    (row(completion=["a"]), "completion[0]"),
-    (row(completion=[REPLY]), "completion"),
-    (row(completion="\udfff end"), "completion"),
-    # reward
-    (row(reward=...), "reward"),
-    (row(reward=None), "reward"),
-    (row(reward="0.5"), "reward"),
-    (row(reward="good"), "reward"),
-    (row(reward=""), "reward"),
-    (row(reward=True), "reward"),
-    (row(reward=[0.5]), "reward"),
-    (row(reward={"score": 1}), "reward"),
-    (row(reward=10**400), "reward"),
-    # further columns
-    (row(advantage="high"), "advantage"),
-    (row(advantage=True), "advantage"),
-    (row(advantage=[1.0]), "advantage"),
-    (row(advantage=10**400), "advantage"),
-    (row(value="low"), "value"),
-    (row(value=[0.1]), "value"),
-    (row(value=False), "value"),
-    (row(ref_logps=0.5), "ref_logps"),
-    (row(ref_logps=[]), "ref_logps"),
-    (row(ref_logps="-1,-2"), "ref_logps"),
-    (row(ref_logps=[-1.0, 0.5]), "ref_logps[1]"),
-    (row(ref_logps=[-1.0, None]), "ref_logps[1]"),
-    (row(ref_logps=["-1.0"]), "ref_logps[0]"),
-    (row(ref_logps=[True]), "ref_logps[0]"),
-    (row(ref_logps=[[-1.0]]), "ref_logps[0]"),
-    # conversations
-    (chat(prompt="hi"), "completion"),
-    (chat(completion="hello"), "completion"),
-    (chat(prompt=["hi"]), "prompt[0]"),
-    (chat(prompt=[None]), "prompt[0]"),
-    (chat(prompt=[[USER]]), "prompt[0]"),
-    (chat(prompt=[{}]), "prompt[0].role"),
-    (chat(prompt=[{"role": "user"}]), "prompt[0].content"),
-    (chat(prompt=[{"content": "hi"}]), "prompt[0].role"),
-    (chat(prompt=[{"role": "user", "content": None}]), "prompt[0].content"),
-    (chat(prompt=[{"role": "user", "content": 3}]), "prompt[0].content"),
-    (chat(prompt=[{"role": "user", "content": ["hi"]}]), "prompt[0].content"),
-    (chat(prompt=[{"role": 1, "content": "hi"}]), "prompt[0].role"),
-    (chat(prompt=[{"role": "", "content": "hi"}]), "prompt[0].role"),
-    (chat(prompt=[USER, {"role": "user", "content": "\ud800"}]), "prompt[1].content"),
-    (chat(completion=[{"role": "assistant", "content": ""}]), "completion[0].content"),
-    (chat(completion=[{"role": "assistant", "content": "  "}]), "completion[0].content"),
-    (chat(completion=[REPLY, {"role": "assistant"}]), "completion[1].content"),
-    # pairs
-    (pair(prompt=...), "prompt"),
-    (pair(chosen=...), "chosen"),
-    (pair(rejected=...), "rejected"),
-    (pair(rejected=None), "rejected"),
-    (pair(chosen=""), "chosen"),
-    (pair(rejected="  "), "rejected"),
-    (pair(chosen=5), "chosen"),
-    (pair(rejected=[]), "rejected"),
-    (pair(chosen=[REPLY]), "chosen"),
-    (pair(completion="x"), "completion"),
-    (pair(reward_chosen=...), "reward_chosen"),
-    (pair(reward_rejected=None), "reward_rejected"),
-    (pair(reward_chosen="1"), "reward_chosen"),
-    (pair(prompt=..., chosen=[USER], rejected=[REPLY]), "prompt"),
+# Lines that are no row at all.
+LINES = [b"{", b"[1, 2]", b"3", b'"text"', b"null", b"true", b"{'prompt': 'a'}", b"\x00\x01\x02"]
+LINES += [
+    b'{"prompt": "a" "completion": "b"}',
+    b'{"prompt": "\xff", "completion": "b", "reward": 1}',
 ]
+LINES += [
+    b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    b'{"prompt": "' + b"x" * (10 << 20) + b'"}',
+]
+LINES += [
+    b'{"prompt": "a", "completion": "b", "reward": ' + end
+    for end in (
+        b"1} trailing",
+        b"NaN}",
+        b"Infinity}",
+        b"-Infinity}",
+        b"1,}",
+        b"1" + b"0" * 5000 + b"}",
+    )
+]
+
+
+def message(**changes: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in {**USER, **changes}.items() if v is not ...}]
+
+
+# By the field that must be named: raw lines, or rows.
+MALFORMED: dict[str, list[Any]] = {
+    "*": LINES,
+    "role": [b'{"prompt": [{"role": "user", "role": "x", "content": "a"}]}'],
+    "prompt": [
+        b'{"prompt": "a", "prompt": "b", "completion": "c", "reward": 1}',
+        *(row(prompt=p) for p in (..., None, 3, 1.5, True, {}, USER, [], "\ud800")),
+        *({}, {"text": "a"}, {"instruction": "a", "output": "b"}),
+        pair(prompt=...),
+        pair(prompt=..., chosen=[USER], rejected=[REPLY]),
+    ],
+    "completion": [
+        *(row(completion=c) for c in (..., None, "", " ", "\n\t \n", "\u3000\u2003", 7, False)),
+        *(row(completion=c) for c in ({}, [], [REPLY], "\udfff end")),
+        *(chat(prompt="hi"), chat(completion="hello"), pair(completion="x")),
+    ],
+    "completion[0]": [row(completion=["a"])],
+    "reward": [
+        b'{"prompt": "a", "completion": "c", "reward": 1, "reward": 2}',
+        *(row(reward=r) for r in (..., None, "0.5", "good", "", True, [0.5], {"a": 1}, 10**400)),
+    ],
+    "advantage": [row(advantage=a) for a in ("high", True, [1.0], 10**400)],
+    "value": [row(value=v) for v in ("low", [0.1], False)],
+    "ref_logps": [row(ref_logps=logps) for logps in (0.5, [], "-1,-2")],
+    "ref_logps[0]": [row(ref_logps=logps) for logps in (["-1.0"], [True], [[-1.0]])],
+    "ref_logps[1]": [row(ref_logps=logps) for logps in ([-1.0, 0.5], [-1.0, None])],
+    "prompt[0]": [chat(prompt=p) for p in (["hi"], [None], [[USER]])],
+    "prompt[0].role": [chat(prompt=p) for p in ([{}], *(message(role=r) for r in (..., 1, "")))],
+    "prompt[0].content": [chat(prompt=message(content=c)) for c in (..., None, 3, ["hi"])],
+    "prompt[1].content": [chat(prompt=[USER, *message(content="\ud800")])],
+    "completion[0].content": [chat(completion=message(content=c)) for c in ("", "  ")],
+    "completion[1].content": [chat(completion=[REPLY, {"role": "assistant"}])],
+    "chosen": [pair(chosen=c) for c in (..., "", 5, [REPLY])],
+    "rejected": [pair(rejected=r) for r in (..., None, "  ", [])],
+    "reward_chosen": [pair(reward_chosen=r) for r in (..., "1")],
+    "reward_rejected": [pair(reward_rejected=None)],
+}
 
 
 def as_line(item: Any) -> bytes:
     return item if isinstance(item, bytes) else json.dumps(item).encode("utf-8", "surrogatepass")
 
 
-def test_there_are_a_hundred() -> None:
-    assert len(MALFORMED) >= 100
-
-
-@pytest.mark.parametrize("index", range(1, len(MALFORMED)))
-def test_malformed_row_is_named(index: int, tmp_path: Path) -> None:
-    """T9: the error names file, line and field, and says what to change; skip counts the row."""
-    item, field = MALFORMED[index]
+@pytest.mark.parametrize("field", MALFORMED)
+def test_malformed_rows_are_named(field: str, tmp_path: Path) -> None:
+    """The error names file, line and field, and says what to change; skip counts the row."""
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(as_line(GOOD) + b"\n" + as_line(item) + b"\n" + as_line(GOOD) + b"\n")
-    with pytest.raises(DataError) as caught:
-        read_records(path, require_reward=True)
-    error = caught.value
-    assert (error.source, error.line, error.field) == (str(path), 2, field)
-    assert f"{path}, line 2, field {field!r}: " in str(error)
-    assert len(error.fix) > 8 and str(error).endswith(error.fix)
-    assert len(str(error)) < 600
-    records = read_records(path, require_reward=True, on_bad="skip")
-    assert [r.line for r in records] == [1, 3]
-    assert [(e.line, e.field) for e in records.skipped] == [(2, field)]
-
-
-@pytest.mark.parametrize("index", [i for i, (m, _) in enumerate(MALFORMED) if isinstance(m, dict)])
-def test_malformed_object_is_named(index: int) -> None:
-    """The same rows from memory."""
-    item, field = MALFORMED[index]
-    with pytest.raises(DataError) as caught:
-        read_records([GOOD, item], require_reward=True)
-    assert (caught.value.source, caught.value.line, caught.value.field) == ("rows", 2, field)
+    for item in MALFORMED[field]:
+        shown = as_line(item)[:100]
+        path.write_bytes(as_line(GOOD) + b"\n" + as_line(item) + b"\n" + as_line(GOOD) + b"\n")
+        with pytest.raises(DataError) as caught:
+            read_records(path, require_reward=True)
+        error = caught.value
+        assert (error.source, error.line, error.field) == (str(path), 2, field), shown
+        assert f"{path}, line 2, field {field!r}: " in str(error), shown
+        assert len(error.fix) > 8 and str(error).endswith(error.fix), shown
+        assert len(str(error)) < 600, shown
+        records = read_records(path, require_reward=True, on_bad="skip")
+        assert [r.line for r in records] == [1, 3], shown
+        assert [(e.line, e.field) for e in records.skipped] == [(2, field)], shown
+        if isinstance(item, dict):
+            with pytest.raises(DataError) as caught:
+                read_records([GOOD, item], require_reward=True)
+            error = caught.value
+            assert (error.source, error.line, error.field) == ("rows", 2, field), shown
 
 
 def test_not_finite_numbers_in_memory() -> None:

@@ -49,12 +49,10 @@ def test_samples_follow_the_models_distribution(llama: Any, tokenizer: Any) -> N
     ids = torch.tensor([encode_prompt(tokenizer, "the movie")])
     with torch.no_grad():
         p = llama(ids).logits[0, -1].double().softmax(-1)
-    drawn = sample(
-        llama, tokenizer, ["the movie"] * 4000, max_new_tokens=1, batch_size=4000, seed=1
-    )
-    counts = torch.bincount(
-        torch.tensor([s.completion_ids[0] for s in drawn]), minlength=len(p)
-    ).double()
+    prompts = ["the movie"] * 4000
+    drawn = sample(llama, tokenizer, prompts, max_new_tokens=1, batch_size=4000, seed=1)
+    first = torch.tensor([s.completion_ids[0] for s in drawn])
+    counts = torch.bincount(first, minlength=len(p)).double()
     # Six standard deviations of each count.
     bound = 6 * (4000 * p * (1 - p)).sqrt() + 1
     assert bool(((counts - 4000 * p).abs() <= bound).all())
@@ -126,22 +124,17 @@ def test_peft_models_generate_and_score(llama: Any, tokenizer: Any) -> None:
     assert counts[0] == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "cause"),
-    [
+def test_bad_options_are_named(llama: Any, tokenizer: Any) -> None:
+    for options, cause in (
         ({"temperature": -0.5}, "temperature must be finite and >= 0"),
         ({"temperature": math.nan}, "temperature must be finite"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"max_new_tokens": 0}, "max_new_tokens and batch_size must be >= 1"),
         ({"batch_size": 0}, "max_new_tokens and batch_size must be >= 1"),
-    ],
-)
-def test_bad_options_are_named(
-    llama: Any, tokenizer: Any, options: dict[str, Any], cause: str
-) -> None:
-    with pytest.raises(ValueError, match=cause):
-        generate(llama, tokenizer, PROMPTS, **options)
+    ):
+        with pytest.raises(ValueError, match=cause):
+            generate(llama, tokenizer, PROMPTS, **options)
 
 
 # --- scoring ---
@@ -237,17 +230,9 @@ def test_divergence_estimates_the_kl(llama: Any, tokenizer: Any) -> None:
     ratio, probability = p - q, p.exp()
     kl = float((probability * ratio).sum())
     deviation = float((probability * (ratio - kl) ** 2).sum().sqrt())
-    report = evaluate(
-        policy,
-        tokenizer,
-        ["the"] * 3000,
-        words,
-        reference=llama,
-        max_new_tokens=1,
-        top_p=1.0,
-        batch_size=3000,
-        resamples=10,
-    )
+    options: dict[str, Any] = {"max_new_tokens": 1, "top_p": 1.0, "batch_size": 3000}
+    options |= {"reference": llama, "resamples": 10}
+    report = evaluate(policy, tokenizer, ["the"] * 3000, words, **options)
     assert kl > 0.1
     assert report.divergence == pytest.approx(kl, abs=5 * deviation / 3000**0.5)
 

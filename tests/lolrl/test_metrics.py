@@ -16,7 +16,13 @@ from lolrl.metrics import Meter
 NAN = float("nan")
 
 
-def batch(logps: list[list[float]], ref: list[list[float]] | None = None, **side: Any) -> tuple:
+def batch(
+    logps: list[list[float]],
+    ref: list[list[float]] | None = None,
+    metrics: dict[str, list[float]] | None = None,
+    group_size: int = 1,
+    **side: Any,
+) -> tuple:
     """What the fused model and the collator give for rows of these token log-probs."""
     lengths = [len(row) for row in logps]
     width = 1 + max(lengths)
@@ -36,8 +42,10 @@ def batch(logps: list[list[float]], ref: list[list[float]] | None = None, **side
         loss=torch.tensor(1.5),
         logps=flat,
         entropy=-2 * flat,
-        seq=lk.Sequences.from_lengths(lengths),
+        seq=lk.Sequences.from_lengths(lengths, group_size=group_size),
     )
+    if metrics is not None:
+        out.metrics = {name: torch.tensor(values) for name, values in metrics.items()}
     return out, inputs
 
 
@@ -45,26 +53,26 @@ def alone(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def meter(objective: str, clip: float | None = 0.9, beta: float = 0.1) -> Meter:
-    return Meter(objective, clip=clip, beta=beta, device="cpu")
+def line(*batches: tuple) -> dict[str, float]:
+    m = Meter("cpu")
+    for out, inputs in batches:
+        m.add(out, inputs)
+    return m.pop(alone)
 
 
 LOGPS = [[-1.0, -2.0], [-3.0], [-0.5, -0.5, -0.5]]
 REF = [[-1.5, -1.5], [-0.5], [-1.0, -1.0, -0.2]]
-RATIOS = [1.0, math.exp(-2.5), math.exp(0.7)]  # below the bounds, and above
+RATIOS = [1.0, math.exp(-2.5), math.exp(0.7)]
 
 
-def test_sequence_ratio_and_both_sides_of_the_clip() -> None:
-    m = meter("a_lol")
-    m.add(*batch(LOGPS, REF, advantages=[1.0, -0.5, 2.0], rewards=[1.0, 0.0, 0.5]))
-    m.updates = 1
-    logs = m.pop(alone)
+def test_figures_of_a_batch() -> None:
+    side = {"advantages": [1.0, -0.5, 2.0], "rewards": [1.0, 0.0, 0.5]}
+    logs = line(batch(LOGPS, REF, {"clipped": [0.0, 1.0, 1.0]}, **side))
     assert logs["ratio/min"] == pytest.approx(RATIOS[1], rel=1e-6)
     assert logs["ratio/max"] == pytest.approx(RATIOS[2], rel=1e-6)
     assert logs["ratio/mean"] == pytest.approx(sum(RATIOS) / 3, rel=1e-6)
-    # 0.082 < 0.1 and 2.01 > 1.9: one on either side.
-    assert logs["clip_ratio"] == pytest.approx(2 / 3)
     assert logs["kl"] == pytest.approx((0.0 - 2.5 + 0.7) / 3, rel=1e-6)
+    assert logs["clip_ratio"] == pytest.approx(2 / 3)
     assert logs["logps/mean"] == pytest.approx(-7.5 / 6)
     assert logs["entropy"] == pytest.approx(15 / 6)
     assert logs["advantage/mean"] == pytest.approx(2.5 / 3)
@@ -73,83 +81,72 @@ def test_sequence_ratio_and_both_sides_of_the_clip() -> None:
     assert logs["loss"] == 1.5 and logs["num_tokens"] == 12
 
 
-def test_token_ratio() -> None:
-    m = meter("a_lol_seq")
-    m.add(*batch(LOGPS, REF))
-    tokens = [
-        math.exp(a - b) for x, y in zip(LOGPS, REF, strict=True) for a, b in zip(x, y, strict=True)
-    ]
-    logs = m.pop(alone)
-    assert logs["ratio/mean"] == pytest.approx(sum(tokens) / 6, rel=1e-6)
-    assert logs["ratio/min"] == pytest.approx(min(tokens), rel=1e-6)
-    outside = sum(t < 0.1 or t > 1.9 for t in tokens)
-    assert outside == 1 and logs["clip_ratio"] == pytest.approx(outside / 6)
-    assert logs["kl"] == pytest.approx(-1.8 / 3, rel=1e-6)
+def test_what_the_objective_reports_is_logged_and_not_computed_again() -> None:
+    reported = {
+        "log_ratio": [0.5, -0.5, NAN],
+        "unlearned": [1.0, 0.0, 0.0],
+        "margin": [1.0, 2.0, 6.0],
+    }
+    logs = line(batch(LOGPS, REF, reported))
+    assert logs["kl"] == 0.0 and logs["ratio/max"] == pytest.approx(math.exp(0.5))
+    assert logs["unlearned_share"] == pytest.approx(1 / 3) and logs["objective/margin"] == 3.0
+    assert "clip_ratio" not in logs
 
 
-def test_without_clip_nothing_is_clipped_and_others_do_not_say() -> None:
-    for objective, clip, expected in (("a_lol", None, 0.0), ("nll", 0.9, None)):
-        m = meter(objective, clip)
-        m.add(*batch(LOGPS, REF))
-        assert m.pop(alone).get("clip_ratio") == expected
+def test_an_objective_without_metrics_or_reference_logs_none() -> None:
+    for metrics in (None, {}):
+        logs = line(batch(LOGPS, None, metrics))
+        assert not {"kl", "ratio/mean", "ratio/min", "clip_ratio", "unlearned_share"} & set(logs)
 
 
-@pytest.mark.parametrize(
-    ("objective", "column", "share"),
-    [
-        ("a_lol_kl", "advantages", 2 / 4),
-        ("r_lol_kl", "rewards", 2 / 4),
-        ("a_lol", "advantages", None),
-    ],
-)
-def test_unlearned_share(objective: str, column: str, share: float | None) -> None:
-    m = meter(objective, beta=0.25)
-    m.add(*batch([[-1.0]] * 4, [[-1.0]] * 4, **{column: [-1.0, 0.2, 0.3, 4.0]}))
-    assert m.pop(alone).get("unlearned_share") == share
+def test_metrics_of_groups_are_one_per_group() -> None:
+    rows = [[-1.0], [-2.0], [NAN], [NAN]]
+    logs = line(batch(rows, None, {"margin": [3.0, 9.0]}, group_size=2))
+    assert logs["objective/margin"] == 3.0  # the second pair was not scored
 
 
 def test_skipped_and_empty_sequences_are_not_averaged() -> None:
     """A row without weight is not scored (NaN), a row without tokens does not exist."""
-    m = meter("a_lol")
-    m.add(
-        *batch(
+    logs = line(
+        batch(
             [[-1.0, -2.0], [NAN, NAN], []],
             [[-1.0, -1.0], [-9.0, -9.0], []],
+            {"clipped": [1.0, 0.0, 0.0]},
             advantages=[1.0, -3.0, 7.0],
         )
     )
-    logs = m.pop(alone)
-    assert logs["logps/mean"] == -1.5 and logs["kl"] == -1.0
+    assert logs["logps/mean"] == -1.5 and logs["kl"] == -1.0 and logs["clip_ratio"] == 1.0
     assert logs["ratio/min"] == logs["ratio/max"] == pytest.approx(math.exp(-1))
     assert logs["advantage/mean"] == -1.0 and logs["positive_share"] == 0.5
-    only_skipped = meter("a_lol")
-    only_skipped.add(*batch([[NAN]], [[-1.0]], advantages=[-1.0]))
-    logs = only_skipped.pop(alone)
+    logs = line(batch([[NAN]], [[-1.0]], advantages=[-1.0]))
     assert "ratio/mean" not in logs and "kl" not in logs and "logps/mean" not in logs
 
 
+def test_advantages_per_token_are_not_averaged_over_sequences() -> None:
+    assert "advantage/mean" not in line(batch([[-1.0]], advantages=[[0.0, 2.0]]))
+
+
 def test_huge_ratios_stay_finite() -> None:
-    m = meter("a_lol")
-    m.add(*batch([[-1.0], [-1e6]], [[-1e6], [-1.0]]))
-    logs = m.pop(alone)
+    logs = line(batch([[-1.0], [-1e6]], [[-1e6], [-1.0]]))
     assert math.isfinite(logs["ratio/mean"]) and logs["ratio/max"] > 1e300
-    assert 0 < logs["ratio/min"] < 1e-300 and logs["clip_ratio"] == 1.0
+    assert 0 < logs["ratio/min"] < 1e-300
     json.dumps(logs, allow_nan=False)
 
 
 def test_micro_batches_updates_and_ranks() -> None:
     """Loss adds over micro-batches, and averages over updates and ranks; extremes over all."""
-    one = meter("a_lol")
+    one, two = Meter("cpu"), Meter("cpu")
     for ref in (-1.0, -2.0, -1.5, -3.0):
         one.add(*batch([[-1.0]], [[ref]]))
     one.updates = 2
-    two = meter("a_lol")
     two.add(*batch([[-1.0]], [[4.0]]))
-    other = torch.cat([two.sums, two.low[None], two.high[None]])[None]
-    logs = one.pop(lambda mine: torch.cat([mine, other]))
+    kept: list[torch.Tensor] = []
+    two.pop(lambda mine: kept.append(mine) or mine)
+    logs = one.pop(lambda mine: torch.cat([mine, kept[0]]))
     assert logs["loss"] == pytest.approx((4 * 1.5 + 1.5) / 2 / 2)
     assert logs["ratio/min"] == pytest.approx(math.exp(-5), rel=1e-6)
     assert logs["ratio/max"] == pytest.approx(math.exp(2), rel=1e-6)
+    assert logs["kl"] == pytest.approx((0.0 + 1.0 + 0.5 + 2.0 - 5.0) / 5)
     assert logs["completion_tokens"] == 5 and logs["num_tokens"] == 10
     # The next line starts from nothing, but tokens go on counting.
     one.add(*batch([[-1.0]], [[-1.0]]))
@@ -158,30 +155,39 @@ def test_micro_batches_updates_and_ranks() -> None:
 
 
 def test_state_survives_json_exactly() -> None:
-    first, second = meter("a_lol"), meter("a_lol")
-    first.add(*batch(LOGPS, REF, advantages=[0.1, 0.2, 0.3]))
+    first, second = Meter("cpu"), Meter("cpu")
+    first.add(*batch(LOGPS, REF, {"margin": [0.1, 0.2, 0.4]}, advantages=[0.1, 0.2, 0.3]))
     first.updates, first.skipped_steps = 3, 1
     second.load(json.loads(json.dumps(first.state(alone), allow_nan=False)))
     for m in (first, second):
-        m.add(*batch([[-0.3]], [[-0.7]], advantages=[0.7]))
+        m.add(*batch([[-0.3]], [[-0.7]], {"margin": [0.3]}, advantages=[0.7]))
     a, b = first.pop(alone), second.pop(alone)
+    assert a.keys() == b.keys() and "objective/margin" in a
     for name in a:
         if name not in ("tokens_per_second", "step_time"):
             assert a[name] == b[name], name
     assert b["skipped_steps"] == 1.0
-    fresh = meter("a_lol")
+    fresh = Meter("cpu")
     fresh.load(json.loads(json.dumps(fresh.state(alone), allow_nan=False)))
     assert math.isinf(float(fresh.low)) and math.isinf(float(fresh.high))
-    # Of several ranks the main one goes on with the sums of all, the others with none.
-    ranks = first.state(lambda mine: torch.cat([mine, mine]))
-    main, other = meter("a_lol"), meter("a_lol")
+
+
+def test_after_a_resume_the_main_rank_goes_on_with_the_sums_of_all() -> None:
+    first, main, other = Meter("cpu"), Meter("cpu"), Meter("cpu")
     first.add(*batch([[-1.0]], [[-3.0]]))
     both = first.state(lambda mine: torch.cat([mine, mine]))
     main.load(both)
     other.load(both, main=False)
-    assert float(main.sums[0]) == 3.0 and float(other.sums.abs().sum()) == 0.0
+    assert other.sums.keys() == main.sums.keys()  # gathering needs the same names
+    assert float(main.sums["loss"][0]) == 3.0
+    assert all(float(pair.abs().sum()) == 0.0 for pair in other.sums.values())
     assert math.isinf(float(other.high)) and float(main.high) == pytest.approx(math.exp(2))
-    assert ranks["updates"] == both["updates"] == 0
-    for damaged in ({}, {**first.state(alone), "sums": ["1"]}, {**first.state(alone), "low": "x"}):
+    state = first.state(alone)
+    for damaged in (
+        {},
+        {**state, "sums": ["1"]},
+        {**state, "low": "x"},
+        {**state, "sums": {"a": 1}},
+    ):
         with pytest.raises(ValueError, match="counters"):
-            meter("a_lol").load(damaged)
+            Meter("cpu").load(damaged)

@@ -12,25 +12,11 @@ from lolrl import plots, report
 
 
 def row(name: str, reward: float, **more: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "name": name,
-        "reward": reward,
-        "reward_low": reward - 0.05,
-        "reward_high": reward + 0.04,
-        "matched": reward - 0.01,
-        "matched_low": reward - 0.06,
-        "matched_high": reward + 0.03,
-        "judge": 0.5,
-        "improved": 0.61,
-        "distinct": (0.431, 0.869, 0.989),
-        "words": 21.25,
-        "ppl_ref": 72.3,
-        "divergence": 1.5,
-        "updates": 100,
-        "kept": 0.52,
-        "step_seconds": 0.123,
-    }
-    return base | more
+    base: dict[str, Any] = {"name": name, "judge": 0.5, "improved": 0.61, "words": 21.25}
+    base |= {"reward": reward, "reward_low": reward - 0.05, "reward_high": reward + 0.04}
+    base |= {"matched": reward - 0.01, "matched_low": reward - 0.06, "matched_high": reward + 0.03}
+    base |= {"distinct": (0.431, 0.869, 0.989), "ppl_ref": 72.3, "divergence": 1.5}
+    return base | {"updates": 100, "kept": 0.52, "step_seconds": 0.123} | more
 
 
 ROWS = [row("sft", 0.15, divergence=0.0, improved=None), row("nll", 0.14), row("a_lol", 0.45)]
@@ -100,11 +86,8 @@ def test_curves_have_a_panel_a_quantity_and_a_line_a_method(
     }
     size(plots.plot_curves(logs, tmp_path / "c.png"))
     panels = {axis.get_title(loc="left"): axis for axis in drawn[0].axes if axis.get_visible()}
-    assert list(panels) == [
-        "reward on validation prompts",
-        "loss",
-        "share of ratios outside the clip",
-    ]
+    titles = ["reward on validation prompts", "loss", "share of ratios outside the clip"]
+    assert list(panels) == titles
     lines = {line.get_label(): line.get_xydata().tolist() for line in panels["loss"].get_lines()}
     assert lines == {"nll": [[5, 3.0], [10, 2.0]], "a_lol": [[5, 1.0], [10, 0.5]]}
     (reward,) = panels["reward on validation prompts"].get_lines()
@@ -184,12 +167,8 @@ def test_spread_is_mean_and_deviation_over_seeds() -> None:
 
 
 def test_loss_table_prints_the_quotients() -> None:
-    cost = {
-        "fused_seconds": 0.010,
-        "eager_seconds": 0.040,
-        "fused_bytes": 2 << 20,
-        "eager_bytes": 8 << 20,
-    }
+    cost = {"fused_seconds": 0.01, "eager_seconds": 0.04}
+    cost |= {"fused_bytes": 2 << 20, "eager_bytes": 8 << 20}
     lines = report.loss_table(cost).splitlines()
     assert cells(lines[2]) == ["fused", "10.0 ms", "2.0 MiB"]
     assert cells(lines[3]) == ["eager", "40.0 ms", "8.0 MiB"]

@@ -1,4 +1,4 @@
-"""T2: one rank and two gloo ranks train the same model."""
+"""One rank and two gloo ranks train the same model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,11 @@ def train(folder: Path, ranks: int, size: int, steps: int, *resume: str) -> list
         port = probe.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
-            "OMP_NUM_THREADS": "1",
-        }
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
         if ranks > 1:
-            env |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         module = [sys.executable, "-m", "tests.lolrl.ranks_worker"]
         command = [*module, str(folder), str(size), str(steps), *resume]
         processes.append(
@@ -59,11 +50,15 @@ def train(folder: Path, ranks: int, size: int, steps: int, *resume: str) -> list
     ]
 
 
-@pytest.mark.parametrize(("size", "steps"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
-def test_two_ranks_equal_one(size: int, steps: int, tmp_path: Path) -> None:
-    """Uneven completions and rows without weight on either rank; 8 updates in float64."""
-    (one,) = train(tmp_path / "one", 1, 8, 1)
-    first, second = train(tmp_path / "two", 2, size, steps)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("ranks") / "two"
+    return folder, train(folder, 2, 2, 2)
+
+
+def compare_with_one(ranks: list[dict], folder: Path) -> None:
+    (one,) = train(folder, 1, 8, 1)
+    first, second = ranks
     for name, value in one["parameters"].items():
         assert torch.equal(first["parameters"][name], second["parameters"][name]), name
         assert (first["parameters"][name] - value).abs().max() <= 1e-10, name
@@ -75,10 +70,20 @@ def test_two_ranks_equal_one(size: int, steps: int, tmp_path: Path) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12), name
 
 
-def test_two_ranks_resume_to_the_same_bits(tmp_path: Path) -> None:
+def test_two_ranks_equal_one(two: tuple[Path, list[dict]], tmp_path: Path) -> None:
+    """Uneven completions and rows without weight on either rank; 8 updates in float64."""
+    compare_with_one(two[1], tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_ranks_without_accumulation_equal_one(tmp_path: Path) -> None:
+    compare_with_one(train(tmp_path / "two", 2, 4, 1), tmp_path / "one")
+
+
+def test_two_ranks_resume_to_the_same_bits(two: tuple[Path, list[dict]], tmp_path: Path) -> None:
     """From the middle of a log window, whose sums came from both ranks."""
-    whole = train(tmp_path / "whole", 2, 4, 1)
-    resumed = train(tmp_path / "resumed", 2, 4, 1, str(tmp_path / "whole" / "checkpoint-4"))
+    folder, whole = two
+    resumed = train(tmp_path / "resumed", 2, 2, 2, str(folder / "checkpoint-4"))
     for mine, theirs in zip(resumed, whole, strict=True):
         for name, value in theirs["parameters"].items():
             assert torch.equal(mine["parameters"][name], value), name

@@ -39,18 +39,11 @@ def test_vader_takes_messages_and_further_columns() -> None:
     assert together[0] > 0.5
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion", "text"),
-    [
-        ("The film", " is good", "The film is good"),
-        ("The film", "is good", "The film is good"),
-        ("The film ", "is good", "The film is good"),
-        ("", "is good", "is good"),
-        ("The film", "", "The film "),
-    ],
-)
-def test_full_texts_have_one_space_at_the_seam(prompt: str, completion: str, text: str) -> None:
-    assert full_texts([prompt], [completion]) == [text]
+def test_full_texts_have_one_space_at_the_seam() -> None:
+    prompts = ["The film", "The film", "The film ", "", "The film"]
+    completions = [" is good", "is good", "is good", "is good", ""]
+    whole = "The film is good"
+    assert full_texts(prompts, completions) == [whole, whole, whole, "is good", "The film "]
 
 
 def test_full_texts_must_pair_up() -> None:
@@ -63,19 +56,16 @@ def test_reward_by_name() -> None:
     assert reward_by_name("tests.lolrl.test_rewards:letters")(["a"], ["bcd"]) == [3.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [
+def test_reward_by_name_names_the_cause() -> None:
+    for name, cause in (
         ("sentiment", "unknown reward 'sentiment'"),
         ("nowhere.to_be_found:f", "cannot be imported"),
         ("lolrl.rewards:absent", "cannot be imported"),
         ("lolrl.rewards:BUILT_IN", "is a dict, not a function"),
         (":f", "unknown reward"),
-    ],
-)
-def test_reward_by_name_names_the_cause(name: str, cause: str) -> None:
-    with pytest.raises(ValueError, match=cause):
-        reward_by_name(name)
+    ):
+        with pytest.raises(ValueError, match=cause):
+            reward_by_name(name)
 
 
 def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -89,13 +79,9 @@ BAD = ("dull", "tedious", "hollow")
 
 
 def rated(count: int) -> tuple[list[str], list[float]]:
-    texts, ratings = [], []
-    for i in range(count):
-        good = i % 2 == 0
-        word = (GOOD if good else BAD)[i // 2 % 3]
-        texts.append(f"scene {i % 17} of it is {word} and long")
-        ratings.append(2.0 if good else -2.0)
-    return texts, ratings
+    words = [(GOOD, BAD)[i % 2][i // 2 % 3] for i in range(count)]
+    texts = [f"scene {i % 17} of it is {word} and long" for i, word in enumerate(words)]
+    return texts, [2.0 if word in GOOD else -2.0 for word in words]
 
 
 def test_judge_learns_which_words_people_like() -> None:
@@ -118,10 +104,10 @@ def test_judge_has_no_correlation_where_there_is_nothing_to_predict() -> None:
     assert RidgeJudge.fit(texts, [1.0] * 40).heldout_r == 0.0
 
 
-@pytest.mark.parametrize(("texts", "ratings"), [(["a"] * 30, [1.0] * 29), (["a"] * 19, [1.0] * 19)])
-def test_judge_refuses_too_little_or_mismatched(texts: list[str], ratings: list[float]) -> None:
-    with pytest.raises(ValueError, match=f"got {len(texts)} and {len(ratings)}"):
-        RidgeJudge.fit(texts, ratings)
+def test_judge_refuses_too_little_or_mismatched() -> None:
+    for texts, ratings in ((30, 29), (19, 19)):
+        with pytest.raises(ValueError, match=f"got {texts} and {ratings}"):
+            RidgeJudge.fit(["a"] * texts, [1.0] * ratings)
 
 
 # --- corpus ---
@@ -147,24 +133,23 @@ def sdist(path: Path, lines: str, **kw: Any) -> Path:
     return path
 
 
-def test_movies_are_read_from_the_nested_archives(tmp_path: Path) -> None:
+def test_movies_are_read_from_the_nested_archives_and_links_are_not_followed(
+    tmp_path: Path,
+) -> None:
     path = sdist(tmp_path / "s.tar.gz", "1\t2.5\tA  fine film.\n2\t-1\tToo  long by half.\n")
     assert read_movies(path) == [Snippet("A fine film.", 2.5), Snippet("Too long by half.", -1.0)]
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar.gz"]  # nothing is unpacked
-
-
-def test_links_in_the_archive_are_not_followed(tmp_path: Path) -> None:
     path = sdist(tmp_path / "s.tar.gz", "1\t2.5\tA fine film.\n", link=f"y/{moviedata._MOVIES}")
     assert read_movies(path) == [Snippet("A fine film.", 2.5)]
 
 
-@pytest.mark.parametrize(
-    ("lines", "cause"),
-    [("1\t2.5\n", "line 1: 2 fields"), ("1\t2\tok\n2\tmany\tbad\n", "line 2: rating 'many'")],
-)
-def test_a_malformed_line_is_named(tmp_path: Path, lines: str, cause: str) -> None:
-    with pytest.raises(ValueError, match=cause):
-        read_movies(sdist(tmp_path / "s.tar.gz", lines))
+def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+    for lines, cause in (
+        ("1\t2.5\n", "line 1: 2 fields"),
+        ("1\t2\tok\n2\tmany\tbad\n", "line 2: rating 'many'"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            read_movies(sdist(tmp_path / "s.tar.gz", lines))
 
 
 def test_a_missing_or_oversized_member_is_an_error(

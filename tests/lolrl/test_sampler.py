@@ -161,3 +161,26 @@ def test_fingerprint_tells_streams_apart() -> None:
         UpdateSampler(None, 4, update_batch_size=2, seed=0),
     ):
         assert other.fingerprint() != base
+
+
+def test_groups_stay_together_in_order_and_come_once_an_epoch() -> None:
+    lengths = torch.arange(24).flip(0)
+    sampler = UpdateSampler(None, 24, update_batch_size=6, seed=3, lengths=lengths, group_size=3)
+    rows = list(sampler)
+    assert sorted(rows) == list(range(24))
+    groups = [rows[i : i + 3] for i in range(0, 24, 3)]
+    assert all(g == [g[0], g[0] + 1, g[0] + 2] and g[0] % 3 == 0 for g in groups)
+    starts = [g[0] for g in groups]
+    assert starts != sorted(starts)
+    for update in range(0, 8, 2):  # the longest group of an update comes first
+        assert starts[update] < starts[update + 1]
+    plain = UpdateSampler(None, 24, update_batch_size=6, seed=3)
+    assert "group_size" not in plain.fingerprint() and sampler.fingerprint()["group_size"] == 3
+
+
+def test_groups_that_do_not_divide_or_have_weights_are_refused() -> None:
+    for rows, update in ((25, 6), (24, 5)):
+        with pytest.raises(ValueError, match="group_size=2 must divide"):
+            UpdateSampler(None, rows, update_batch_size=update, seed=0, group_size=2)
+    with pytest.raises(ValueError, match="sampling must be uniform"):
+        UpdateSampler(torch.ones(4), 4, update_batch_size=2, seed=0, group_size=2)

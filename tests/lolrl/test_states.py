@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from lolrl.states import load_state, pack, random_state, save_state, set_random_state
 
@@ -105,12 +106,8 @@ def test_random_streams_go_on(tmp_path: Path) -> None:
     save_state(tmp_path / "r", random_state())
 
     def draw() -> tuple:
-        return (
-            random.random(),
-            random.gauss(0, 1),
-            np.random.standard_normal(),
-            torch.rand(3).tolist(),
-        )
+        numpy = np.random.standard_normal()
+        return random.random(), random.gauss(0, 1), numpy, torch.rand(3).tolist()
 
     first = draw()
     assert draw() != first
@@ -122,12 +119,8 @@ def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     for value in (object(), {1, 2}, lambda: 0, Path("x"), 3 + 4j, b"bytes"):
         with pytest.raises(TypeError, match="cannot be stored"):
             pack({"deep": [value]}, {})
-    assert math.isnan(load_state(_saved(tmp_path, float("nan"))))
-
-
-def _saved(folder: Path, value: Any) -> Path:
-    save_state(folder / "v", value)
-    return folder / "v"
+    save_state(tmp_path / "v", float("nan"))
+    assert math.isnan(load_state(tmp_path / "v"))
 
 
 def test_other_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -139,15 +132,8 @@ def test_other_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch) ->
 
     path = tmp_path / "state.safetensors"
     torch.save({"a": Attack()}, path)
-    hostile = [
-        path.read_bytes(),
-        pickle.dumps(Attack()),
-        b"",
-        b"{}",
-        b"\x08" + b"\0" * 7 + b"{}" * 4,
-    ]
-    from safetensors.torch import save
-
+    hostile = [path.read_bytes(), pickle.dumps(Attack()), b"", b"{}"]
+    hostile.append(b"\x08" + b"\0" * 7 + b"{}" * 4)
     hostile.append(save({"x": torch.ones(2)}))
     for state in ('{"$code": "1"}', '{"a": 1, "b": 2}', '{"$tensor": "9"}', "[" * 10**5, "x"):
         hostile.append(save({"x": torch.ones(2)}, {"format": "lolrl.state.1", "state": state}))

@@ -1,4 +1,4 @@
-"""T8: tokens of prompt and completion on four toy tokenizers."""
+"""Tokens of prompt and completion on four toy tokenizers."""
 
 from __future__ import annotations
 

@@ -160,14 +160,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(head(hidden, mask), back(hidden, mask))
     data = path.read_bytes()
     flipped = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
-    for damaged in (
-        flipped,
-        data[: len(data) // 2],
-        data[:7],
-        b"",
-        b"\x80\x04\x95pickle",
-        data[:-1],
-    ):
+    half, pickled = data[: len(data) // 2], b"\x80\x04\x95pickle"
+    for damaged in (flipped, half, data[:7], b"", pickled, data[:-1]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="cannot be loaded"):
             ValueHead.load(tmp_path)
@@ -176,23 +170,18 @@ def test_save_and_load(tmp_path: Path) -> None:
         ValueHead.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "rewards", "message"),
-    [
+def test_bad_fits(llama: Any, tokenizer: Any) -> None:
+    bad: list[tuple[dict[str, Any], list[float], str]] = [
         ({}, [1.0, 2.0, 3.0], "at least 4"),
         ({}, [1.0, 1.0, 1.0, 1.0], "all 1.0"),
         ({}, [1.0, 2.0, math.nan, 1.0], r"rewards\[2\]"),
         ({"max_value": 2.0}, [1.0, 2.0, 3.0, 4.0], "widen"),
         ({"num_heads": 5}, [1.0, 2.0, 3.0, 4.0], "num_heads"),
-    ],
-)
-def test_bad_fits(changes: dict, rewards: list, message: str, llama: Any, tokenizer: Any) -> None:
-    prompts = ["a", "b", "c", "d"][: len(rewards)]
-    with pytest.raises(ValueError, match=message):
-        fit_value_head(llama, tokenizer, prompts, rewards, config=ValueConfig(**changes))
-
-
-def test_bad_shapes(llama: Any, tokenizer: Any) -> None:
+    ]
+    for changes, rewards, message in bad:
+        prompts = ["a", "b", "c", "d"][: len(rewards)]
+        with pytest.raises(ValueError, match=message):
+            fit_value_head(llama, tokenizer, prompts, rewards, config=ValueConfig(**changes))
     with pytest.raises(ValueError, match="one for each"):
         fit_value_head(llama, tokenizer, ["a"] * 5, [1.0] * 4)
     with pytest.raises(ValueError, match="min_value"):

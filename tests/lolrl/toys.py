@@ -14,11 +14,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from lolrl.config import LoLConfig
 from lolrl.data import read_records
 from lolrl.tokens import LoLDataset
+from lolrl.trainer import LoLTrainer
 
 CORPUS = [
     "the movie was good and long",
@@ -174,3 +176,31 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 
 def reload(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of every update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kw) -> None:
+        self.seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+
+def run(
+    folder: Path, data: Any, tok: Any, *, dtype=torch.float64, resume=None, seed=0, **kw: Any
+) -> Any:
+    """Train a toy Llama in float64 and keep the gradient of every update."""
+    gradients = Gradients()
+    model = make_llama(len(tok), dtype=dtype, seed=seed)
+    trainer = LoLTrainer(
+        model,
+        args=make_config(folder, **kw),
+        train_dataset=data,
+        processing_class=tok,
+        callbacks=[gradients],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.gradients = gradients.seen
+    return trainer

@@ -1,0 +1,430 @@
+"""``linear_loss``: a whole objective with its gradients, in one pass over the rows.
+
+Argument errors, then one op with its schema, fake and autograd, as in :mod:`lolkernels.logprob`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import backends, checks, deferred, objectives
+from .backends.contract import RowStats
+from .gemm import accumulation_dtype, ieee_fp32
+from .logprob import gradients_op, make_walk, new_kept, no_second_derivative, operand, rows_to_keep
+from .objectives import Objective, reduction_weights
+from .packing import longest_group, plan_blocks
+from .sequences import Sequences
+from .side import active_rows, side_tensors
+from .step import Step, bind, lookup, revive
+from .walk import Grads, Walk
+
+
+class LinearLossOutput(NamedTuple):
+    """A loss with what it was made of. Only ``loss`` is differentiable."""
+
+    loss: Tensor  # ()
+    seq_loss: Tensor  # (S,) unreduced (one a group)
+    logps: Tensor  # (N,) nan at the tokens of skipped sequences, as in the next three
+    lse: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    max_logit: Tensor  # (N,)
+    metrics: dict[str, Tensor]  # (G,) each, what the objective reports: log_ratio, clipped, ...
+
+
+def linear_loss(
+    objective: Objective,
+    hidden: Tensor,  # (N, D), or (B, T, D) where seq comes from a mask
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) or (B, T)
+    seq: Sequences,
+    *,
+    reduction: str = "seq-mean",
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+    return_outputs: bool = False,
+    **side: Any,
+) -> Any:
+    """A loss on the statistics of whole sequences, with its gradients, in 3 GEMMs (frozen head: 2).
+
+    Equals ``aggregate(objective(linear_logprob(hidden, weight, labels).logps, ..., seq), seq,
+    reduction)`` and its gradients with respect to hidden, weight, bias and the side inputs, for
+    log-probs defined there. Rows go in blocks of whole groups of sequences: a block's logits are
+    made once, the objective gives the derivatives of the loss with respect to the statistics that
+    it names, and the gradients follow. Sequences whose coefficient is zero whatever their log-probs
+    (advantage <= 0 in ``a_lol``) enter no GEMM; under ``torch.compile`` they do.
+
+    An objective that names ``entropy`` has logits held in place of their exponentials. The rows of
+    a group that ``memory_budget`` does not hold have their logits made twice.
+
+    Args:
+        objective: one of ``lolkernels.objectives`` or any callable that names statistics (``logps,
+            lse, entropy, target_logit, max_logit``), side inputs, ``seq`` and options, and returns
+            ``(S,)`` unreduced losses (one a group), each a function of its own group only, or
+            ``(losses, {name: (S,) metric})``.
+        hidden: float32, bfloat16, float16 or float64; any strides. Packed rows, one per token of
+            ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: masked ones are
+            dropped first.
+        weight, labels, bias, temperature, softcap, logit_scale, backend: as in
+            :func:`linear_logprob`, but a label outside [0, V) is always an error: leave the token
+            out of the mask.
+        seq: which rows form a sequence, and the denominators of the reduction.
+        reduction: "seq-mean", "token-mean", "seq-mean-token-mean" or "sum" (see ``aggregate``).
+        memory_budget: bytes of logits, or of their exponentials, held at a time for a trained head.
+            None: as in :func:`linear_logprob`. ``lolkernels.memory.extra_bytes`` states the whole
+            extra memory.
+        return_outputs: return a :class:`LinearLossOutput` instead of the scalar.
+        **side: the objective's inputs (``side_inputs(objective)``): per-token tensors ``(N,)`` (or
+            ``(B, T)``), per-sequence tensors ``(S,)``, and options. Those that require a gradient
+            get one. With the rest on a GPU per-sequence tensors may stay on the CPU: then sequences
+            of weight zero are skipped there too, which otherwise would mean to wait for the GPU.
+
+    Raises:
+        ValueError, TypeError: name the argument and what to change; nothing has been computed then.
+            Bad labels and nan inputs on a GPU are found without waiting: the loss is nan, and the
+            next call raises (see ``check_errors``).
+        ValueError: the objective's value depends on which groups are evaluated together.
+        NotImplementedError: a second derivative, or forward-mode differentiation.
+    """
+    needed = dict(_described(objective))
+    if not isinstance(seq, Sequences):
+        raise TypeError(f"seq must be a Sequences, got {type(seq).__name__}")
+    if reduction not in objectives.REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(objectives.REDUCTIONS)}; got {reduction!r}"
+        )
+    checks.head(hidden, weight, bias, labels)
+    if hidden.dim() == 3:
+        hidden, labels = seq.pack(hidden), seq.pack(labels)
+    if hidden.dim() != 2 or hidden.shape[0] != seq.num_tokens:
+        raise ValueError(
+            f"hidden must have one row per token of seq, {seq.num_tokens}; got "
+            f"{tuple(hidden.shape)}. "
+            "Pass hidden[mask], labels[mask], or (B, T, D) with seq = Sequences.from_mask(mask)"
+        )
+    if seq.device != hidden.device:
+        raise ValueError(f"seq is on {seq.device} but hidden is on {hidden.device}: seq.to(device)")
+    scaling = checks.scaling(temperature, softcap, logit_scale)
+    memory_budget = checks.budget(memory_budget)
+    checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias)
+    dtype = accumulation_dtype(hidden, weight)
+    name = backends.pick(backend, hidden.device, dtype)
+    inputs, options = side_tensors(needed, side, seq, hidden.device, dtype)
+    weights = reduction_weights(seq, reduction)
+    labels, whole = labels.long(), seq
+    picked = None if torch.compiler.is_compiling() else active_rows(objective, inputs, options, seq)
+    if picked is not None:
+        deferred.check_labels(labels, weight.shape[0])  # of the others too
+        for key, (_, value) in inputs.items():
+            deferred.check_side(key, value)
+        rows, sequences = picked  # a family has groups of one
+        which = sequences.tolist()
+        seq = seq.part(which, rows, whole.cu_seqlens.diff()[which].tolist())
+        hidden, labels, weights = hidden.index_select(0, rows), labels[rows], weights[sequences]
+        pick = {"token": rows, "sequence": sequences}
+        inputs = {
+            key: (kind, value[pick[kind].to(value.device)] if kind in pick else value)
+            for key, (kind, value) in inputs.items()
+        }
+    spec = tuple((key, kind) for key, (kind, _) in inputs.items())
+    side_values = [value for _, value in inputs.values()]
+    call = _bound(objective, options, spec, name, operand(hidden, weight, name))
+    grad = torch.is_grad_enabled()
+    differentiable = [hidden, weight, bias, *side_values]
+    out = _op(
+        hidden,
+        weight,
+        labels,
+        bias,
+        [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals],
+        side_values,
+        weights,
+        scaling,
+        memory_budget,
+        call,
+        [grad and t is not None and t.requires_grad for t in differentiable],
+    )
+    if not return_outputs:
+        return out[0]
+    results, metrics = out[1:6], out[6]
+    if picked is not None:
+        rows, sequences = picked
+        spread = whole.num_sequences, sequences
+        results = [
+            _spread(results[0], *spread, 0.0),
+            *(_spread(t, whole.num_tokens, rows, torch.nan) for t in results[1:]),
+        ]
+        metrics = [_spread(m, *spread, torch.nan) for m in metrics]
+    named = dict(zip(_metric_names(call), metrics, strict=True))
+    return LinearLossOutput(*(out[0], *results, named))
+
+
+def _spread(values: Tensor, n: int, where: Tensor, rest: float) -> Tensor:
+    return values.new_full((n,), rest).index_copy_(0, where, values)
+
+
+def _described(objective: Objective) -> tuple[tuple[str, str], ...]:
+    return tuple(objectives.side_inputs(objective).items())
+
+
+def _bound(*call: Any) -> int:
+    return bind(*call)
+
+
+def _metric_names(number: int) -> tuple[str, ...]:
+    return tuple(lookup(number).metrics)
+
+
+# They read signatures, which torch.compile cannot trace: what torch.compiler.assume_constant_result
+# sets, without its import of the whole compiler.
+for _constant in (_described, _bound, _metric_names):
+    _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
+
+
+# --- the op ---------------------------------------------------------------------------------------
+
+
+@custom_op("lolkernels::linear_loss_v2", mutates_args=())
+def _op(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    sequences: Sequence[Tensor],  # cu_seqlens (CPU), lengths, token_to_sequence, totals (CPU)
+    side: Sequence[Tensor],  # the objective's inputs; a value per sequence may stand on the CPU
+    weights: Tensor,  # (G,) of the reduction
+    scaling: Sequence[float],  # scale, softcap, temperature
+    memory_budget: int | None,
+    call: int,  # see step.bind
+    need: Sequence[bool],  # the gradient of hidden, weight, bias, and each of side
+) -> list[Tensor]:
+    """[loss (), seq_loss (G,), logps, lse, entropy, max_logit (N,), metrics (M, G), dhidden,
+    dweight, dbias, kept (k, V'), saved (6, N), *dside].
+
+    Gradients are of the loss, in the accumulation dtype; empty where not needed. Where one block
+    holds all rows dweight and dbias are left to the backward, which makes them of ``kept``.
+    """
+    deferred.raise_noted(hidden.device)
+    poison = deferred.check_labels(labels, weight.shape[0])
+    c = lookup(call)
+    for (name, _), value in zip(c.spec, side, strict=True):
+        deferred.check_side(name, value)
+    cu_seqlens, lengths, owners, totals = sequences
+    group_size = lengths.shape[0] // max(1, weights.shape[0])
+    seq = Sequences._of(cu_seqlens, lengths, owners, max(1, group_size), totals)
+    n, (vocab, size) = seq.num_tokens, weight.shape
+    need_hidden, need_weight, need_bias = need[:3]
+    head = need_weight or need_bias
+    step = Step(c, side, need[3:], seq, weights)
+    walk = make_walk(
+        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, poison
+    )
+    hold = "entropy" in objectives.statistics(c.objective)
+    most, dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
+    one = n <= most and not hold
+    offsets = seq.cu_seqlens.tolist()
+    if one or not (head or (hold and need_hidden)):
+        plan = [step.whole]
+    else:
+        if memory_budget is None:  # a long group whole, up to twice as many rows
+            most = max(most, min(2 * most, longest_group(offsets, seq.group_size)))
+        local = step.traits.token_local and seq.group_size == 1
+        plan = plan_blocks(offsets, most, group_size=seq.group_size, token_local=local)
+    later = head and one
+    grads = Grads(
+        walk.empty(vocab, size) if need_weight and not later else None,
+        walk.empty(vocab) if need_bias and not later else None,
+    )
+    dhidden = walk.empty(n if need_hidden else 0, size)
+    longest = max((b.stop - b.start for b in plan), default=0)
+    rows = min(longest, most) if head or (hold and need_hidden) else 0
+    kept = new_kept(hidden, rows, vocab, dtype, c.backend)
+    parts, coef = [], None
+    with ieee_fp32():
+        for block in plan:
+            here = walk.block(block.start, block.stop)
+            k = min(here.n, rows)
+            view = kept[:k, :vocab]
+            dh = dhidden[block.start : block.stop] if need_hidden else None
+            stats = here.sweep(view, None if hold else dh, hold=hold)
+            parts.append(stats)
+            coef = step(stats, block)
+            if dh is not None and not hold:
+                here.dhidden(dh, stats, coef)
+            if grads.any or (hold and dh is not None):
+                here.gradients(stats, coef, grads, view, dh if hold else None, hold=hold)
+    grads.finish()
+    stats = _joined(parts, walk)
+    if len(plan) > 1 and step.traits.family is None:
+        step.check_blocking(stats)
+    reported = step.reported()
+    if not c.metrics:
+        c.metrics.extend(reported)
+    loss = (step.seq_loss * weights).sum().to(walk.dtype)
+    found = [reported[name] for name in c.metrics if reported]
+    metrics = torch.stack(found) if found else step.seq_loss.new_empty(0, seq.num_groups)
+    saved = walk.empty(6 if later else 0, n)
+    if later and coef is not None:
+        both = torch.zeros_like(coef.a) if coef.both is None else coef.both
+        torch.stack([coef.a, coef.b, both, stats.slope, stats.rest, stats.share], out=saved)
+    return [
+        loss,
+        step.seq_loss.to(walk.dtype),
+        stats.logps,
+        stats.lse,
+        stats.lse - stats.expected_logit,
+        stats.max_logit,
+        metrics.to(walk.dtype),
+        dhidden,
+        weight.new_empty(0, size, dtype=walk.dtype) if grads.weight is None else grads.weight,
+        walk.empty(0) if grads.bias is None else grads.bias,
+        kept if later else new_kept(hidden, 0, vocab, dtype, c.backend),
+        saved,
+        *step.side_grads.values(),
+    ]
+
+
+def _joined(parts: list[RowStats], walk: Walk) -> RowStats:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return RowStats(*(walk.empty(0) for _ in RowStats._fields))
+    return RowStats(*map(torch.cat, zip(*parts, strict=True)))
+
+
+@_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sequences: Sequence[Tensor],
+    side: Sequence[Tensor],
+    weights: Tensor,
+    scaling: Sequence[float],
+    memory_budget: int | None,
+    call: int,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    c = lookup(call)
+    (n, d), vocab, groups = hidden.shape, weight.shape[0], weights.shape[0]
+    dtype = accumulation_dtype(hidden, weight)
+    hold = "entropy" in objectives.statistics(c.objective)
+    most, kept_dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
+    later = (need[1] or need[2]) and not hold and n <= most
+    shapes: list[Any] = [(), (groups,), (n,), (n,), (n,), (n,), (len(c.metrics), groups)]
+    shapes += [
+        (n if need[0] else 0, d),
+        (vocab if need[1] and not later else 0, d),
+        (vocab if need[2] and not later else 0,),
+    ]
+    return [
+        *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
+        new_kept(hidden, n if later else 0, vocab, kept_dtype, c.backend),
+        hidden.new_empty(6 if later else 0, n, dtype=dtype),
+        *(
+            torch.empty_like(t, device=hidden.device)
+            for t, w in zip(side, need[3:], strict=True)
+            if w
+        ),
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, weight, labels, bias, sequences, side, weights, *options, call, need = inputs
+    logps, lse, dhidden, kept, saved = (output[i] for i in (2, 3, 7, 10, 11))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.num_side = len(side)
+    ctx.save_for_backward(
+        hidden, weight, labels, bias, weights, *sequences, *side, logps, lse, dhidden, kept, saved,
+        *output[12:],
+    )  # fmt: skip
+    ctx.call, ctx.need, ctx.options = call, need, options
+    ctx.kept_call = lookup(call)  # the objective lives as long as the graph
+    ctx.later = saved.shape[0] > 0
+    ctx.made = None if ctx.later else output[8:10]
+
+
+def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Scale what the forward made, and make the head's gradients of what it kept.
+
+    Gradients of the head that the forward made are handed over, not copied: a copy of dweight would
+    be V x D more memory at the peak. A second backward makes them again.
+    """
+    g = upstream[0]
+    if g is None:
+        return (*(None,) * 4, [None] * 4, [None] * ctx.num_side, *(None,) * 5)
+    if torch.is_grad_enabled():  # the gradients carry no graph: a second one would be lost silently
+        no_second_derivative()
+    saved_tensors = ctx.saved_tensors
+    hidden, weight, labels, bias, weights = saved_tensors[:5]
+    sequences, side = saved_tensors[5:9], saved_tensors[9 : 9 + ctx.num_side]
+    logps, lse, dhidden, kept, saved, *dside = saved_tensors[9 + ctx.num_side :]
+    need_hidden, need_weight, need_bias = ctx.need[:3]
+    dweight = dbias = None
+    if ctx.later:
+        c = ctx.kept_call
+        a, b, both, slope, rest, share = saved
+        dweight, dbias = gradients_op(
+            [a * g, b * g],
+            both * g,
+            None,
+            [logps, lse, slope, rest, share],
+            kept,
+            hidden,
+            weight,
+            labels,
+            bias,
+            ctx.options[0],
+            c.backend,
+            ctx.options[1],
+            c.operand,
+            False,
+            [False, need_weight, need_bias],
+        )[1:]
+    elif need_weight or need_bias:
+        made, ctx.made = ctx.made, None
+        if made is None:
+            revive(ctx.call, ctx.kept_call)
+            made = _op(
+                hidden, weight, labels, bias, sequences, side, weights, *ctx.options, ctx.call,
+                [False, need_weight, need_bias, *[False] * ctx.num_side],
+            )[8:10]  # fmt: skip
+        dweight = _scaled(made[0], g, weight.dtype)
+        dbias = None if bias is None else _scaled(made[1], g, bias.dtype)
+    found = iter(dside)
+    return (
+        (dhidden * g).to(hidden.dtype) if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        [None] * 4,
+        [
+            (next(found) * g).to(t.device) if w else None
+            for t, w in zip(side, ctx.need[3:], strict=True)
+        ],
+        *(None,) * 5,
+    )
+
+
+def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g times a gradient that nobody else needs, in ``dtype``."""
+    if type(g) is not Tensor:  # a tracer sees the op's outputs: the product is a value of its own
+        return (grad * g).to(dtype)
+    if grad.is_cuda and grad.dtype != dtype:  # one pass over it instead of two
+        return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
+    if grad.is_cuda or float(g) != 1.0:
+        grad.mul_(g)
+    return grad.to(dtype)
+
+
+_op.register_autograd(_backward, setup_context=_setup)

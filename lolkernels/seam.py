@@ -1,0 +1,284 @@
+"""Where a causal LM's own forward is cut: at its head.
+
+A scoring call runs the model's own forward with a stand-in for the head. The stand-in keeps the
+hidden states that the head is given, so that whatever stands before the head is included, and
+answers with a few numbers, so that no logits are held. What stands behind the head is observed: the
+stand-in answers with chosen numbers and the model returns what it makes of them. A factor and a
+tanh soft-cap are recognised by their values, under whatever name a configuration has them; anything
+else is an error. :func:`compare` puts the whole beside the model's own logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .head import close
+
+POSITIONS = 8  # of each of the two rows that are tried
+VOCABULARY_BLOCK = 2048  # rows of the weight that are widened at a time
+# Head outputs to try: far below any soft-cap, far above, and no bf16 numbers in between.
+_MAGNITUDES = [2.0**-24] + [1.37 * 2.0**k for k in range(-6, 8)] + [2.0**20]
+PROBE = [sign * x for x in _MAGNITUDES for sign in (1.0, -1.0)]
+NATS = 1e-3
+
+
+class LogitMap(NamedTuple):
+    """The model's logits are softcap(logit_scale * head output)."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+class StandIn(nn.Module):
+    """Stands where the head stood, for the thread that put it there."""
+
+    def __init__(self, linear: nn.Module, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the model's parameters are the head's own, once.
+        self.__dict__.update(linear=linear, answer=answer, thread=threading.get_ident(), seen=[])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["linear"], name)  # such as weight.dtype
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return self.linear(hidden, *args, **kwargs)
+        self.seen.append(hidden)
+        return self.answer(hidden)
+
+
+def places(model: nn.Module, linear: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every (parent, name) under which the model holds its head."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if child is linear
+    ]
+
+
+def run(
+    model: Any,
+    linear: nn.Module,
+    where: list[tuple[nn.Module, str]],
+    answer: Callable[[Tensor], Tensor],
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The model's own forward: what its head was given, and what it made of ``answer``."""
+    stand_in = StandIn(linear, answer)
+    for parent, name in where:
+        parent._modules[name] = stand_in
+    try:
+        out = model._unfused_forward(**inputs)
+    finally:
+        for parent, name in where:
+            parent._modules[name] = linear
+    if len(stand_in.seen) != 1:
+        raise ValueError(
+            f"the model called its head {len(stand_in.seen)} times in one forward, not once: "
+            "use linear_logprob on your own hidden states"
+        )
+    return stand_in.seen[0], out.logits if hasattr(out, "logits") else out[0]
+
+
+def probe(hidden: Tensor) -> Tensor:
+    """Head outputs (..., K) to try on the code behind the head."""
+    values = torch.tensor(PROBE, dtype=_wide(hidden), device=hidden.device)
+    return values.expand(*hidden.shape[:-1], len(PROBE)).clone()
+
+
+def fit(given: Tensor, made: Tensor) -> LogitMap:
+    """The factor and the soft-cap by which a model makes ``made`` of its head's ``given``."""
+    error = ValueError(
+        "what the model does to its head's output is neither a positive factor nor a tanh soft-cap "
+        "(one for all vocabulary entries): use linear_logprob on your own hidden states"
+    )
+    if made.shape != given.shape:
+        raise error
+    if made.requires_grad:
+        raise ValueError(
+            "a trained parameter stands behind the model's head, and would get no gradient: freeze "
+            "it, or use linear_logprob on your own hidden states"
+        )
+    x, y = given.detach().double().flatten(), made.detach().double().flatten()
+    small, large = x.abs().argmin(), x.abs().argmax()
+    scale = float(y[small] / x[small])
+    if not 0 < scale < math.inf:
+        raise error
+    cap = float(y[large].abs())
+    softcap = None if abs(cap / (scale * float(x[large].abs())) - 1) < 1e-4 else cap
+    want = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
+    if not bool(((y - want).abs() <= 1e-5 * want.abs()).all()):
+        raise error
+    return LogitMap(softcap, scale)
+
+
+def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
+    weight, bias = linear.weight, getattr(linear, "bias", None)
+    plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    wide = _wide(hidden, at_most=True)
+    blocks = weight.split(VOCABULARY_BLOCK)
+    logits = torch.cat(
+        [nn.functional.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1
+    )
+    return plain, logits if bias is None else logits + bias.to(wide)
+
+
+def compare(
+    model: Any,
+    linear: Any,
+    where: list[tuple[nn.Module, str]],
+    score: Callable[[Tensor, Tensor, LogitMap], Tensor],
+    defaults: dict[str, Any],
+) -> LogitMap:
+    """Score a few tokens on both paths; the map behind the head if they agree, ValueError if not.
+
+    Both paths share one run of the backbone, in eval mode: for two rows of token ids that differ in
+    the last one only. The head's stand-in answers the first row with logits made in float64 from
+    the hidden states, which the model's own code turns into its logits, and the second with
+    :func:`probe`'s numbers. Random states and train/eval modes are as before afterwards.
+
+    Args:
+        score: (hidden (n, D), labels (n,), map) -> the fused log-probs (n,).
+        defaults: keywords of a scoring call.
+    """
+    with _undisturbed(model):
+        ids = _token_ids(model, linear)
+        given = torch.empty(0)
+        off = 0.0  # the head's own output from x W^T + b
+
+        def answer(hidden: Tensor) -> Tensor:
+            nonlocal given, off
+            own = linear(hidden)
+            found: list[tuple[Tensor, Tensor]] = []
+            linear(hidden, job=lambda head, h: _stash(found, exact_logits(head, h)))
+            plain, logits = found[0]
+            same = isinstance(own, Tensor) and own.shape == plain.shape
+            if not same or not close(own, plain):
+                off = float((own.double() - plain.double()).abs().max()) if same else math.inf
+            values = torch.tensor(PROBE, dtype=logits.dtype, device=logits.device)
+            which = torch.arange(logits[0].numel(), device=logits.device) % len(PROBE)
+            given = torch.stack([logits[0], values[which].view_as(logits[0])]).to(_wide(hidden))
+            # What stands behind the head runs with gradients, so that a trained factor shows.
+            torch.set_grad_enabled(True)
+            return given.clone()
+
+        try:
+            with torch.no_grad():
+                hidden, made = run(model, linear, where, answer, {"input_ids": ids, **defaults})
+        except Exception as error:
+            raise _refused(f"the model does not run on a few tokens ({error})") from error
+        if hidden.shape[:-1] != ids.shape:
+            raise _refused(
+                f"the head is given hidden states of shape {tuple(hidden.shape)} for "
+                f"token ids of shape {tuple(ids.shape)}"
+            )
+        # Weights of nan give nan on both paths: for the caller to see, and nothing to compare.
+        finite = bool(hidden.isfinite().all()) and bool(given.isfinite().all())
+        if finite and off > 0:
+            raise _refused(
+                f"the head's output differs from x W^T + b by up to {off:.3g}: a hook or a forward "
+                "of its own changes it"
+            )
+        seen = (hidden[0, :-1] - hidden[1, :-1]).double().abs().amax(-1)
+        allowed = max(1e-4, torch.finfo(hidden.dtype).eps) * hidden.double().abs().max()
+        if bool(seen.median() > allowed):
+            raise _refused(
+                "the model is not causal: what it predicts of a token depends on later ones (a "
+                "BERT-type model needs is_decoder=True in its configuration)"
+            )
+        if made.shape != given.shape:
+            raise _refused(
+                f"the head gives logits of shape {tuple(given.shape)} and the model returns "
+                f"{tuple(made.shape)}"
+            )
+        try:
+            logit_map = fit(given[1], made[1])
+        except ValueError as error:
+            raise _refused(str(error)) from error
+        labels = ids[0, 1:]
+        with torch.no_grad():
+            own = made[0, :-1].double()
+            want = own.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+            got = score(hidden[0, :-1], labels, logit_map).double()
+        difference = float((got - want).abs().max())
+        if finite and not difference <= NATS + 1e-5 * float(own.abs().max()):
+            raise _refused(f"the fused log-probs differ from it by up to {difference:.3g} nats")
+    return logit_map
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(
+        f"fuse_lm_head compared a few tokens with the model's own logits and refuses: {reason}. "
+        "Use linear_logprob on your own hidden states; check=False skips the comparison"
+    )
+
+
+def _stash(found: list[Any], value: Any) -> Tensor:
+    """Keep a value past the head's hooks, which see an empty tensor."""
+    found.append(value)
+    return torch.empty(0)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no autocast, and afterwards the same modes and random states as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
+    kinds = {device.type for device in devices}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for kind in kinds:
+            mine = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(mine, device_type=kind))
+        for kind in {"cpu", *kinds}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _wide(hidden: Tensor, *, at_most: bool = False) -> torch.dtype:
+    """float64 where the model computes in it (``at_most``: where the device can), else float32."""
+    if hidden.dtype == torch.float64 or (at_most and hidden.device.type != "mps"):
+        return torch.float64
+    return torch.float32
+
+
+def _token_ids(model: Any, linear: Any) -> Tensor:
+    """(2, POSITIONS) ids of ordinary tokens; the rows differ in the last."""
+    known = getattr(linear, "out_features", linear.weight.shape[0])
+    size = min(known, getattr(model.get_input_embeddings(), "num_embeddings", known))
+    special = set(_integers(model.config.to_dict()))
+    step = max(1, size // 64)
+    ids = [i for i in range(step, size, step) if i not in special][: POSITIONS + 1]
+    if len(ids) <= POSITIONS:
+        raise ValueError(f"its vocabulary has {size} entries, {POSITIONS + 1} are needed")
+    rows = [ids[:POSITIONS], [*ids[: POSITIONS - 1], ids[-1]]]
+    return torch.tensor(rows, device=_device(model))
+
+
+def _integers(config: dict[str, Any]) -> Iterator[int]:
+    """The token ids that a configuration names: padding, images, end of text."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _integers(value)
+        elif "token" in str(key):
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, int):
+                    yield item

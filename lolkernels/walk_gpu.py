@@ -1,0 +1,196 @@
+"""The walk on a GPU: chunks of whole rows, operands multiplied as they are stored.
+
+    sweep      for a chunk of rows:
+                   x = h W^T + bias, fp32                            GEMM 1
+                   E = exp(x - anchor), sums                         one read, one narrower write
+                   unit = E W                                        GEMM 2
+    gradients  dweight = E^T (b share h) + the labels' rows          GEMM 3, all kept rows at once
+
+A backend with a GEMM of its own leaves E and the sums in that GEMM's epilogue. The narrow dlogits
+of rows that were not kept lie over the first half of their fp32 logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .backends.contract import SHIFT, Exps, RowStats, statistics
+from .gemm import matmul
+from .walk import Coefficients, Grads, Walk, blocks
+
+
+class RowWalk(Walk):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.table = self.weight.to(self.operand)  # a copy under autocast only
+        taken = self.operand in self.backend.gemm_dtypes
+        self.gemm = self.backend.gemm if taken else None
+
+    def chunk_rows(self, n: int) -> int:
+        return memory.chunk_rows(n, self.vocab, self.budget, self.hidden.device)
+
+    def empty_rows(self, n: int, dtype: torch.dtype) -> Tensor:
+        """(n, V). Rows start at multiples of 16 elements, whatever the vocabulary."""
+        return self.hidden.new_empty(n, memory.padded(self.vocab), dtype=dtype)[:, : self.vocab]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Elements of the operands' dtype over the beginnings of the rows of x."""
+        return x if x.dtype == self.operand else x.view(self.operand)[:, : self.vocab]
+
+    def logits(self, h: Tensor, out: Tensor) -> None:
+        matmul(h, self.table.T, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def anchors(self, h: Tensor, labels: Tensor) -> Tensor:
+        """z_y + SHIFT by a product of its own, before the logits are made."""
+        x = (h.to(self.dtype) * self.at_labels(labels)).sum(1)
+        if self.bias is not None:
+            x = x + self.bias[labels.clamp(0, self.vocab - 1)]
+        x = x * self.options["scale"]
+        if cap := self.options["softcap"]:
+            x = cap * torch.tanh(x / cap)
+        z: Tensor = x / self.options["temperature"]
+        return z + SHIFT
+
+    def sweep(
+        self, kept: Tensor | None = None, unit: Tensor | None = None, *, hold: bool = False
+    ) -> RowStats:
+        n = self.n
+        k = 0 if kept is None else kept.shape[0]
+        size = self.chunk_rows(n)
+        own = self.operand if self.gemm is not None and not hold else self.dtype
+        in_place = kept is not None and kept.dtype == own and not hold  # no other chunk is needed
+        buffer = self.empty_rows(min(size, n - k if in_place else n), own)
+        parts: list[Exps] = []
+        for i, j in [*blocks(0, k, size), *blocks(k, n, size)]:
+            h, labels = self.rows(i, j), self.labels[i:j]
+            held = kept[i:j] if kept is not None and i < k else None
+            if hold and held is not None:
+                self.logits(h, held)
+                e = self.narrow(buffer[: j - i])
+                parts.append(self.backend.exps_(held, labels, None, **self.options, out=e))
+            elif self.gemm is not None:
+                e = buffer[: j - i] if held is None else held
+                out = None if held is None and unit is None else e  # scoring writes none
+                anchor = self.anchors(h, labels)
+                sums = self.gemm(h, self.table, self.bias, labels, anchor, out, **self.options)
+                parts.append(sums)
+            else:
+                x = held if held is not None and in_place else buffer[: j - i]
+                self.logits(h, x)
+                e = self.narrow(x) if held is None else held
+                parts.append(self.backend.exps_(x, labels, None, **self.options, out=e))
+            if unit is not None:
+                matmul(e, self.table, unit[i:j])
+        if not parts:
+            return RowStats(*(self.empty(0) for _ in RowStats._fields))
+        sums = Exps(*map(torch.cat, zip(*parts, strict=True)))  # tensors of their own, too
+        stats = self.spoil(statistics(sums), 0, n)
+        if unit is not None:
+            self.finish_unit(unit, stats, self.labels)
+        return stats
+
+    def gradients(
+        self,
+        stats: RowStats,
+        coef: Coefficients,
+        grads: Grads,
+        kept: Tensor | None = None,
+        dh: Tensor | None = None,
+        *,
+        hold: bool = False,
+    ) -> None:
+        n, labels = self.n, self.labels
+        k = 0 if kept is None else kept.shape[0]
+        if k and not hold and kept is not None:
+            h = self.rows(0, k)
+            self.add(grads, kept, h, (coef.b * stats.share)[:k])
+            at_label = coef.at_label(stats)[:k]
+            at_label = at_label if grads.unit is None else at_label / grads.unit
+            if grads.weight is not None:
+                add_rows(grads.weight, labels[:k], h, at_label)
+            if grads.bias is not None:
+                grads.bias.index_put_(
+                    (labels[:k].clamp(0, self.vocab - 1),), at_label, accumulate=True
+                )
+        size = self.chunk_rows(n)
+        start = 0 if hold else k
+        buffer = self.empty_rows(min(size, n - start), self.dtype)
+        abc = (coef.a, coef.b, torch.zeros_like(coef.a) if coef.c is None else coef.c)
+        largest = _power_of_two(torch.stack(abc).abs().amax(0)) if self.half_range else None
+        for i, j in [*blocks(start, k, size), *blocks(k, n, size)]:
+            h = self.rows(i, j)
+            x = buffer[: j - i]
+            if kept is not None and i < k:
+                x = kept[i:j]
+            else:
+                self.logits(h, x)
+            dx = self.narrow(buffer[: j - i])
+            here = [t[i:j] for t in abc]
+            if largest is not None:  # each row in its own range, which its products leave again
+                here = [t / largest[i:j] for t in here]
+            self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *here, **self.options, out=dx)
+            if dh is not None:
+                matmul(dx, self.table, dh[i:j])
+                if largest is not None:
+                    dh[i:j] *= largest[i:j, None]
+            self.add(grads, dx, h, None if largest is None else largest[i:j])
+        grads.written = grads.written or n > 0
+
+    @property
+    def half_range(self) -> bool:
+        return self.operand == torch.float16
+
+    def add(self, grads: Grads, x: Tensor, h: Tensor, factor: Tensor | None) -> None:
+        """dweight += x^T (factor h), dbias += x^T factor."""
+        if not grads.any:
+            return
+        if factor is not None and self.half_range:
+            unit = _power_of_two(factor.abs().amax())
+            if grads.unit is not None:
+                unit = torch.maximum(unit, grads.unit)
+                for t in (grads.weight, grads.bias):
+                    if t is not None:
+                        t.mul_(grads.unit / unit)
+            grads.unit, factor = unit, factor / unit
+        if grads.weight is not None:
+            rows = h if factor is None else (h * factor[:, None]).to(self.operand)
+            matmul(x.T, rows, grads.weight, accumulate=grads.written)
+        if grads.bias is not None:
+            total = self._column_sums(x, factor)
+            grads.bias.copy_(grads.bias + total if grads.written else total)
+        grads.written = True
+
+    def _column_sums(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """x^T factor, the factor as a half-precision number and its rest: one narrow product."""
+        if factor is None:
+            return x.sum(0, dtype=self.dtype)
+        near = factor.to(self.operand)
+        pair = torch.stack([near, (factor - near).to(self.operand)], 1)
+        total = self.empty(self.vocab, 2)
+        matmul(x.T, pair, total)
+        return total.sum(1)
+
+
+def add_rows(table: Tensor, labels: Tensor, rows: Tensor, factor: Tensor) -> None:
+    """table[label] += factor row, in the order of the rows, rounded once: the same bits always."""
+    labels = labels.clamp(0, table.shape[0] - 1)  # a label outside has a factor of 0 or nan
+    owners, order = torch.sort(labels, stable=True)
+    new = torch.ones_like(owners)
+    new[1:] = owners.diff().ne(0)
+    group, factor = new.cumsum(0) - 1, factor[order, None]
+    for i, j in blocks(0, table.shape[1], max(64, memory.LABEL_ROWS // max(1, len(labels)))):
+        part = table[:, i:j]
+        added = rows[order, i:j] * factor
+        total = torch.zeros_like(added).index_put_((group,), added, accumulate=True)
+        summed = total[group].add_(part.index_select(0, owners))
+        part.index_copy_(0, owners, summed.to(table.dtype))
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """At most ``size``; 1 where that is 0, inf or nan."""
+    power = torch.exp2(torch.floor(torch.log2(size)))
+    return torch.where(power.isfinite() & (power > 0), power, torch.ones_like(power))

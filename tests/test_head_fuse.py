@@ -1,0 +1,536 @@
+"""What ``fuse_lm_head`` refuses, what it leaves alone, and how it is undone."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_head import VOCAB, batch, build, own_logps
+from torch import Tensor, nn
+
+import lolkernels as lk
+from lolkernels import objectives
+
+transformers = pytest.importorskip("transformers")
+
+REF = {"ref_logps": -torch.ones(20), "advantages": torch.ones(3)}
+
+
+def attributes(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value
+        for name, m in model.named_modules()
+        for key, value in vars(m).items()
+    }
+
+
+# --- a model whose logits are something else ------------------------------------------------------
+
+
+class Changed(nn.Module):
+    """A causal LM around another, with a step of its own before and behind the head."""
+
+    def __init__(self, base: Any, before: Any = None, behind: Any = None) -> None:
+        super().__init__()
+        self.base, self.config = base, base.config
+        self.before, self.behind = before, behind
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.lm_head
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None
+    ) -> Any:
+        hidden = self.base.model(input_ids, attention_mask, position_ids, use_cache=False)[0]
+        logits = self.base.lm_head(hidden if self.before is None else self.before(hidden))
+        return (logits if self.behind is None else self.behind(logits),)
+
+
+def masked_column(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[..., 7] = -1e9
+    return z
+
+
+EXACT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a dense step before": {"before": nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))},
+    "a factor before": {"before": lambda h: 3.0 * h},
+    "a factor behind": {"behind": lambda z: z * 0.37},
+    "a divisor behind": {"behind": lambda z: z / 1.7},
+    "a soft-cap": {"behind": lambda z: 5.0 * torch.tanh(z / 5.0)},
+    "a scaled soft-cap": {"behind": lambda z: 5.0 * torch.tanh(0.3 * z.float() / 5.0)},
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a bias behind": ("neither", {"behind": lambda z: z + 0.1 * torch.arange(VOCAB)}),
+    "a masked column": ("neither", {"behind": masked_column}),
+    "a clamp": ("neither", {"behind": lambda z: z.clamp(-5, 5)}),
+    "another soft-cap": ("neither", {"behind": lambda z: 5 * torch.atan(z / 5)}),
+    "a negative factor": ("neither", {"behind": lambda z: -z}),
+    "log-probs": ("neither", {"behind": lambda z: z.log_softmax(-1)}),
+    "fewer columns": ("shape", {"behind": lambda z: z[..., :50]}),
+    "fewer positions": ("shape", {"before": lambda h: h[:, 1:]}),
+    "a look ahead": ("not causal", {"before": lambda h: h + h.mean(1, keepdim=True)}),
+    "a failure": ("does not run on a few tokens .division", {"before": lambda h: 1 / 0}),
+}
+
+
+def changed(**parts: Any) -> Any:
+    torch.manual_seed(0)
+    parts = {k: v.double() if isinstance(v, nn.Module) else v for k, v in parts.items()}
+    return Changed(build("llama"), **parts).eval()
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+@pytest.mark.parametrize("check", [True, False])
+def test_what_stands_beside_the_head_is_included(name: str, check: bool) -> None:
+    model, inputs = changed(**EXACT[name]), batch()
+    with torch.no_grad():
+        logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"])[0]
+        want = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])
+        want = want.squeeze(-1)[inputs["completion_mask"][:, 1:]]
+        out = lk.fuse_lm_head(model, check=check)(**inputs)
+    assert float((out.logps - want).abs().max()) <= (1e-4 if "scaled" in name else 1e-10)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_other_models_are_refused_and_left_as_they_were(name: str) -> None:
+    words, parts = REFUSED[name]
+    model = changed(**parts)
+    before = attributes(model)
+    with pytest.raises(ValueError, match=words):
+        lk.fuse_lm_head(model)
+    assert attributes(model).keys() == before.keys()
+    assert all(attributes(model)[k] is v for k, v in before.items())
+    if words == "neither":  # not a matter of checking: no fused formula gives these logits
+        with pytest.raises((ValueError, RuntimeError), match=r"neither|must match the size"):
+            lk.fuse_lm_head(model, check=False)(**batch())
+
+
+def test_other_log_probs_are_refused_with_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: the judge is the model's own logits."""
+    from lolkernels import fuse
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        return out._replace(logps=out.logps + 0.0125)
+
+    original = fuse.fused_head
+    model = build("llama")
+    monkeypatch.setattr(fuse, "fused_head", off)
+    with pytest.raises(ValueError, match=r"differ from it by up to 0\.0125 nats.*check=False"):
+        lk.fuse_lm_head(model)
+    assert "forward" not in vars(model) and not hasattr(model, "_fusion")
+    assert lk.fuse_lm_head(model, check=False)(**batch()).logps.shape == (20,)
+
+
+def test_weights_of_nan_give_nan_scores() -> None:
+    model = build("gemma2 softcap")
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    assert lk.fuse_lm_head(model)(**batch("gemma2 softcap")).logps.isnan().all()
+
+
+def test_a_trained_factor_is_refused_and_a_frozen_one_is_not() -> None:
+    factor = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    model = changed(behind=lambda z: factor * z)
+    with pytest.raises(ValueError, match=r"trained parameter.*freeze"):
+        lk.fuse_lm_head(model)
+    factor.requires_grad_(False)
+    assert lk.fuse_lm_head(model)(**batch()).logps.isfinite().all()
+
+
+def test_a_head_called_twice_or_never_is_refused() -> None:
+    class Twice(Changed):
+        def forward(self, input_ids: Tensor, *args: Any) -> Any:
+            return (super().forward(input_ids)[0] + super().forward(input_ids)[0],)
+
+    class Never(Changed):
+        def forward(self, input_ids: Tensor, *args: Any) -> Any:
+            return (self.base.model(input_ids)[0] @ self.base.lm_head.weight.T,)
+
+    for cls, words in ((Twice, "2 times"), (Never, "0 times")):
+        with pytest.raises(ValueError, match=words):
+            lk.fuse_lm_head(cls(build("llama")))
+
+
+def double(module: Any, args: Any, output: Any) -> Any:
+    return 2 * output if isinstance(output, Tensor) else output
+
+
+def parametrised(head: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(head)
+
+
+def subclassed(head: Any) -> None:
+    class Normed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, nn.functional.normalize(self.weight))
+
+    head.__class__ = Normed
+
+
+HEADS: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "a hook that changes logits": (
+        lambda h: h.register_forward_hook(double),
+        r"differs from x W.* by up to",
+    ),
+    "a hook that looks on": (lambda h: h.register_forward_hook(lambda *_: None), None),
+    "a hook on the input": (lambda h: h.register_forward_pre_hook(lambda m, x: (2 * x[0],)), None),
+    "a parametrised weight": (parametrised, None),
+    "a forward of its own": (subclassed, "linear layer"),
+}
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_a_head_that_is_more_than_its_weight(name: str) -> None:
+    change, words = HEADS[name]
+    model, inputs = build("llama"), batch()
+    change(model.lm_head)
+    if words is not None:
+        with pytest.raises((ValueError, TypeError), match=words):
+            lk.fuse_lm_head(model)
+        return
+    with torch.no_grad():
+        want = own_logps(model, inputs)
+    out = lk.fuse_lm_head(model)(**inputs)
+    assert float((out.logps.detach() - want).abs().max()) <= 1e-10
+    out.logps.sum().backward()
+    assert any(float(p.grad.abs().max()) > 0 for p in model.lm_head.parameters())
+
+
+def test_a_hook_put_on_a_fused_head_cannot_change_its_results() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    model.lm_head.register_forward_hook(lambda m, x, y: tuple(2 * t for t in y))
+    with pytest.raises(ValueError, match="hook"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "granite scaling", "phi bias"])
+def test_narrow_weights_are_compared_in_float32(name: str, dtype: torch.dtype) -> None:
+    model = lk.fuse_lm_head(build(name, dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model._fusion.checked
+    model.lm_head.weight.data.mul_(1.5)  # other weights, the same map
+    assert model(**batch(name)).logps.isfinite().all()
+
+
+def test_a_fused_model_can_be_compiled() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama", torch.float32)), batch()
+    want = model(**inputs).logps
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**inputs).logps, want, atol=1e-6)
+    assert compiled(input_ids=inputs["input_ids"]).logits.shape == (3, 12, VOCAB)
+
+
+# --- what fusing leaves alone ---------------------------------------------------------------------
+
+
+def test_modes_and_random_states_are_untouched() -> None:
+    model = build("gpt2", torch.float32).train()
+    model.transformer.h[0].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    lk.fuse_lm_head(model)
+    assert torch.equal(torch.rand(3), want)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("outer", ["nothing", "forward of the instance"])
+def test_unfusing_leaves_nothing_behind(outer: str) -> None:
+    model, inputs = build("llama"), batch()
+    want = own_logps(model, inputs)
+    if outer != "nothing":
+        model.forward, model.lm_head.forward = model.forward, model.lm_head.forward
+    before = attributes(model)
+    assert lk.unfuse_lm_head(model) is model  # nothing to undo
+    lk.fuse_lm_head(lk.fuse_lm_head(model))
+    model(**inputs)
+    assert lk.unfuse_lm_head(model) is model
+    after = attributes(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key] is value or after[key] == value, key
+    assert torch.equal(own_logps(model, inputs), want)
+    assert lk.fuse_lm_head(model)(**inputs).logps.shape == (20,)
+
+
+def test_unfusing_a_copy_leaves_the_original() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    twin = lk.unfuse_lm_head(copy.deepcopy(model))
+    assert "forward" not in vars(twin) and model(**batch()).logps.shape == (20,)
+
+
+def test_a_forward_wrapped_since_is_not_torn_out() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    fused = model.forward
+    model.forward = lambda *a, **k: fused(*a, **k)
+    with pytest.raises(ValueError, match="wrapped after"):
+        lk.unfuse_lm_head(model)
+    assert lk.fuse_lm_head(model)(**batch()).logps.shape == (20,)
+
+
+def test_another_thread_gets_logits_meanwhile() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    ids = inputs["input_ids"]
+    want, got = model(input_ids=ids).logits, []
+
+    def generate(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: got.append(model(input_ids=ids).logits))
+        thread.start()
+        thread.join()
+
+    hook = model.model.register_forward_hook(lambda *_: hook.remove() or generate())
+    assert model(**inputs).logps.shape == (20,)
+    assert torch.equal(got[0], want)
+
+
+def test_an_error_in_the_backbone_leaves_the_head_in_its_place() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    head = model.lm_head
+    with pytest.raises(Exception, match=r"index|range"):
+        model(**{**inputs, "input_ids": inputs["input_ids"] + VOCAB})
+    assert model.lm_head is head
+    assert model(**inputs).logps.shape == (20,)
+
+
+# --- weights that are elsewhere -------------------------------------------------------------------
+
+
+def test_meta_weights_are_checked_in_the_first_call() -> None:
+    real = build("llama", torch.float32)
+    for hooked in (False, True):
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(real.config).eval()
+        lk.fuse_lm_head(model)
+        assert not model._fusion.checked
+        model.load_state_dict(real.state_dict(), assign=True)
+        model.model.rotary_emb = real.model.rotary_emb
+        if hooked:
+            model.lm_head.register_forward_hook(double)
+            with pytest.raises(ValueError, match=r"differs from x W.* by up to"):
+                model(**batch())
+            continue
+        out = model(**batch())
+        assert model._fusion.checked
+        assert float((out.logps - own_logps(real, batch())).detach().abs().max()) <= 1e-5
+
+
+@pytest.fixture
+def alone() -> Any:
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_sharded_weights_are_checked_in_the_first_call(
+    alone: Any, own_head: bool, fused_first: bool
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    inputs = batch()
+    plain, model = lk.fuse_lm_head(build("llama", torch.float32)), build("llama", torch.float32)
+    if fused_first:
+        lk.fuse_lm_head(model)
+    for part in (*model.model.layers, *([model.lm_head] if own_head else []), model):
+        fully_shard(part, mesh=alone)
+    if not fused_first:
+        assert not lk.fuse_lm_head(model)._fusion.checked
+    calls: list[int] = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(2):
+        out = model(**inputs, objective=objectives.a_lol, **REF)
+        # Whatever this process knew when fusing: ranks must gather weights equally often.
+        assert len(calls) == 2 + step
+        out.loss.backward()
+        plain(**inputs, objective=objectives.a_lol, **REF).loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad.full_tensor())
+
+
+def test_side_inputs_cast_by_sharding_are_refused(alone: Any) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for cast in (True, False):
+        model = build("llama", torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+        fully_shard(model, mesh=alone, mp_policy=policy)
+        lk.fuse_lm_head(model)
+        call = lambda m=model: m(**batch(), objective=objectives.a_lol, **REF)  # noqa: E731
+        if cast:
+            with pytest.raises(TypeError, match=r"ref_logps.*bfloat16.*cast_forward_inputs"):
+                call()
+        else:
+            assert call().loss.isfinite()
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+A_LOL = {"objective": objectives.a_lol, **REF}
+MISSPELT: dict[str, tuple[str, dict[str, Any]]] = {
+    "an option": ("clp .*did you mean clip", {**A_LOL, "clp": 0.2}),
+    "the reduction": ("reductoin .*did you mean reduction", {**A_LOL, "reductoin": "sum"}),
+    "the temperature": ("temprature .*did you mean temperature", {"temprature": 2}),
+    "the mask": (
+        "atention_mask .*did you mean attention_mask",
+        {"atention_mask": torch.ones(3, 12)},
+    ),
+    "another objective's option": ("clip .*takes none", {"objective": objectives.nll, "clip": 0.2}),
+    "an option without an objective": ("clip ", {"clip": 0.2}),
+    "something else": ("qqqq .*leave it out", {"qqqq": 1}),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", list(MISSPELT))
+def test_misspelt_options_are_refused_with_the_nearest_name(name: str, family: str) -> None:
+    words, extra = MISSPELT[name]
+    model = lk.fuse_lm_head(build(family))
+    with pytest.raises(TypeError, match=words):
+        model(**batch(), **extra)
+
+
+def test_keywords_that_wrappers_add_are_taken() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    want = model(**inputs).logps
+    extra = dict.fromkeys(("labels", "inputs_embeds", "task_ids", "logits_to_keep"))
+    got = model(**inputs, **extra, output_attentions=False, return_dict=True, use_cache=False)
+    assert torch.equal(got.logps, want)
+
+
+def test_positional_arguments_are_the_models_own() -> None:
+    for family in ("llama", "gpt2"):
+        model, inputs = lk.fuse_lm_head(build(family)), batch()
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        scored = {"completion_mask": inputs["completion_mask"]}
+        want = model(input_ids=ids, attention_mask=mask, **scored).logps
+        given = (ids, mask) if family == "llama" else (ids, None, mask)
+        assert torch.equal(model(*given, **scored).logps, want)
+        with pytest.raises(TypeError, match="99 positional arguments"):
+            model(ids, *[None] * 98, **scored)
+        with pytest.raises(TypeError, match="input_ids is given twice"):
+            model(ids, input_ids=ids, **scored)
+
+
+def test_fewer_logits_than_tokens_are_refused() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(**batch(), logits_to_keep=2)
+
+
+MASKS: dict[str, tuple[type[Exception], str, Callable[[Tensor], Tensor]]] = {
+    "float": (TypeError, r"completion_mask.bool\(\)", lambda m: m.float()),
+    "soft": (TypeError, r"completion_mask.bool\(\)", lambda m: 0.3 * m.double()),
+    "labels": (ValueError, "only 0 and 1", lambda m: torch.where(m, 17, -100)),
+}
+
+
+@pytest.mark.parametrize("name", list(MASKS))
+def test_masks_that_are_none_are_refused(name: str) -> None:
+    error, words, change = MASKS[name]
+    inputs = batch()
+    model = lk.fuse_lm_head(build("llama"))
+    want = model(**inputs).logps
+    assert torch.equal(
+        model(**{**inputs, "completion_mask": inputs["completion_mask"].long()}).logps, want
+    )
+    with pytest.raises(error, match=words):
+        model(**{**inputs, "completion_mask": change(inputs["completion_mask"])})
+
+
+def pairs(logps: Tensor, seq: Any) -> Tensor:  # one value a pair of rows
+    total = seq.sum(logps).view(-1, 2)
+    return -torch.nn.functional.logsigmoid(total[:, 0] - total[:, 1])
+
+
+def test_the_group_size_reaches_the_sequences() -> None:
+    inputs = {k: torch.cat([v, v[:1]]) for k, v in batch().items()}
+    model = lk.fuse_lm_head(build("llama"))
+    out = model(**inputs, objective=pairs, group_size=2)
+    logps = model(**inputs, group_size=2)
+    assert out.seq.group_size == logps.seq.group_size == 2
+    want = pairs(logps.logps, logps.seq)
+    assert out.seq_loss.shape == (2,) and torch.allclose(out.seq_loss, want.detach())
+    with pytest.raises(ValueError, match="group_size=2 does not divide"):
+        model(**batch(), objective=pairs, group_size=2)
+    assert out.metrics == {}
+
+
+# --- LogprobHead ----------------------------------------------------------------------------------
+
+
+class Transposed(nn.Module):
+    """x W + b, as in GPT-2's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Quantised(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 30)
+        self.weight = nn.Parameter(torch.zeros(30, 8, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LayerNorm(8),
+        nn.Embedding(30, 8),
+        nn.Bilinear(8, 8, 3),
+        nn.Conv1d(8, 30, 1),
+        Transposed(),
+        Quantised(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_only_linear_layers_make_a_head(layer: Any) -> None:
+    with pytest.raises(TypeError, match="linear layer"):
+        lk.LogprobHead(layer)
+
+
+def test_a_layer_that_computes_what_a_linear_one_does_makes_a_head() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(30, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    layer = Own()
+    h, labels = torch.randn(6, 8), torch.randint(30, (6,))
+    want = layer(h).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    assert torch.allclose(lk.LogprobHead(layer)(h, labels).logps, want, atol=1e-5)
+
+
+def test_a_head_takes_a_mask_with_a_group_size() -> None:
+    head = lk.LogprobHead(nn.Linear(8, 30))
+    h, labels = torch.randn(4, 5, 8), torch.randint(30, (4, 5))
+    mask = torch.arange(5) < torch.tensor([[2], [5], [1], [3]])
+    got = head(h, labels, mask, objective=pairs, group_size=2)
+    seq = lk.Sequences.from_mask(mask, group_size=2)
+    assert torch.equal(got.seq_loss, head(h, labels, seq, objective=pairs).seq_loss)
+    assert got.seq_loss.shape == (2,)
+    with pytest.raises(ValueError, match="group_size=2"):
+        head(h, labels, lk.Sequences.from_mask(mask), objective=pairs, group_size=2)
+    with pytest.raises(ValueError, match="labels"):
+        head(h, group_size=2)
