@@ -69,11 +69,8 @@ def gradients(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gemm_count(op: str, inputs: Inputs) -> int:
-    """GEMMs of 2 N V D flops that the op needs (on a CPU linear_logprob makes its logits twice)."""
-    if op == "score":
-        return 1
-    twice = op == "linear_logprob" and not inputs.hidden.is_cuda
-    return 2 + twice + inputs.weight.requires_grad
+    """GEMMs of 2 N V D flops that the op needs."""
+    return 1 if op == "score" else 2 + inputs.weight.requires_grad
 
 
 # --- lolkernels -----------------------------------------------------------------------------------
@@ -154,8 +151,7 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
     dz = gradient_logits(inputs, hidden.dtype)
     logits = torch.empty(dz.shape, dtype=out, device=dz.device)
     dhidden, dweight = torch.empty_like(hidden, dtype=out), torch.empty_like(weight, dtype=out)
-    twice = op == "linear_logprob" and not hidden.is_cuda
-    forwards = (phase != "backward") + (twice and phase != "forward")
+    forwards = int(phase != "backward")
     trains = op != "score" and phase != "forward"
     dweights = trains and inputs.weight.requires_grad
 
