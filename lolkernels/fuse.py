@@ -223,7 +223,10 @@ def _scored(
         if name in kwargs:
             raise TypeError(f"{name} is given twice, by position and by name")
         kwargs[name] = value
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and more
+    # clip=None is a value; the None of what else PEFT and trainers pass along is not.
+    needed = () if objective is None else tuple(side_inputs(objective))
+    given = {k: kwargs.pop(k) for k in needed if k in kwargs}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
     input_ids = kwargs.get("input_ids")
     if input_ids is None:
         raise ValueError("input_ids is missing: the labels are read from it")
@@ -233,10 +236,8 @@ def _scored(
             "set model.config.output_router_logits = False"
         )
     options: dict[str, Any] = {**fusion.options, "temperature": temperature}
-    needed = () if objective is None else tuple(side_inputs(objective))
     if objective is not None:
-        options.update({k: kwargs.pop(k) for k in needed if k in kwargs})
-        options["reduction"] = reduction
+        options |= given | {"reduction": reduction}
     _refuse_unknown(fusion, kwargs, needed)
     mask = _predicting(completion_mask, input_ids)
     seq = Sequences.from_mask(mask, group_size=group_size)
