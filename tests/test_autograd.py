@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from cases import BACKENDS, DTYPES, HALF, each_backend
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -18,9 +19,7 @@ from lolkernels.testing import eager, peaky
 
 LENGTHS = [2, 3, 1]
 N, D, V = 6, 3, 7
-HALF = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
-DTYPES = dict.fromkeys(BACKENDS, HALF) | {"triton": (torch.float32, torch.float16)}
+HALF_OF = {b: HALF if b == "reference" else DTYPES[b] for b in BACKENDS}
 
 
 def smooth_objective(
@@ -201,7 +200,7 @@ CALLS = {
 }
 each_call = pytest.mark.parametrize(
     ("name", "backend", "dtype"),
-    [(n, b, d) for n in CALLS for b in BACKENDS for d in DTYPES[b]],
+    [(n, b, d) for n in CALLS for b in BACKENDS for d in HALF_OF[b]],
     ids=str,
 )
 
@@ -245,7 +244,7 @@ def test_backward_is_linear_in_the_upstream_gradient(
 
 
 @pytest.mark.parametrize("name", ["logprob", "linear_logprob"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_upstream_gradients_of_any_layout(name: str, backend: str) -> None:
     """A scalar load of a vector upstream gradient multiplies every row by its first entry."""
     call, leaves = CALLS[name](backend, torch.float32)
@@ -278,7 +277,7 @@ PATTERNS = list(itertools.product([False, True], repeat=3))
     [
         pytest.param(b, d, marks=pytest.mark.slow if (b, d) == ("triton", torch.float16) else ())
         for b in BACKENDS
-        for d in DTYPES[b]
+        for d in HALF_OF[b]
     ],
     ids=str,
 )
@@ -345,7 +344,7 @@ def test_double_backward_raises(name: str) -> None:
 # --- what stands before and after the ops ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("producer", [torch.tanh, lambda t: t.softmax(-1), torch.sigmoid])
 def test_a_producer_that_saved_its_output_gets_the_right_gradient(
     backend: str, producer: Callable[[Tensor], Tensor]

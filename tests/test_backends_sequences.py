@@ -4,26 +4,13 @@ import math
 from itertools import pairwise
 from types import ModuleType
 
-import cuda_host_backend as cuda_host
 import pytest
 import torch
+from cases import each_module, needs_cpu
 from torch import Tensor
 
-from lolkernels.backends import cpu, reference, triton
+from lolkernels.backends import cpu
 
-needs_cpu = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-needs_triton = pytest.mark.skipif(
-    triton.why_unavailable() is not None, reason=str(triton.why_unavailable())
-)
-needs_host = pytest.mark.skipif(
-    cuda_host.why_unavailable() is not None, reason=str(cuda_host.why_unavailable())
-)
-BACKENDS = [
-    pytest.param(cpu, marks=needs_cpu, id="cpu"),
-    pytest.param(triton, marks=needs_triton, id="triton"),
-    pytest.param(cuda_host, marks=needs_host, id="cuda_host"),
-    pytest.param(reference, id="reference"),
-]
 INF, NAN = math.inf, math.nan
 
 
@@ -64,7 +51,7 @@ def case(lengths: list[int], drift: float) -> tuple[Tensor, Tensor, Tensor, Tens
 BOUNDS = [(math.log(0.1), math.log(1.9)), (-INF, math.log(3.0)), (math.log(0.1), INF), (-INF, INF)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_module
 @pytest.mark.parametrize("ratio", [0, 1, 2])
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -86,7 +73,7 @@ def test_the_formulas(
                 torch.testing.assert_close(x.double(), y, rtol=2e-7, atol=1e-30)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_module
 @pytest.mark.parametrize("log_ratio", [50, -50, 88.7, 89, 200, -200, 1e4, -1e4, INF])
 @pytest.mark.parametrize("weight", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("ratio", [1, 2])
@@ -111,7 +98,7 @@ def test_a_runaway_ratio_stays_finite_on_the_right_side(
     assert clipped.item() == 1.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_module
 def test_a_nan_stays_in_its_sequence_and_is_not_clipped_away(backend: ModuleType) -> None:
     logps, ref_logps, cu, weight = case([4, 4, 4], 0.0)
     want = backend.sequence_coef(logps, ref_logps, cu, weight, ratio=1, log_low=-0.5, log_high=0.5)

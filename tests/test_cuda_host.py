@@ -17,9 +17,12 @@ import pytest
 import test_backends_rows as rows
 import test_backends_sequences as sequences
 import torch
+from cases import HALF
 from cuda_host_backend import CXX, ROOT, Host, compile_host, why_unavailable
-from test_backends_rows import DTYPES, WIDTHS, close, true_gradient, true_stats, zoned
+from test_backends_rows import WIDTHS, close, true_gradient, true_stats, zoned
 from torch import Tensor
+
+from lolkernels.backends import reference
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NORESERVE = 0x4000  # of mmap, on Linux
@@ -70,7 +73,7 @@ def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
             bound = bound + rounding.eps * want.abs() + rounding.smallest_normal
         return bool(((got.double() - want).abs() <= bound).all())
 
-    for out_dtype in DTYPES:
+    for out_dtype in HALF:
         out = zoned(torch.zeros(n, v, dtype=out_dtype), "padded")
         assert right(host.dlogits_(x.view, *arguments, **options, out=out.view))
         assert out.intact() and x.intact()
@@ -89,7 +92,7 @@ def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
 
 def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
     """Into each dtype, in place and over the logits; one row stands out of its anchor's reach."""
-    for out_dtype, over in [(d, over) for d in DTYPES for over in (False, True)]:
+    for out_dtype, over in [(d, over) for d in HALF for over in (False, True)]:
         if over and out_dtype != dtype and out_dtype.itemsize >= dtype.itemsize:
             continue
         raw, labels = torch.randn(n, v) * 3, torch.randint(v, (n,))
@@ -107,7 +110,7 @@ def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
         assert x.intact() and (over or torch.equal(x.view, before))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("options", rows.OPTIONS, ids=str)
 def test_every_width(host: Host, dtype: torch.dtype, options: dict[str, float]) -> None:
     for v in WIDTHS[:10]:
@@ -115,7 +118,7 @@ def test_every_width(host: Host, dtype: torch.dtype, options: dict[str, float]) 
         check_exps(host, 3, v, dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("v", WIDTHS[10:])
 def test_long_rows(host: Host, dtype: torch.dtype, v: int) -> None:
     check_rows(host, 2, v, dtype, softcap=30.0 * (v % 2))
@@ -138,7 +141,7 @@ def test_row_functions_match_float64_exhaustively(host: Host, block: int) -> Non
 
 
 @pytest.mark.parametrize("offset", range(1, 8))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF)
 def test_rows_that_begin_anywhere(compiled: Host, dtype: torch.dtype, offset: int) -> None:
     for v in (1, 5, 8, 9, 40, 700):
         whole = torch.full((2 * v + 200,), math.nan, dtype=dtype)
@@ -162,7 +165,7 @@ def test_the_gradient_of_special_rows(compiled: Host) -> None:
     for name, row, (lse, *_) in rows.SPECIAL:
         x, labels = torch.tensor([row]), torch.tensor([0])
         given = (labels, torch.tensor([lse]), one, -one, 0 * one)
-        want = rows.reference.dlogits_(x.clone(), *given)
+        want = reference.dlogits_(x.clone(), *given)
         torch.testing.assert_close(
             compiled.dlogits_(x, *given), want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name
         )
@@ -241,7 +244,7 @@ def fuzz(library: Path, seeds: int) -> None:
         host.order(reverse)
         for seed in range(seeds):
             torch.manual_seed(seed)
-            n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(DTYPES)
+            n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(HALF)
             check_rows(host, n, v, dtype, **rows.draw(rows.OPTIONS))
             check_exps(host, n, v, dtype, **rows.draw(rows.OPTIONS))
             rows.fuzz_case(host, seed)

@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import each_backend, each_dtype
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
 from lolkernels.testing import eager, peaky
 
-BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
 OFTEN = ["cpu", "reference"]  # Triton's interpreter is slow: 20 runs, in test_triton
-HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +73,7 @@ def run(call: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves)]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@each_dtype
 @pytest.mark.parametrize("backend", [*OFTEN, pytest.param("cuda_host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_250_forwards_and_50_backwards_are_bit_equal(
@@ -96,7 +95,7 @@ def test_250_forwards_and_50_backwards_are_bit_equal(
     assert all(float(t.abs().max()) > 0 for t in first)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@each_dtype
 @pytest.mark.parametrize("backend", OFTEN)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_threads_agree(name: str, backend: str, dtype: torch.dtype) -> None:
@@ -117,7 +116,7 @@ def test_one_and_two_threads_agree(name: str, backend: str, dtype: torch.dtype) 
             )
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", [(1, 300_000), (3, 70_001), (513, 1000), (4000, 33)])
 def test_row_functions_do_not_depend_on_the_number_of_threads(
     shape: tuple[int, int], dtype: torch.dtype
@@ -136,7 +135,7 @@ def test_row_functions_do_not_depend_on_the_number_of_threads(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_fresh_memory_full_of_nan_changes_nothing(name: str, backend: str) -> None:
     """Every element of a result is written: torch fills new tensors with NaN in this mode."""
@@ -153,7 +152,7 @@ def test_fresh_memory_full_of_nan_changes_nothing(name: str, backend: str) -> No
         assert bool(b.isfinite().all()) and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_no_op_draws_from_the_random_generator(backend: str) -> None:
     for call, leaves in small_calls(backend, torch.float32).values():
         before = torch.get_rng_state()

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+from cases import (
+    DTYPES,
+    HALF,
+    each_backend,
+    each_block,
+    each_dtype,
+    judge_block,
+    judge_outputs,
+    rounded_sizes,
+)
 from torch import Tensor
 
 import lolkernels as lk
@@ -14,7 +23,6 @@ from lolkernels import testing
 from lolkernels.backends import TABLE
 from lolkernels.testing import (
     LAYOUTS,
-    LOGPROB_ATOL,
     Problem,
     RedZones,
     eager,
@@ -22,29 +30,6 @@ from lolkernels.testing import (
     fuzz,
     peaky,
 )
-
-HALF = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = {
-    "cpu": HALF,
-    "triton": (torch.float32, torch.float16),  # the interpreter cuts bfloat16 off: see test_triton
-    "cuda_host": HALF,
-    "reference": (*HALF, torch.float64),
-}
-BLOCK = 25  # fuzz cases a test
-# Kernels in an interpreter are slow: fewer cases, and most of those in the exhaustive run.
-COUNTS = {
-    "cpu": (300, 2000),
-    "triton": (25, 300),
-    "cuda_host": (75, 600),
-    "reference": (300, 2000),
-}
-CASES = [
-    pytest.param(
-        backend, start, marks=() if start < quick else pytest.mark.slow, id=f"{backend}-{start}"
-    )
-    for backend, (quick, every) in COUNTS.items()
-    for start in range(0, every, BLOCK)
-]
 
 
 class Drawn:
@@ -65,7 +50,7 @@ class Drawn:
 
 def gradients(
     problem: Problem, drawn: Drawn, dtype: torch.dtype | None
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], lk.LogprobOutput]:
     """Eager outputs and gradients over the kept rows; ``dtype`` float64 gives the truth."""
     p = problem.double() if dtype == torch.float64 else problem
     keep = drawn.keep
@@ -78,29 +63,11 @@ def gradients(
         leaves[2] if p.bias is not None else None,
         **p.options,
     )
-    out = eager(kept)._asdict()
+    out = eager(kept)
     total = sum(
-        (out[name] * g[keep].to(out[name].dtype)).sum() for name, g in drawn.upstream.items()
+        (getattr(out, name) * g[keep].to(out.lse.dtype)).sum() for name, g in drawn.upstream.items()
     )
-    grads = torch.autograd.grad(total, leaves)
-    return list(grads), {name: t.detach() for name, t in out.items()}
-
-
-def rounded_sizes(sizes: dict[str, float], problem: Problem) -> dict[str, float]:
-    """Sizes (see gradient_sizes) for a walk that rounds the gradients of the logits.
-
-    Over whole rows they are rounded to the dtype of half-precision operands (float16 ones have been
-    scaled to its normal range) before rows are added up: an error of half a unit in the last place
-    of each of n terms, which shows where the terms cancel. In dhidden one term, the label's, is
-    most of the sum; of bfloat16 its rounding is as large as that of the result.
-    """
-    dtype, n = problem.hidden.dtype, problem.labels.shape[0]
-    if dtype != problem.weight.dtype or dtype not in (torch.bfloat16, torch.float16) or n == 0:
-        return sizes
-    unit = torch.finfo(dtype).eps / 2 / n**0.5
-    known = testing.STATISTICS_TOL[dtype]
-    own = torch.finfo(dtype).eps / 4 if dtype == torch.bfloat16 else 0.0
-    return {k: s * (1 + (own if k == "hidden" else unit) / known) for k, s in sizes.items()}
+    return list(torch.autograd.grad(total, leaves)), out
 
 
 def check_case(seed: int, backend: str) -> tuple[float, int]:
@@ -139,16 +106,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     peer_grads, _ = gradients(problem, drawn, None)
     for value in out:
         assert value.dtype == dtype and bool((value[~keep] == 0).all())
-    canaries = testing.accept_logprobs(out.logps[keep], truth["logps"])
-    scale = 1e-12 / LOGPROB_ATOL if dtype == torch.float64 else 1.0
-    worst = 0.0
-    if bool(keep.any()):
-        worst = float((out.logps[keep].detach().double() - truth["logps"]).abs().max()) / scale
-        for name, factor in (("lse", 1.0), ("max_logit", 1.0), ("entropy", 3.0)):
-            got = getattr(out, name)[keep].detach().double()
-            off = float((got - truth[name]).abs().max())
-            size = max(1.0, float(truth["max_logit"].abs().max()) / 30)
-            assert off <= factor * size * scale * LOGPROB_ATOL, f"{name} off by {off:.1e}"
+    worst, canaries = judge_outputs(out._make(t[keep] for t in out), truth, dtype)
     kept = replace(problem, hidden=problem.hidden[keep], labels=problem.labels[keep])
     sizes = testing.gradient_sizes(kept, {name: g[keep] for name, g in drawn.upstream.items()})
     if not TABLE[backend].panels:
@@ -162,48 +120,14 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     return worst, canaries
 
 
-@pytest.mark.parametrize(("backend", "start"), CASES)
+@each_block
 def test_fuzz_against_float64(
     backend: str, start: int, record_property: Callable[[str, object], None]
 ) -> None:
-    worst, canaries, faults = 0.0, 0, []
-    for seed in range(start, start + BLOCK):
-        try:
-            error, rejected = check_case(seed, backend)
-        except AssertionError as error_of_case:
-            faults.append(f"seed {seed}: {error_of_case}")
-            continue
-        worst, canaries = max(worst, error), canaries + rejected
-    assert not faults, f"{len(faults)} of {BLOCK} cases:\n" + "\n".join(faults)
-    assert canaries >= 5 * BLOCK  # the judgements could have failed
-    record_property("worst nat per token", worst)
+    record_property("worst nat per token", judge_block(check_case, backend, start, canaries=5))
 
 
-# --- a second oracle, long sequences, many chunks -------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
-)
-@pytest.mark.parametrize("backend", list(DTYPES))
-@pytest.mark.parametrize("seed", range(12))
-def test_against_torchs_own_linear_cross_entropy(backend: str, seed: int) -> None:
-    p = peaky(33, 24, 17 + 101 * seed, bias=bool(seed % 2), std=1 + seed / 3, seed=seed)
-    bias = None if p.bias is None else p.bias
-    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
-    labels = p.labels.clone()
-    labels[::5] = -100
-    out = lk.linear_logprob(*leaves, labels, bias=bias, backend=backend)
-    loss = -out.logps.sum() / (labels != -100).sum()
-    oracle = F.linear_cross_entropy(*leaves, labels, linear_bias=bias, reduction="mean")
-    assert abs(loss.item() - oracle.item()) <= LOGPROB_ATOL
-    ours, theirs = torch.autograd.grad(loss, leaves), torch.autograd.grad(oracle, leaves)
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    exact = F.cross_entropy(
-        doubles[0] @ doubles[1].T + (0 if bias is None else bias.double()), labels
-    )
-    for mine, other, true in zip(ours, theirs, torch.autograd.grad(exact, doubles), strict=True):
-        testing.accept_gradient(mine, other, true, size=0.3)
+# --- long sequences, many chunks ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +151,7 @@ def test_a_sequence_of_4096_tokens_sums_to_a_millinat(backend: str, dtype: torch
 
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_loss"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@each_dtype
 def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(
     op: str, dtype: torch.dtype
 ) -> None:
@@ -290,18 +214,6 @@ def test_masked_and_ignored_rows_are_the_same_as_rows_left_out() -> None:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-def test_a_masked_label_may_be_anything() -> None:
-    p = peaky(6, 8, 20)
-    labels = p.labels.clone()
-    labels[2] = 10**12
-    mask = torch.ones(6, dtype=torch.bool)
-    mask[2] = False
-    out = lk.linear_logprob(p.hidden, p.weight, labels, mask=mask)
-    whole = lk.linear_logprob(p.hidden, p.weight, p.labels)
-    assert float(out.logps[2]) == 0.0
-    assert torch.equal(out.logps[mask], whole.logps[mask])
-
-
 def test_leading_dimensions_and_int32_labels() -> None:
     p = peaky(24, 8, 40)
     flat = lk.linear_logprob(p.hidden, p.weight, p.labels)
@@ -322,15 +234,6 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
     (out.logps.sum() + out.lse.sum()).backward()
     assert h.grad.shape == h.shape
     assert float(w.grad.abs().max()) == 0.0 and float(bias.grad.abs().max()) == 0.0
-
-
-def test_all_rows_masked() -> None:
-    p = peaky(7, 8, 40)
-    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
-    out = lk.linear_logprob(h, w, p.labels, mask=torch.zeros(7, dtype=torch.bool))
-    assert all(bool((t == 0).all()) for t in out)
-    out.logps.sum().backward()
-    assert float(h.grad.abs().max()) == 0.0 and float(w.grad.abs().max()) == 0.0
 
 
 def test_neither_the_budget_nor_the_batch_moves_a_log_prob() -> None:
@@ -355,7 +258,7 @@ def test_outputs_are_differentiable_but_for_the_largest_logit() -> None:
     assert [t.requires_grad for t in out] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("backend", list(DTYPES))
+@each_backend
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 8.0}, {"logit_scale": 0.25, "temperature": 0.6}]
 )

@@ -1,42 +1,18 @@
-"""``logprob`` on logits that are there already: accuracy, layouts, p near one, 64-bit offsets."""
+"""``logprob`` on logits that are there already: accuracy, layouts, p near one, in place."""
 
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from cases import DTYPES, each_backend, each_block, each_dtype, judge_block, judge_outputs
+from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import testing
-from lolkernels.testing import LAYOUTS, LOGPROB_ATOL, VOCABULARIES, RedZones, eager_logits
+from lolkernels.testing import LAYOUTS, VOCABULARIES, RedZones, eager_logits
 
-ROOT = Path(__file__).resolve().parents[1]
-HALF = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = {
-    "cpu": HALF,
-    "triton": (torch.float32, torch.float16),  # the interpreter cuts bfloat16 off: see test_triton
-    "cuda_host": HALF,
-    "reference": (*HALF, torch.float64),
-}
-BLOCK = 25
-# Kernels in an interpreter are slow: fewer cases, and most of those in the exhaustive run.
-COUNTS = {
-    "cpu": (300, 2000),
-    "triton": (25, 300),
-    "cuda_host": (75, 600),
-    "reference": (300, 2000),
-}
-CASES = [
-    pytest.param(
-        backend, start, marks=() if start < quick else pytest.mark.slow, id=f"{backend}-{start}"
-    )
-    for backend, (quick, every) in COUNTS.items()
-    for start in range(0, every, BLOCK)
-]
 OPTIONS = [
     {"temperature": t, "softcap": s, "logit_scale": f}
     for t in (1.0, 0.6, 2.0)
@@ -75,42 +51,26 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
         total = sum((getattr(e, name) * g.to(e.lse.dtype)).sum() for name, g in drawn.items())
         results.append((e, torch.autograd.grad(total, leaf)[0]))
     (truth, true_grad), (_, peer_grad) = results
-    canaries = testing.accept_logprobs(out.logps, truth.logps.detach())
-    scale = 1e-12 / LOGPROB_ATOL if dtype == torch.float64 else 1.0
-    for name, factor in (("lse", 1.0), ("max_logit", 1.0), ("entropy", 3.0)):
-        off = float((getattr(out, name).double() - getattr(truth, name)).detach().abs().max())
-        size = max(1.0, float(truth.max_logit.detach().abs().max()) / 30)
-        assert off <= factor * size * scale * LOGPROB_ATOL, f"{name} off by {off:.1e}"
+    worst, canaries = judge_outputs(out, truth, dtype)
     head = testing.Problem(logits, torch.eye(v), labels, **options)
     size = testing.gradient_sizes(head, drawn)["hidden"] if v <= 300 else 0.0
     if not size:  # the same bound without an identity of V x V
         biggest = sum(float(g.abs().max()) for g in drawn.values())
         size = 40 * biggest * options["logit_scale"] / options["temperature"]
     canaries += testing.accept_gradient(grad, peer_grad, true_grad, size)
-    worst = float((out.logps.detach().double() - truth.logps.detach()).abs().max()) / scale
     return worst, canaries
 
 
-@pytest.mark.parametrize(("backend", "start"), CASES)
+@each_block
 def test_fuzz_against_float64(
     backend: str, start: int, record_property: Callable[[str, object], None]
 ) -> None:
-    worst, canaries, faults = 0.0, 0, []
-    for seed in range(start, start + BLOCK):
-        try:
-            error, rejected = check_case(seed, backend)
-        except AssertionError as error_of_case:
-            faults.append(f"seed {seed}: {error_of_case}")
-            continue
-        worst, canaries = max(worst, error), canaries + rejected
-    assert not faults, f"{len(faults)} of {BLOCK} cases:\n" + "\n".join(faults)
-    assert canaries >= 3 * BLOCK
-    record_property("worst nat per token", worst)
+    record_property("worst nat per token", judge_block(check_case, backend, start, canaries=3))
 
 
 @pytest.mark.parametrize("shift", [0.0, 16.0])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", list(DTYPES))
+@each_dtype
+@each_backend
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
 def test_gradient_at_a_target_of_high_probability(
     backend: str, p: float, dtype: torch.dtype, shift: float
@@ -138,7 +98,7 @@ def test_gradient_at_a_target_of_high_probability(
     if dtype == torch.float16:  # 1e-5 / 129 lies below its smallest normal number
         allowed = allowed + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
-    def judge(g: torch.Tensor) -> list[str]:
+    def judge(g: Tensor) -> list[str]:
         off = (g.double() - truth).abs() - allowed
         return [] if bool((off <= 0).all()) else [f"{off.max().item():.1e} above 1%"]
 
@@ -168,7 +128,7 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
     assert logits.grad.shape == logits.shape
 
 
-@pytest.mark.parametrize("backend", list(DTYPES))
+@each_backend
 def test_batched_views_of_any_stride(backend: str) -> None:
     base = torch.randn(5, 40, 2, 7)
     for x in (base.permute(0, 2, 3, 1), base[1:, ::2].permute(0, 3, 2, 1), base[:, :, 0].mT):
@@ -183,51 +143,6 @@ def test_batched_views_of_any_stride(backend: str) -> None:
         assert float((grad.double() - true_grad).abs().max()) <= 1e-6
 
 
-# --- 64-bit offsets -------------------------------------------------------------------------------
-
-# Two rows 2^31 elements apart in a buffer that is never touched in between: offsets overflow int32,
-# memory stays small because untouched pages are never backed.
-FAR_APART = """
-import torch
-import lolkernels as lk
-stride, v = 2**31 + 11, 1000
-for dtype in (torch.bfloat16,):
-    buffer = torch.empty(2 * stride + v, dtype=dtype)
-    far = torch.as_strided(buffer, (3, v), (stride, 1))
-    rows = torch.randn(3, v).to(dtype)
-    far.copy_(rows)
-    labels = torch.tensor([3, v - 1, 0])
-    got = lk.logprob(far, labels, backend="cpu")
-    want = lk.logprob(rows, labels, backend="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(got, want)), dtype
-    x = far.requires_grad_()
-    (grad,) = torch.autograd.grad(lk.logprob(x, labels, backend="cpu").logps.sum(), x)
-    near = rows.clone().requires_grad_()
-    (want,) = torch.autograd.grad(lk.logprob(near, labels, backend="cpu").logps.sum(), near)
-    assert torch.equal(grad, want), dtype
-    # Columns 2^31 and more elements apart in one row.
-    wide = torch.as_strided(buffer, (2, 3), (1, stride))
-    wide = wide.detach()
-    wide.copy_(rows[:2, :3])
-    labels = torch.tensor([2, 0])
-    got, want = lk.logprob(wide, labels), lk.logprob(rows[:2, :3].contiguous(), labels)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(got, want)), dtype
-    del buffer, far, wide, x
-# Not getrusage: its peak survives exec, and would be that of the process that started this one.
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(1024 * int(status["VmHWM"].split()[0]))
-"""
-
-
-@pytest.mark.compiled
-def test_rows_and_columns_more_than_2_to_the_31_elements_apart() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FAR_APART], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2**30  # the memory was never filled
-
-
 @pytest.mark.slow
 def test_more_than_2_to_the_31_logits() -> None:
     """2^31 logits and a few rows more, all read, in the memory of one row."""
@@ -238,3 +153,71 @@ def test_more_than_2_to_the_31_logits() -> None:
     got = lk.logprob(logits, labels, backend="cpu").logps
     want = torch.log_softmax(row.double(), -1)[0, labels]
     testing.accept_logprobs(got, want, [1] * n)
+
+
+# --- the gradient in the place of the logits ------------------------------------------------------
+
+N, D, V = 6, 8, 50
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype)
+    return hidden, weight.requires_grad_(), torch.randint(V, (N,))
+
+
+@each_backend
+@each_dtype
+def test_the_gradient_is_that_of_the_copying_backward(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem(dtype)
+
+    def grad(inplace: bool) -> Tensor:
+        logits = hidden @ weight.T
+        out = lk.logprob(logits, labels, backend=backend, inplace_backward=inplace, softcap=9.0)
+        total = (out.logps * torch.arange(N)).sum() + out.entropy.sum() + out.lse.sum()
+        return torch.autograd.grad(total, weight)[0]
+
+    assert torch.equal(grad(True), grad(False))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_it_lies_where_the_logits_were(layout: str) -> None:
+    hidden, weight, labels = problem()
+    logits = hidden @ weight.T if layout == "rows" else (weight @ hidden.T).T
+    place = logits.data_ptr()
+    out = lk.logprob(logits, labels, inplace_backward=True)
+    want = torch.softmax(logits.detach(), 1)
+    (grad,) = torch.autograd.grad(out.logps.sum(), logits, retain_graph=True)
+    assert grad.data_ptr() == place and grad.stride() == logits.stride()
+    want[range(N), labels] -= 1
+    torch.testing.assert_close(grad, -want)
+    # Of a view, torch says that it is no longer the one that was used.
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|not have been used"):
+        torch.autograd.grad(out.logps.sum(), logits)
+
+
+def test_another_user_of_the_logits_is_told() -> None:
+    hidden, weight, labels = problem()
+    logits = hidden @ weight.T
+    other = logits.exp().sum() + (logits**2).sum()  # the square needs the logits in its backward
+    lk.logprob(logits, labels, inplace_backward=True).logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_under_torch_compile() -> None:
+    hidden, weight, labels = problem()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(weight: Tensor) -> Tensor:
+        return lk.logprob(hidden @ weight.T, labels, inplace_backward=True).logps.sum()
+
+    (got,) = torch.autograd.grad(loss(weight), weight)
+    (want,) = torch.autograd.grad(lk.logprob(hidden @ weight.T, labels).logps.sum(), weight)
+    torch.testing.assert_close(got, want)
+
+
+def test_it_has_no_second_derivative() -> None:
+    hidden, weight, labels = problem()
+    out = lk.logprob(hidden @ weight.T, labels, inplace_backward=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(out.logps.sum(), weight, create_graph=True)

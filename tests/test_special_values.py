@@ -1,27 +1,22 @@
 """Special values: the truth table of infinities and NaN, overflow, masked poison, no rows."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import each_backend, each_dtype
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import deferred, objectives
-from lolkernels.backends import TABLE
 from lolkernels.testing import peaky
 
 INF, NAN = math.inf, math.nan
-BACKENDS = ["cpu", "triton", "cuda_host", "reference"]
-HALF = [torch.float32, torch.bfloat16, torch.float16]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Triton's interpreter is slow: its longest tables belong to the exhaustive run.
 patient = pytest.mark.parametrize(
     "backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow), "reference"]
 )
-each_dtype = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
 # --- rows of logits -------------------------------------------------------------------------------
@@ -273,16 +268,6 @@ def test_without_a_clip_the_ratio_stays_finite(name: str, log_ratio: float, back
     assert (float(grad.abs().max()) > 1e6) == (log_ratio > 20)
 
 
-def test_the_ratio_of_a_constant_drift_is_the_exp_of_its_sum() -> None:
-    """Not the sum of exps, nor exp of the mean."""
-    seq = lk.Sequences.from_lengths([3, 7])
-    ref = -torch.rand(10, dtype=torch.float64)
-    d = torch.tensor([0.05, -0.1], dtype=torch.float64)
-    ratio = objectives.sequence_ratio(ref + seq.expand(d), ref, seq, clip=None)
-    want = (d * seq.lengths).exp()
-    assert float((ratio - want).abs().max()) <= 1e-14
-
-
 def test_masking_comes_before_exp() -> None:
     """where(mask, exp(x), 0) has a NaN gradient at an infinite x; selection has none."""
     seq = lk.Sequences.from_lengths([2])
@@ -320,18 +305,3 @@ def test_the_smallest_shapes(n: int, d: int, v: int, backend: str) -> None:
     for call in (out.logps.sum(), -loss):
         for g, t in zip(torch.autograd.grad(call, (h, w)), true, strict=True):
             assert g.shape == t.shape and float((g - t).abs().sum()) <= 1e-5
-
-
-CALLS: list[tuple[str, Callable[..., Tensor]]] = [
-    ("row_stats", lambda m, x, y: m.row_stats(x, y)[1]),
-    ("dlogits_", lambda m, x, y: m.dlogits_(x.clone(), y, *[torch.zeros(len(x))] * 4)),
-]
-
-
-@each_backend
-@pytest.mark.parametrize(("name", "call"), CALLS)
-def test_rows_of_no_columns_or_no_rows(
-    name: str, call: Callable[..., Tensor], backend: str
-) -> None:
-    got = call(TABLE[backend], torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
-    assert got.shape[0] == 0 and name

@@ -101,17 +101,6 @@ def test_one_row_of_memory_may_be_many_rows(backend: str) -> None:
     assert torch.equal(r.dlogits_(same, out=out), r.dlogits_(same.clone()))
 
 
-def test_transposed_logits_through_the_op(backend: str) -> None:
-    base, labels = torch.randn(50, 6), torch.randint(50, (6,))
-    x, y = base.T.requires_grad_(), base.T.contiguous().requires_grad_()
-    results = []
-    for leaf in (x, y):
-        out = lk.logprob(leaf, labels, backend=backend)
-        total = (out.logps + out.entropy - out.lse).sum()
-        results.append([*(t.detach() for t in out), *torch.autograd.grad(total, leaf)])
-    assert equal(*results)
-
-
 # Rows, then columns, by a stride that is an int32 and by one that is not: offsets overflow int32.
 # The buffer is never touched in between, and untouched pages are never backed.
 FAR_APART = """
