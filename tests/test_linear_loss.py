@@ -194,60 +194,6 @@ def test_fuzz_against_float64(
     )
 
 
-# --- exact in float64: every objective, reduction, chunking and frozen operand --------------------
-
-
-def double_problem(
-    n: int = 37, v: int = 53, bias: bool = True
-) -> tuple[Problem, dict[str, Tensor]]:
-    p = peaky(n, 9, v, dtype=torch.float64, bias=bias, softcap=20.0, temperature=0.8)
-    side = {
-        "ref_logps": (eager(p).logps + 0.1 * torch.randn(n, dtype=torch.float64)).clamp(max=0),
-        "advantages": torch.tensor([0.7, -0.3, 1.2, 0.0, 0.4, 2.0], dtype=torch.float64),
-        "rewards": torch.tensor([0.1, 0.9, 1.0, 0.5, 0.0, 2.0], dtype=torch.float64),
-    }
-    return p, side
-
-
-LENGTHS = [4, 11, 0, 3, 18, 1]  # an empty sequence, and one longer than the smaller budgets
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("rows_held", [1, 5, 12, 1000])
-@pytest.mark.parametrize(("objective", "options"), OBJECTIVES)
-def test_the_fused_pass_equals_the_unfused_one(
-    objective: Callable[..., Tensor], options: dict[str, Any], rows_held: int, reduction: str
-) -> None:
-    p, side = double_problem()
-    seq = lk.Sequences.from_lengths(LENGTHS, group_size=2 if objective is pairwise else 1)
-    side = {k: t for k, t in side.items() if k in lk.side_inputs(objective)}
-    for frozen in ((), ("weight", "bias"), ("hidden",), ("bias",)):
-        operands = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
-        a = {k: t.clone().requires_grad_(k not in frozen) for k, t in operands.items()}
-        b = {k: t.clone().requires_grad_(k not in frozen) for k, t in operands.items()}
-        fused = lk.linear_loss(
-            objective,
-            a["hidden"],
-            a["weight"],
-            p.labels,
-            seq,
-            bias=a["bias"],
-            reduction=reduction,
-            memory_budget=rows_held * 53 * 8,
-            **p.options,
-            **side,
-            **options,
-        )
-        logps = eager(replace(p, **b)).logps
-        unfused = lk.aggregate(objective(logps=logps, seq=seq, **side, **options), seq, reduction)
-        assert abs(fused.item() - unfused.item()) <= 1e-12 * max(1, abs(unfused.item()))
-        leaves = [k for k in a if k not in frozen]
-        got = torch.autograd.grad(fused, [a[k] for k in leaves])
-        want = torch.autograd.grad(unfused, [b[k] for k in leaves])
-        for x, y in zip(got, want, strict=True):
-            assert testing.accept_gradient(x, y, y) == 3
-
-
 # --- work: which rows enter a GEMM, and how often -------------------------------------------------
 
 
@@ -476,39 +422,14 @@ def test_a_lambda_a_partial_and_an_object_are_objectives() -> None:
 
 
 def test_options_with_defaults_and_without() -> None:
-    p, side = double_problem()
-    seq = lk.Sequences.from_lengths(LENGTHS)
-    given = {"ref_logps": side["ref_logps"], "advantages": side["advantages"]}
-    losses = {
-        clip: lk.linear_loss(
-            objectives.a_lol, p.hidden, p.weight, p.labels, seq, **given, **options
-        ).item()
-        for clip, options in ((0.9, {}), (0.1, {"clip": 0.1}), (None, {"clip": None}))
-    }
-    assert len(set(losses.values())) == 3  # the option arrives
-    explicit = lk.linear_loss(
-        objectives.a_lol, p.hidden, p.weight, p.labels, seq, clip=0.9, **given
-    )
-    assert explicit.item() == losses[0.9]
-
-
-def test_a_loss_that_ignores_the_log_probs_has_zero_gradient() -> None:
-    p = peaky(8, 4, 11)
-    h = p.hidden.requires_grad_()
-
-    def constant(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
-        return rewards * 2
-
-    loss = lk.linear_loss(
-        constant,
-        h,
-        p.weight,
-        p.labels,
-        lk.Sequences.from_lengths([5, 3]),
-        rewards=torch.tensor([1.0, 2.0]),
-    )
-    loss.backward()
-    assert loss.item() == 3.0 and float(h.grad.abs().max()) == 0.0
+    p, seq = peaky(8, 4, 11), lk.Sequences.from_lengths([5, 3])
+    side = {"ref_logps": (eager(p).logps - 0.5).clamp(max=0), "advantages": torch.tensor([0.7, 1])}
+    losses = [
+        lk.linear_loss(objectives.a_lol, p.hidden, p.weight, p.labels, seq, **side, **options)
+        for options in ({}, {"clip": 0.9}, {"clip": 0.1}, {"clip": None})
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert len({loss.item() for loss in losses}) == 3  # the option arrives
 
 
 def test_step_zero_ratio_is_one_whatever_the_batch_shape() -> None:
