@@ -1,6 +1,7 @@
 """Shared settings of the test suite: hypothesis profiles, seed and threads, missing backends."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def _same_start() -> None:
     """Every test starts from the same random state and one thread, whatever ran before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> cuda_host_backend.Host:
+    """The CUDA kernels on the CPU: see cuda_host_backend."""
+    return cuda_host_backend.Host()
+
+
+@pytest.fixture(params=["first thread first", "last thread first"])
+def host(compiled: cuda_host_backend.Host, request: pytest.FixtureRequest) -> Any:
+    """With either order of the threads of a block."""
+    compiled.order(int(request.param.startswith("last")))
+    yield compiled
+    compiled.order(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,6 +64,10 @@ def _numbers(*values: float) -> Any:
     return (ctypes.c_double * len(values))(*values)
 
 
+def _scaling(*, scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0) -> Any:
+    return _numbers(scale, softcap, temperature)
+
+
 def _matrix(t: Tensor) -> Any:
     return _words(t.data_ptr(), CODES[t.dtype], *t.shape, *t.stride())
 
@@ -102,22 +106,14 @@ class Host:
         found: int = self.kernels.host_threads(ctypes.c_int64(cols), ctypes.c_int64(columns))
         return found
 
-    def row_stats(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, ...]:
+    def row_stats(self, logits: Tensor, labels: Tensor, **scaling: float) -> tuple[Tensor, ...]:
         n = len(logits)
         result = tuple(torch.empty(n) for _ in range(4))
         if n:
             status = self.kernels.host_row_stats(
                 _matrix(logits),
                 _vectors(n, torch.int64, labels),
-                _numbers(scale, softcap, temperature),
+                _scaling(**scaling),
                 *map(_address, result),
             )
             assert status == 0
@@ -129,10 +125,8 @@ class Host:
         labels: Tensor,
         anchor: Tensor | None = None,
         *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
         out: Tensor | None = None,
+        **scaling: float,
     ) -> Exps:
         target, n = logits if out is None else out, len(logits)
         sums = Exps(*(torch.empty(n) for _ in Exps._fields))
@@ -140,7 +134,7 @@ class Host:
             status = self.kernels.host_exps(
                 *(_matrix(logits), _matrix(target), _vectors(n, torch.int64, labels)),
                 _words(0, 0) if anchor is None else _vectors(n, torch.float32, anchor),
-                _numbers(scale, softcap, temperature),
+                _scaling(**scaling),
                 int(_narrower(logits, target)),
                 (ctypes.c_void_p * 6)(*(t.data_ptr() for t in sums)),
             )
@@ -156,10 +150,8 @@ class Host:
         b: Tensor,
         c: Tensor,
         *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
         out: Tensor | None = None,
+        **scaling: float,
     ) -> Tensor:
         target, n = logits if out is None else out, len(logits)
         if logits.numel():
@@ -168,7 +160,7 @@ class Host:
                 _matrix(target),
                 _vectors(n, torch.int64, labels),
                 _vectors(n, torch.float32, lse, a, b, c),
-                _numbers(scale, softcap, temperature),
+                _scaling(**scaling),
                 int(_narrower(logits, target)),
             )
             assert status == 0
@@ -210,10 +202,8 @@ class Host:
         anchor: Tensor,
         out: Tensor | None,
         *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
         tile: str = "128x256",
+        **scaling: float,
     ) -> Exps:
         """The epilogue of the GEMM for Hopper, and the kernel that makes rows of its spans."""
         n, v = products.shape
@@ -228,7 +218,7 @@ class Host:
                 *(_address(products), ctypes.c_int64(products.stride(0))),
                 *(_words(data, n, v, stride), _address(parts)),
                 None if bias is None else _address(bias),
-                *(_address(labels), _address(anchor), _numbers(scale, softcap, temperature)),
+                *(_address(labels), _address(anchor), _scaling(**scaling)),
                 *(ctypes.c_int64(span), _address(sums)),
             )
             assert status == 0

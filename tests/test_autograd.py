@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from cases import BACKENDS, DTYPES, HALF, each_backend
+from cases import BACKENDS, DTYPES, HALF, calls, each_backend
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -19,7 +19,8 @@ from lolkernels.testing import eager, peaky
 
 LENGTHS = [2, 3, 1]
 N, D, V = 6, 3, 7
-HALF_OF = {b: HALF if b == "reference" else DTYPES[b] for b in BACKENDS}
+EXACT = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3, "nondet_tol": 0.0}
+NARROW = {b: HALF if b == "reference" else DTYPES[b] for b in BACKENDS}
 
 
 def smooth_objective(
@@ -52,11 +53,7 @@ GRADCHECKED: list[tuple[str, Callable[..., Tensor], dict[str, Any]]] = [
     ("r_lol_kl", objectives.r_lol_kl, {"beta": 0.4}),
     ("a user's", smooth_objective, {"power": 0.7}),
 ]
-SCALINGS: list[dict[str, Any]] = [
-    {},
-    {"softcap": 3.0},
-    {"temperature": 0.7, "logit_scale": 1.3},
-]
+SCALINGS: list[dict[str, Any]] = [{}, {"softcap": 3.0}, {"temperature": 0.7, "logit_scale": 1.3}]
 REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
 
 
@@ -103,40 +100,26 @@ def test_gradcheck_of_linear_loss(
         )
 
     leaves = (doubles(N, D).requires_grad_(), doubles(V, D).requires_grad_(), bias)
-    assert gradcheck(loss, leaves, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+    assert gradcheck(loss, leaves, **EXACT)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
 @pytest.mark.parametrize("output", ["logps", "lse", "entropy", "all"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck_of_linear_logprob(output: str, bias: bool, scaling: dict[str, Any]) -> None:
+@pytest.mark.parametrize("op", ["logprob", "linear_logprob", "with bias"])
+def test_gradcheck_of_log_probs(output: str, op: str, scaling: dict[str, Any]) -> None:
     labels, mask = torch.randint(V, (N,)), torch.tensor([True] * 4 + [False, True])
 
-    def scored(hidden: Tensor, weight: Tensor, b: Tensor | None) -> Any:
-        out = lk.linear_logprob(
-            hidden, weight, labels, bias=b, mask=mask, memory_budget=2 * V * 8, **scaling
-        )
+    def scored(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Any:
+        if weight is None:
+            out = lk.logprob(x, labels, **scaling)
+        else:
+            held = {"bias": bias, "mask": mask, "memory_budget": 2 * V * 8}
+            out = lk.linear_logprob(x, weight, labels, **held, **scaling)
         return out[:3] if output == "all" else getattr(out, output)
 
-    leaves = (
-        doubles(N, D).requires_grad_(),
-        doubles(V, D).requires_grad_(),
-        doubles(V).requires_grad_() if bias else None,
-    )
-    assert gradcheck(scored, leaves, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
-@pytest.mark.parametrize("output", ["logps", "lse", "entropy", "all"])
-def test_gradcheck_of_logprob(output: str, scaling: dict[str, Any]) -> None:
-    labels = torch.randint(V, (N,))
-
-    def scored(logits: Tensor) -> Any:
-        out = lk.logprob(logits, labels, **scaling)
-        return out[:3] if output == "all" else getattr(out, output)
-
-    x = (2 * doubles(N, V)).requires_grad_()
-    assert gradcheck(scored, (x,), eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+    leaves = [2 * doubles(N, V)] if op == "logprob" else [doubles(N, D), doubles(V, D), doubles(V)]
+    leaves = [t.requires_grad_() for t in leaves][: 2 if op == "linear_logprob" else 3]
+    assert gradcheck(scored, leaves, **EXACT)
 
 
 def test_gradcheck_sees_a_wrong_gradient() -> None:
@@ -152,55 +135,12 @@ def test_gradcheck_sees_a_wrong_gradient() -> None:
         gradcheck(loss, (doubles(N, D).requires_grad_(),), eps=1e-6, atol=1e-5, rtol=1e-3)
 
 
-# --- calls with one backward, as the rest of this file uses them ----------------------------------
+# --- calls with one backward ----------------------------------------------------------------------
 
-
-def logprob_call(backend: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    p = peaky(12, 40, 40, dtype=dtype)
-    x = (p.hidden * 2).detach().requires_grad_()
-    return lambda: lk.logprob(x, p.labels, backend=backend).logps, [x]
-
-
-def linear_logprob_call(
-    backend: str, dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    p = peaky(12, 8, 300, dtype=dtype, bias=True)
-    leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
-    return (
-        lambda: lk.linear_logprob(*leaves[:2], p.labels, bias=leaves[2], backend=backend).logps,
-        leaves,
-    )
-
-
-def linear_loss_call(backend: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    p = peaky(12, 8, 300, dtype=dtype, bias=True)
-    leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
-    seq = lk.Sequences.from_lengths([5, 0, 7])
-    ref = (eager(p.double()).logps.float() + 0.1 * torch.randn(12)).clamp(max=0)
-    side = {"ref_logps": ref, "advantages": torch.tensor([1.0, 2.0, 0.5])}
-    return (
-        lambda: lk.linear_loss(
-            objectives.a_lol,
-            *leaves[:2],
-            p.labels,
-            seq,
-            bias=leaves[2],
-            backend=backend,
-            memory_budget=6 * 300 * 4,
-            **side,
-        ),
-        leaves,
-    )
-
-
-CALLS = {
-    "logprob": logprob_call,
-    "linear_logprob": linear_logprob_call,
-    "linear_loss": linear_loss_call,
-}
+NAMES = ["logprob", "linear_logprob", "a_lol"]
 each_call = pytest.mark.parametrize(
     ("name", "backend", "dtype"),
-    [(n, b, d) for n in CALLS for b in BACKENDS for d in HALF_OF[b]],
+    [(n, b, d) for n in NAMES for b in BACKENDS for d in NARROW[b]],
     ids=str,
 )
 
@@ -210,7 +150,7 @@ def test_a_second_backward_gives_the_same_gradient_bit_for_bit(
     name: str, backend: str, dtype: torch.dtype
 ) -> None:
     """Gradients scaled in place in the first backward give .5 and .25 of them in the next."""
-    call, leaves = CALLS[name](backend, dtype)
+    call, leaves = calls(backend, dtype)[name]
     before = [t.detach().clone() for t in leaves]
     out = call()
     upstream = torch.randn_like(out) * 0.5
@@ -226,7 +166,7 @@ def test_backward_is_linear_in_the_upstream_gradient(
     name: str, backend: str, dtype: torch.dtype
 ) -> None:
     """loss * 2 and loss / 4 scale the gradients exactly: powers of two round nothing."""
-    call, leaves = CALLS[name](backend, dtype)
+    call, leaves = calls(backend, dtype)[name]
 
     def grads(factor: float) -> tuple[Tensor, ...]:
         return torch.autograd.grad((call() * factor).sum(), leaves)
@@ -247,7 +187,7 @@ def test_backward_is_linear_in_the_upstream_gradient(
 @each_backend
 def test_upstream_gradients_of_any_layout(name: str, backend: str) -> None:
     """A scalar load of a vector upstream gradient multiplies every row by its first entry."""
-    call, leaves = CALLS[name](backend, torch.float32)
+    call, leaves = calls(backend, torch.float32)[name]
     values = torch.randn(12)
     one_hot, late = torch.zeros(12), values.clone()
     one_hot[7], late[0] = 1.0, 0.0
@@ -277,11 +217,11 @@ PATTERNS = list(itertools.product([False, True], repeat=3))
     [
         pytest.param(b, d, marks=pytest.mark.slow if (b, d) == ("triton", torch.float16) else ())
         for b in BACKENDS
-        for d in HALF_OF[b]
+        for d in NARROW[b]
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["linear_logprob", "linear_loss"])
+@pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize(
     "pattern", PATTERNS, ids=lambda p: "".join("hwb"[i] for i in range(3) if p[i]) or "none"
 )
@@ -289,7 +229,7 @@ def test_every_requires_grad_pattern(
     name: str, backend: str, dtype: torch.dtype, pattern: tuple[bool, ...]
 ) -> None:
     """Gradients exist exactly where they are asked for, and do not depend on who else asks."""
-    call, leaves = CALLS[name](backend, dtype)
+    call, leaves = calls(backend, dtype)[name]
     full = torch.autograd.grad(call().sum(), leaves)
     for leaf, wanted in zip(leaves, pattern, strict=True):
         leaf.requires_grad_(wanted)
@@ -300,7 +240,7 @@ def test_every_requires_grad_pattern(
     for leaf, wanted, whole in zip(leaves, pattern, full, strict=True):
         if not wanted:
             assert leaf.grad is None
-        elif name == "linear_loss":  # another path may form the same gradient in another order
+        elif name == "a_lol":  # another path may form the same gradient in another order
             # Over whole rows the gradients of half-precision logits are rounded on the way.
             size = 100.0 if not TABLE[backend].panels and dtype != torch.float32 else 10.0
             testing.accept_gradient(leaf.grad, whole, whole.double(), size=size)
@@ -312,7 +252,7 @@ def test_every_requires_grad_pattern(
 def test_no_grad_and_inference_mode_give_the_same_values(
     name: str, backend: str, dtype: torch.dtype
 ) -> None:
-    call, _ = CALLS[name](backend, dtype)
+    call, _ = calls(backend, dtype)[name]
     recorded = call()
     with torch.no_grad():
         silent = call()
@@ -320,7 +260,7 @@ def test_no_grad_and_inference_mode_give_the_same_values(
         inference = call()
     assert recorded.requires_grad and not silent.requires_grad and not inference.requires_grad
     # linear_loss scores without holding rows when nothing is to be differentiated.
-    tol = 1e-5 if name == "linear_loss" else 0.0
+    tol = 1e-5 if name == "a_lol" else 0.0
     for other in (silent, inference):
         assert float((recorded - other).detach().abs().max()) <= tol
 
@@ -332,9 +272,9 @@ def test_tensors_made_in_inference_mode_work_outside() -> None:
     assert bool(out.logps.isfinite().all())
 
 
-@pytest.mark.parametrize("name", list(CALLS))
+@pytest.mark.parametrize("name", NAMES)
 def test_double_backward_raises(name: str) -> None:
-    call, leaves = CALLS[name]("cpu", torch.float32)
+    call, leaves = calls("cpu", torch.float32)[name]
     out = call().sum()
     with pytest.raises(NotImplementedError, match=r"second derivative"):
         grads = torch.autograd.grad(out, leaves, create_graph=True)
@@ -369,12 +309,17 @@ def test_a_producer_that_saved_its_output_gets_the_right_gradient(
         assert float((x.grad - z.grad).abs().max()) <= 1e-6
 
 
-def test_accumulation_into_existing_gradients() -> None:
-    call, leaves = CALLS["linear_loss"]("cpu", torch.float32)
-    call().backward()
+def test_gradients_are_handed_over_and_added_up() -> None:
+    """Those made in the forward: writing into what was handed over must not reach the graph."""
+    call, leaves = calls("cpu", torch.float32)["a_lol"]
+    loss = call()
+    loss.backward(retain_graph=True)
     once = [t.grad.clone() for t in leaves]
-    call().backward()
-    assert all(torch.equal(t.grad, 2 * g) for t, g in zip(leaves, once, strict=True))
+    for t in leaves:
+        t.grad.zero_()
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        assert all(torch.equal(t.grad, times * g) for t, g in zip(leaves, once, strict=True))
 
 
 def test_a_tied_weight_gets_both_gradients() -> None:
@@ -409,31 +354,6 @@ def test_every_pair_of_dtypes_works_forward_and_backward(
     for leaf, a, b in zip((h, w), by_op, by_loss, strict=True):
         assert a.dtype == b.dtype == leaf.dtype
         testing.accept_gradient(a, b, b.double(), size=10.0)
-
-
-def test_float64_does_not_mix() -> None:
-    h, w, labels = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
-    for a, b in ((h.double(), w), (h, w.double())):
-        with pytest.raises(TypeError, match="float64"):
-            lk.linear_logprob(a, b, labels)
-
-
-def test_memory_is_released_after_backward() -> None:
-    """The gradients made in the forward are handed over, not kept beside the leaf's."""
-    call, leaves = CALLS["linear_loss"]("cpu", torch.float32)
-    loss = call()
-    loss.backward()
-    pointers = [t.grad.data_ptr() for t in leaves]
-    for t in leaves:
-        t.grad = None
-    loss = call()
-    loss.backward(retain_graph=True)
-    first = [t.grad.clone() for t in leaves]
-    for t in leaves:
-        t.grad.zero_()  # writing into what was handed over must not reach the graph
-    loss.backward()
-    assert all(torch.equal(t.grad, g) for t, g in zip(leaves, first, strict=True))
-    assert len(pointers) == 3
 
 
 # --- what is refused ------------------------------------------------------------------------------

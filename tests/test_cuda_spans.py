@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import seed_fault
 from cuda_host_backend import ROOT, Host, compile_host, why_unavailable
 from test_backends_rows import OPTIONS, close, draw, logit_map, zoned
-from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized, seed_fault
+from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized
 from torch import Tensor
 
 from lolkernels.backends import TABLE, cuda_gemm, reference
@@ -25,18 +26,6 @@ EPS = torch.finfo(BF16).eps
 WIDTHS = (1, 7, 8, 9, 31, 191, 192, 193, 255, 256, 257, 264, 384, 511, 600, 1030)
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-
-
-@pytest.fixture(scope="session")
-def compiled() -> Host:
-    return Host()
-
-
-@pytest.fixture(params=["first thread first", "last thread first"])
-def host(compiled: Host, request: pytest.FixtureRequest) -> Any:
-    compiled.order(int(request.param.startswith("last")))
-    yield compiled
-    compiled.order(0)
 
 
 def aligned_rows(n: int, v: int) -> Any:
@@ -272,7 +261,7 @@ MUTANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "old", "new"), [("spans.cuh", "", ""), *MUTANTS])
 def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
-    seed_fault(tmp_path, file, old, new)
+    seed_fault(tmp_path, f"cuda/{file}", old, new)
     library = compile_spans(tmp_path, tmp_path)
     if old == "":  # the control
         fuzz_sanitized(__file__, library, 24)

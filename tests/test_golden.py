@@ -80,7 +80,11 @@ class Case:
         twin = entry.get("dlogits_same_as") or key
         self.dlogits = read(f"{twin}.dlogits")[self.mask]
         self.dlogp = read(f"{key}.dlogp")[self.mask]
+        self.seq = lk.Sequences.from_mask(self.mask)
         assert float(read(f"{key}.dlogp")[~self.mask].abs().sum()) == 0.0
+
+    def logps(self) -> Tensor:
+        return lk.logprob(self.logits, self.labels, backend="reference").logps
 
 
 def family_case(key: str) -> tuple[Case, Callable[..., Tensor], dict[str, Any]]:
@@ -114,56 +118,29 @@ def test_the_file_holds_four_cases_of_each_configuration() -> None:
 
 
 @pytest.mark.parametrize("key", AGREEING)
-def test_logprob_then_objective(key: str) -> None:
+def test_log_probs_then_the_objective_and_the_fused_loss(key: str) -> None:
+    """The loss, its gradient, and the coefficient, which is the scripts' gradient of log-probs."""
     case, objective, side = family_case(key)
-    seq = lk.Sequences.from_mask(case.mask)
     logits = case.logits.clone().requires_grad_()
     logps = lk.logprob(logits, case.labels, backend="reference").logps
-    loss = lk.aggregate(objective(logps=logps, seq=seq, **side), seq, "seq-mean")
+    loss = lk.aggregate(objective(logps=logps, seq=case.seq, **side), case.seq, "seq-mean")
     dlogits, dlogp = torch.autograd.grad(loss, (logits, logps))
-    assert close(loss, case.loss)
-    assert close(dlogits, case.dlogits)
-    assert close(dlogp, case.dlogp)
-
-
-@pytest.mark.parametrize("rows_held", [None, 5], ids=["one chunk", "five rows a chunk"])
-@pytest.mark.parametrize("key", AGREEING)
-def test_linear_loss_with_an_identity_head(key: str, rows_held: int | None) -> None:
-    case, objective, side = family_case(key)
-    seq = lk.Sequences.from_mask(case.mask)
-    hidden = case.logits.clone().requires_grad_()
-    weight = torch.eye(hidden.shape[1], dtype=torch.float64)
-    loss = lk.linear_loss(
-        objective,
-        hidden,
-        weight,
-        case.labels,
-        seq,
-        backend="reference",
-        memory_budget=None if rows_held is None else rows_held * weight.shape[0] * 8,
-        **side,
-    )
-    loss.backward()
-    assert close(loss, case.loss)
-    assert close(hidden.grad, case.dlogits)
-
-
-@pytest.mark.parametrize("key", AGREEING)
-def test_the_coefficient_is_the_scripts_gradient(key: str) -> None:
-    case, objective, side = family_case(key)
-    seq = lk.Sequences.from_mask(case.mask)
-    logps = lk.logprob(case.logits, case.labels, backend="reference").logps
-    loss, coef, seq_loss = lk.loss_and_coef(objective, logps, seq, **side)
-    assert seq_loss.shape == (4,)
-    assert close(loss, case.loss)
-    assert close(coef, case.dlogp)
+    assert close(loss, case.loss) and close(dlogits, case.dlogits) and close(dlogp, case.dlogp)
+    loss, coef, seq_loss = lk.loss_and_coef(objective, logps.detach(), case.seq, **side)
+    assert seq_loss.shape == (4,) and close(loss, case.loss) and close(coef, case.dlogp)
+    head = (logits, torch.eye(17, dtype=torch.float64), case.labels, case.seq)
+    for budget in (None, 5 * 17 * 8):  # one block, and five rows each
+        options = {"backend": "reference", "memory_budget": budget}
+        loss = lk.linear_loss(objective, *head, **options, **side)
+        assert close(loss, case.loss)
+        assert close(torch.autograd.grad(loss, logits)[0], case.dlogits)
 
 
 @pytest.mark.parametrize(("backend", "key"), KERNELS)
 def test_float32_kernels(backend: str, key: str) -> None:
     """The kernels' rows within the float32 tolerance of the authors' float64 numbers."""
     case, objective, side = family_case(key)
-    seq = lk.Sequences.from_mask(case.mask)
+    seq = case.seq
     side = {k: v.float() if isinstance(v, Tensor) else v for k, v in side.items()}
     outcomes = []
     hidden = case.logits.float().requires_grad_()
@@ -188,10 +165,10 @@ def test_float32_kernels(backend: str, key: str) -> None:
 def test_a_lol_ref_free_clamps_the_advantage_where_one_script_does_not() -> None:
     """c3 holds a negative advantage: one script un-learns it, its twin and ours drop it."""
     case, objective, side = family_case("hh.a_lol_ref_free.c3")
-    seq = lk.Sequences.from_mask(case.mask)
+    seq = case.seq
     negative = side["advantages"] < 0
     assert negative.tolist() == [False, True, False, False]
-    logps = lk.logprob(case.logits, case.labels, backend="reference").logps
+    logps = case.logps()
     loss, coef, _ = lk.loss_and_coef(objective, logps, seq, **side)
     assert not torch.isclose(loss, case.loss, rtol=1e-3, atol=0)
     dropped = seq.expand(negative)
@@ -206,8 +183,8 @@ def test_a_lol_seq_with_their_clip_of_zero_is_a_lol_ref_free(index: int) -> None
     """[1 - 0, 1 + 0] clamps every weight to one; ours refuses clip=0 and names a_lol_ref_free."""
     key = f"hh.a_lol_seq_clip0.0.c{index}"
     case, _, _ = family_case(key)
-    seq = lk.Sequences.from_mask(case.mask)
-    logps = lk.logprob(case.logits, case.labels, backend="reference").logps
+    seq = case.seq
+    logps = case.logps()
     side = {"ref_logps": case.side["ref_logps"], "advantages": case.side["advantages"]}
     with pytest.raises(ValueError, match="a_lol_ref_free"):
         objectives.a_lol_seq(logps, seq=seq, clip=0.0, **side)
@@ -225,8 +202,8 @@ def test_their_clip_of_zero_is_our_none(algorithm: str) -> None:
         case, _, side = family_case(f"hh.{algorithm}_noclip.c{index}")
         assert FAMILY[f"hh.{algorithm}_noclip.c{index}"]["params"]["ppo_clip"] == 0.0
         assert side.pop("clip") is None
-        seq = lk.Sequences.from_mask(case.mask)
-        logps = lk.logprob(case.logits, case.labels, backend="reference").logps
+        seq = case.seq
+        logps = case.logps()
         with pytest.raises(ValueError, match="clip must be None"):
             objective(logps=logps, seq=seq, clip=0.0, **side)
         _, unclipped, _ = lk.loss_and_coef(objective, logps, seq, clip=None, **side)
@@ -244,8 +221,8 @@ def test_their_penalty_switch_is_an_objective_of_its_own(algorithm: str) -> None
         assert entry["params"] == {"algorithm": algorithm, "ppo_clip": 0.0, "kl_beta": 0.2}
         case, used, side = family_case(entry["key"])
         assert used is objective and side.pop("beta") == 0.2
-        seq = lk.Sequences.from_mask(case.mask)
-        logps = lk.logprob(case.logits, case.labels, backend="reference").logps
+        seq = case.seq
+        logps = case.logps()
         loss, coef, _ = lk.loss_and_coef(objective, logps, seq, beta=0.2, **side)
         assert close(loss, case.loss) and close(coef, case.dlogp)
         _, unpenalised, _ = lk.loss_and_coef(objective, logps, seq, beta=0.0, **side)
@@ -287,7 +264,7 @@ def test_dpo_on_pairs(entry: dict[str, Any]) -> None:
 )
 def test_ppo_with_its_value_loss(entry: dict[str, Any]) -> None:
     case, key, params = Case(entry), entry["key"], entry["params"]
-    seq = lk.Sequences.from_mask(case.mask)
+    seq = case.seq
     logits = case.logits.clone().requires_grad_()
     out = lk.logprob(logits, case.labels, backend="reference")
 

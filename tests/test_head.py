@@ -1,7 +1,8 @@
-"""``fuse_lm_head`` on tiny random models: scores, losses, gradients, generation, adapters."""
+"""``fuse_lm_head`` on tiny random models: what it computes, refuses, leaves alone and undoes."""
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 VOCAB = 61
+REF = {"ref_logps": -torch.ones(20), "advantages": torch.ones(3)}
+TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 COMMON = {
-    "vocab_size": VOCAB,
+    **TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -25,38 +28,17 @@ COMMON = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
-
-
-def configurations() -> dict[str, Callable[[], Any]]:
-    t = transformers
-    return {
-        "llama": lambda: t.LlamaConfig(**COMMON),
-        "llama tied": lambda: t.LlamaConfig(**COMMON, tie_word_embeddings=True),
-        "gpt2": lambda: t.GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        "gemma2 softcap": lambda: t.Gemma2Config(
-            **COMMON, final_logit_softcapping=4.0, sliding_window=16
-        ),
-        "cohere scale": lambda: t.CohereConfig(**COMMON, logit_scale=0.3),
-        "granite scaling": lambda: t.GraniteConfig(**COMMON, logits_scaling=2.5),
-        "qwen3": lambda: t.Qwen3Config(**COMMON),
-        "phi bias": lambda: t.PhiConfig(**{k: v for k, v in COMMON.items() if k != "head_dim"}),
-    }
-
-
-CONFIGURATIONS = configurations()
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and what it takes
+    "llama": ("Llama", COMMON),
+    "llama tied": ("Llama", {**COMMON, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}),
+    "gemma2 softcap": ("Gemma2", {**COMMON, "final_logit_softcapping": 4.0, "sliding_window": 16}),
+    "cohere scale": ("Cohere", {**COMMON, "logit_scale": 0.3}),
+    "granite scaling": ("Granite", {**COMMON, "logits_scaling": 2.5}),
+    "qwen3": ("Qwen3", COMMON),
+    "phi bias": ("Phi", {k: v for k, v in COMMON.items() if k != "head_dim"}),
+}
 # Eager attention, the only one it has, gives NaN where a row attends to nothing.
 NO_LEFT_PADDING = "gemma2 softcap"
 models = pytest.mark.parametrize("name", list(CONFIGURATIONS))
@@ -64,7 +46,8 @@ models = pytest.mark.parametrize("name", list(CONFIGURATIONS))
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
-    config = CONFIGURATIONS[name]()
+    family, options = CONFIGURATIONS[name]
+    config = getattr(transformers, f"{family}Config")(**options)
     attention = "eager" if name == NO_LEFT_PADDING else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():  # peaky logits, and a bias that matters where there is one
@@ -184,13 +167,6 @@ def test_generation_is_unchanged(name: str) -> None:
     assert torch.equal(model(input_ids=ids).logits, logits)
     labels = model(input_ids=ids, labels=ids).loss
     assert bool(labels.isfinite())
-
-
-def test_the_signature_that_trainers_inspect_is_the_models_own() -> None:
-    model = build("llama")
-    before = list(inspect.signature(model.forward).parameters)
-    lk.fuse_lm_head(model)
-    assert [p for p in inspect.signature(model.forward).parameters if p != "self"] == before
 
 
 def test_side_inputs_may_be_padded_or_packed() -> None:
@@ -335,6 +311,8 @@ def test_a_copy_of_a_fused_model_stands_alone() -> None:
     twin(**inputs, objective=objectives.nll).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert any(p.grad is not None for p in twin.parameters())
+    assert "forward" not in vars(lk.unfuse_lm_head(twin))
+    assert model(**batch()).logps.shape == (20,)
 
 
 def test_fusing_twice_is_fusing_once() -> None:
@@ -345,18 +323,14 @@ def test_fusing_twice_is_fusing_once() -> None:
     assert bool(model(input_ids=ids).logits.isfinite().all())
 
 
-def test_only_this_instance_is_patched() -> None:
+def test_only_the_forward_of_this_instance_is_patched() -> None:
     model, other = build("llama"), build("llama")
+    keys, taken = list(model.state_dict()), list(inspect.signature(model.forward).parameters)
     lk.fuse_lm_head(model)
+    assert list(model.state_dict()) == keys  # and trainers inspect the signature
+    assert [p for p in inspect.signature(model.forward).parameters if p != "self"] == taken
     assert "forward" in vars(model) and "forward" not in vars(other)
     assert "forward" not in vars(other.lm_head) and hasattr(other(batch()["input_ids"]), "logits")
-
-
-def test_the_state_dict_is_the_models_own() -> None:
-    model = build("llama")
-    keys = list(model.state_dict())
-    lk.fuse_lm_head(model)
-    assert list(model.state_dict()) == keys
 
 
 def test_a_tied_weight_stays_tied_and_gets_both_gradients() -> None:
@@ -377,50 +351,6 @@ def test_hooks_of_the_head_run() -> None:
     assert seen == ["pre", "post"]
 
 
-BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "no mask for the first token": (
-        ValueError,
-        "position 0",
-        {"completion_mask": torch.ones(3, 12, dtype=torch.bool)},
-    ),
-    "mask of another shape": (
-        ValueError,
-        "completion_mask",
-        {"completion_mask": torch.zeros(3, 11, dtype=torch.bool)},
-    ),
-    "no tensor": (ValueError, "completion_mask", {"completion_mask": [[True]]}),
-    "labels too": (TypeError, "labels", {"labels": torch.zeros(3, 12, dtype=torch.int64)}),
-    "a column without an objective": (TypeError, "advantages", {"advantages": torch.ones(3)}),
-    "another objective's column": (
-        TypeError,
-        "rewards",
-        {"objective": objectives.nll, "rewards": torch.ones(3)},
-    ),
-    "a missing column": (TypeError, "rewards", {"objective": objectives.wbc}),
-    "an unknown reduction": (
-        ValueError,
-        "reduction",
-        {"objective": objectives.nll, "reduction": "mean"},
-    ),
-    "an objective that is none": (TypeError, "objective", {"objective": "a_lol"}),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_calls_name_the_argument(name: str) -> None:
-    model = lk.fuse_lm_head(build("llama"))
-    error, words, changed = BAD[name]
-    with pytest.raises(error, match=words):
-        model(**{**batch(), **changed})
-
-
-def test_inputs_embeds_cannot_be_scored() -> None:
-    model, inputs = lk.fuse_lm_head(build("llama")), batch()
-    ids = inputs.pop("input_ids")
-    with pytest.raises(ValueError, match="input_ids"):
-        model(inputs_embeds=model.model.embed_tokens(ids), **inputs)
-
-
 def test_what_is_no_causal_lm_is_refused() -> None:
     for thing in (nn.Linear(3, 4), object(), build("llama").model):
         with pytest.raises(TypeError, match="causal LM"):
@@ -433,6 +363,448 @@ def test_a_mixture_of_experts_with_a_balancing_loss_is_refused() -> None:
     lk.fuse_lm_head(model)
     with pytest.raises(ValueError, match="output_router_logits"):
         model(**batch())
+
+
+def attributes(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value
+        for name, m in model.named_modules()
+        for key, value in vars(m).items()
+    }
+
+
+# --- a model whose logits are something else ------------------------------------------------------
+
+
+class Changed(nn.Module):
+    """A causal LM around another, with a step of its own before and behind the head."""
+
+    def __init__(self, base: Any, before: Any = None, behind: Any = None) -> None:
+        super().__init__()
+        self.base, self.config = base, base.config
+        self.before, self.behind = before, behind
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.lm_head
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None
+    ) -> Any:
+        hidden = self.base.model(input_ids, attention_mask, position_ids, use_cache=False)[0]
+        logits = self.base.lm_head(hidden if self.before is None else self.before(hidden))
+        return (logits if self.behind is None else self.behind(logits),)
+
+
+def masked_column(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[..., 7] = -1e9
+    return z
+
+
+EXACT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a dense step before": {"before": nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))},
+    "a factor before": {"before": lambda h: 3.0 * h},
+    "a factor behind": {"behind": lambda z: z * 0.37},
+    "a divisor behind": {"behind": lambda z: z / 1.7},
+    "a soft-cap": {"behind": lambda z: 5.0 * torch.tanh(z / 5.0)},
+    "a scaled soft-cap": {"behind": lambda z: 5.0 * torch.tanh(0.3 * z.float() / 5.0)},
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a bias behind": ("neither", {"behind": lambda z: z + 0.1 * torch.arange(VOCAB)}),
+    "a masked column": ("neither", {"behind": masked_column}),
+    "a clamp": ("neither", {"behind": lambda z: z.clamp(-5, 5)}),
+    "another soft-cap": ("neither", {"behind": lambda z: 5 * torch.atan(z / 5)}),
+    "a negative factor": ("neither", {"behind": lambda z: -z}),
+    "log-probs": ("neither", {"behind": lambda z: z.log_softmax(-1)}),
+    "fewer columns": ("shape", {"behind": lambda z: z[..., :50]}),
+    "fewer positions": ("shape", {"before": lambda h: h[:, 1:]}),
+    "a look ahead": ("not causal", {"before": lambda h: h + h.mean(1, keepdim=True)}),
+    "a failure": ("does not run on a few tokens .division", {"before": lambda h: 1 / 0}),
+}
+
+
+def changed(**parts: Any) -> Any:
+    torch.manual_seed(0)
+    parts = {k: v.double() if isinstance(v, nn.Module) else v for k, v in parts.items()}
+    return Changed(build("llama"), **parts).eval()
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+@pytest.mark.parametrize("check", [True, False])
+def test_what_stands_beside_the_head_is_included(name: str, check: bool) -> None:
+    model, inputs = changed(**EXACT[name]), batch()
+    with torch.no_grad():
+        logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"])[0]
+        want = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])
+        want = want.squeeze(-1)[inputs["completion_mask"][:, 1:]]
+        out = lk.fuse_lm_head(model, check=check)(**inputs)
+    assert float((out.logps - want).abs().max()) <= (1e-4 if "scaled" in name else 1e-10)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_other_models_are_refused_and_left_as_they_were(name: str) -> None:
+    words, parts = REFUSED[name]
+    model = changed(**parts)
+    before = attributes(model)
+    with pytest.raises(ValueError, match=words):
+        lk.fuse_lm_head(model)
+    assert attributes(model).keys() == before.keys()
+    assert all(attributes(model)[k] is v for k, v in before.items())
+    if words == "neither":  # not a matter of checking: no fused formula gives these logits
+        with pytest.raises((ValueError, RuntimeError), match=r"neither|must match the size"):
+            lk.fuse_lm_head(model, check=False)(**batch())
+
+
+def test_other_log_probs_are_refused_with_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: the judge is the model's own logits."""
+    from lolkernels import fuse
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        return out._replace(logps=out.logps + 0.0125)
+
+    original = fuse.fused_head
+    model = build("llama")
+    monkeypatch.setattr(fuse, "fused_head", off)
+    with pytest.raises(ValueError, match=r"differ from it by up to 0\.0125 nats.*check=False"):
+        lk.fuse_lm_head(model)
+    assert "forward" not in vars(model) and not hasattr(model, "_fusion")
+    assert lk.fuse_lm_head(model, check=False)(**batch()).logps.shape == (20,)
+
+
+def test_weights_of_nan_give_nan_scores() -> None:
+    model = build("gemma2 softcap")
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    assert lk.fuse_lm_head(model)(**batch("gemma2 softcap")).logps.isnan().all()
+
+
+def test_a_trained_factor_is_refused_and_a_frozen_one_is_not() -> None:
+    factor = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    model = changed(behind=lambda z: factor * z)
+    with pytest.raises(ValueError, match=r"trained parameter.*freeze"):
+        lk.fuse_lm_head(model)
+    factor.requires_grad_(False)
+    assert lk.fuse_lm_head(model)(**batch()).logps.isfinite().all()
+
+
+def test_a_head_called_twice_or_never_is_refused() -> None:
+    class Twice(Changed):
+        def forward(self, input_ids: Tensor, *args: Any) -> Any:
+            return (super().forward(input_ids)[0] + super().forward(input_ids)[0],)
+
+    class Never(Changed):
+        def forward(self, input_ids: Tensor, *args: Any) -> Any:
+            return (self.base.model(input_ids)[0] @ self.base.lm_head.weight.T,)
+
+    for cls, words in ((Twice, "2 times"), (Never, "0 times")):
+        with pytest.raises(ValueError, match=words):
+            lk.fuse_lm_head(cls(build("llama")))
+
+
+def double(module: Any, args: Any, output: Any) -> Any:
+    return 2 * output if isinstance(output, Tensor) else output
+
+
+def parametrised(head: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(head)
+
+
+def subclassed(head: Any) -> None:
+    class Normed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, nn.functional.normalize(self.weight))
+
+    head.__class__ = Normed
+
+
+HEADS: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "a hook that changes logits": (
+        lambda h: h.register_forward_hook(double),
+        r"differs from x W.* by up to",
+    ),
+    "a hook that looks on": (lambda h: h.register_forward_hook(lambda *_: None), None),
+    "a hook on the input": (lambda h: h.register_forward_pre_hook(lambda m, x: (2 * x[0],)), None),
+    "a parametrised weight": (parametrised, None),
+    "a forward of its own": (subclassed, "linear layer"),
+}
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_a_head_that_is_more_than_its_weight(name: str) -> None:
+    change, words = HEADS[name]
+    model, inputs = build("llama"), batch()
+    change(model.lm_head)
+    if words is not None:
+        with pytest.raises((ValueError, TypeError), match=words):
+            lk.fuse_lm_head(model)
+        return
+    with torch.no_grad():
+        want = own_logps(model, inputs)
+    out = lk.fuse_lm_head(model)(**inputs)
+    assert float((out.logps.detach() - want).abs().max()) <= 1e-10
+    out.logps.sum().backward()
+    assert any(float(p.grad.abs().max()) > 0 for p in model.lm_head.parameters())
+
+
+def test_a_hook_put_on_a_fused_head_cannot_change_its_results() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    model.lm_head.register_forward_hook(lambda m, x, y: tuple(2 * t for t in y))
+    with pytest.raises(ValueError, match="hook"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "granite scaling", "phi bias"])
+def test_narrow_weights_are_compared_in_float32(name: str, dtype: torch.dtype) -> None:
+    model = lk.fuse_lm_head(build(name, dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model._fusion.checked
+    model.lm_head.weight.data.mul_(1.5)  # other weights, the same map
+    assert model(**batch(name)).logps.isfinite().all()
+
+
+def test_a_fused_model_can_be_compiled() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama", torch.float32)), batch()
+    want = model(**inputs).logps
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**inputs).logps, want, atol=1e-6)
+    assert compiled(input_ids=inputs["input_ids"]).logits.shape == (3, 12, VOCAB)
+
+
+# --- what fusing leaves alone ---------------------------------------------------------------------
+
+
+def test_modes_and_random_states_are_untouched() -> None:
+    model = build("gpt2", torch.float32).train()
+    model.transformer.h[0].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    lk.fuse_lm_head(model)
+    assert torch.equal(torch.rand(3), want)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("outer", ["nothing", "forward of the instance"])
+def test_unfusing_leaves_nothing_behind(outer: str) -> None:
+    model, inputs = build("llama"), batch()
+    want = own_logps(model, inputs)
+    if outer != "nothing":
+        model.forward, model.lm_head.forward = model.forward, model.lm_head.forward
+    before = attributes(model)
+    assert lk.unfuse_lm_head(model) is model  # nothing to undo
+    lk.fuse_lm_head(lk.fuse_lm_head(model))
+    model(**inputs)
+    assert lk.unfuse_lm_head(model) is model
+    after = attributes(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key] is value or after[key] == value, key
+    assert torch.equal(own_logps(model, inputs), want)
+    assert lk.fuse_lm_head(model)(**inputs).logps.shape == (20,)
+
+
+def test_a_forward_wrapped_since_is_not_torn_out() -> None:
+    model = lk.fuse_lm_head(build("llama"))
+    fused = model.forward
+    model.forward = lambda *a, **k: fused(*a, **k)
+    with pytest.raises(ValueError, match="wrapped after"):
+        lk.unfuse_lm_head(model)
+    assert lk.fuse_lm_head(model)(**batch()).logps.shape == (20,)
+
+
+def test_another_thread_gets_logits_meanwhile() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    ids = inputs["input_ids"]
+    want, got = model(input_ids=ids).logits, []
+
+    def generate(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: got.append(model(input_ids=ids).logits))
+        thread.start()
+        thread.join()
+
+    hook = model.model.register_forward_hook(lambda *_: hook.remove() or generate())
+    assert model(**inputs).logps.shape == (20,)
+    assert torch.equal(got[0], want)
+
+
+def test_an_error_in_the_backbone_leaves_the_head_in_its_place() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    head = model.lm_head
+    with pytest.raises(Exception, match=r"index|range"):
+        model(**{**inputs, "input_ids": inputs["input_ids"] + VOCAB})
+    assert model.lm_head is head
+    assert model(**inputs).logps.shape == (20,)
+
+
+# --- weights that are elsewhere -------------------------------------------------------------------
+
+
+def test_meta_weights_are_checked_in_the_first_call() -> None:
+    real = build("llama", torch.float32)
+    for hooked in (False, True):
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(real.config).eval()
+        lk.fuse_lm_head(model)
+        assert not model._fusion.checked
+        model.load_state_dict(real.state_dict(), assign=True)
+        model.model.rotary_emb = real.model.rotary_emb
+        if hooked:
+            model.lm_head.register_forward_hook(double)
+            with pytest.raises(ValueError, match=r"differs from x W.* by up to"):
+                model(**batch())
+            continue
+        out = model(**batch())
+        assert model._fusion.checked
+        assert float((out.logps - own_logps(real, batch())).detach().abs().max()) <= 1e-5
+
+
+@pytest.fixture
+def alone() -> Any:
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_sharded_weights_are_checked_in_the_first_call(
+    alone: Any, own_head: bool, fused_first: bool
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    inputs = batch()
+    plain, model = lk.fuse_lm_head(build("llama", torch.float32)), build("llama", torch.float32)
+    if fused_first:
+        lk.fuse_lm_head(model)
+    for part in (*model.model.layers, *([model.lm_head] if own_head else []), model):
+        fully_shard(part, mesh=alone)
+    if not fused_first:
+        assert not lk.fuse_lm_head(model)._fusion.checked
+    calls: list[int] = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(2):
+        out = model(**inputs, objective=objectives.a_lol, **REF)
+        # Whatever this process knew when fusing: ranks must gather weights equally often.
+        assert len(calls) == 2 + step
+        out.loss.backward()
+        plain(**inputs, objective=objectives.a_lol, **REF).loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad.full_tensor())
+
+
+def test_side_inputs_cast_by_sharding_are_refused(alone: Any) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for cast in (True, False):
+        model = build("llama", torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+        fully_shard(model, mesh=alone, mp_policy=policy)
+        lk.fuse_lm_head(model)
+        call = lambda m=model: m(**batch(), objective=objectives.a_lol, **REF)  # noqa: E731
+        if cast:
+            with pytest.raises(TypeError, match=r"ref_logps.*bfloat16.*cast_forward_inputs"):
+                call()
+        else:
+            assert call().loss.isfinite()
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def pairs(logps: Tensor, seq: Any) -> Tensor:  # one value per pair of rows
+    total = seq.sum(logps).view(-1, 2)
+    return -torch.nn.functional.logsigmoid(total[:, 0] - total[:, 1])
+
+
+MASK = batch()["completion_mask"]
+NLL, A_LOL = {"objective": objectives.nll}, {"objective": objectives.a_lol, **REF}
+TYPE, VALUE = TypeError, ValueError
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "no mask for the first token": (VALUE, "position 0", {"completion_mask": MASK | True}),
+    "mask of another shape": (VALUE, "completion_mask", {"completion_mask": MASK[:, 1:]}),
+    "no tensor": (VALUE, "completion_mask", {"completion_mask": [[True]]}),
+    "a float mask": (TYPE, r"completion_mask.bool\(\)", {"completion_mask": MASK.float()}),
+    "a soft mask": (TYPE, r"completion_mask.bool\(\)", {"completion_mask": 0.3 * MASK.double()}),
+    "labels as mask": (VALUE, "only 0 and 1", {"completion_mask": torch.where(MASK, 17, -100)}),
+    "labels too": (TYPE, "labels", {"labels": torch.zeros(3, 12, dtype=torch.int64)}),
+    "a column without an objective": (TYPE, "advantages", {"advantages": torch.ones(3)}),
+    "another objective's column": (TYPE, "rewards", {**NLL, "rewards": torch.ones(3)}),
+    "a missing column": (TYPE, "rewards", {"objective": objectives.wbc}),
+    "an unknown reduction": (VALUE, "reduction", {**NLL, "reduction": "mean"}),
+    "an objective that is none": (TYPE, "objective", {"objective": "a_lol"}),
+    "fewer logits than tokens": (VALUE, "logits_to_keep", {"logits_to_keep": 2}),
+    "rows that are no pairs": (VALUE, "group_size=2 does not divide", {**NLL, "group_size": 2}),
+    # Misspelt names are refused with the nearest.
+    "an option": (TYPE, "clp .*did you mean clip", {**A_LOL, "clp": 0.2}),
+    "the reduction": (TYPE, "reductoin .*did you mean reduction", {**A_LOL, "reductoin": "sum"}),
+    "the temperature": (TYPE, "temprature .*did you mean temperature", {"temprature": 2}),
+    "the mask": (TYPE, "atention_mask .*did you mean attention_mask", {"atention_mask": MASK}),
+    "another objective's option": (TYPE, "clip .*takes none", {**NLL, "clip": 0.2}),
+    "an option without an objective": (TYPE, "clip ", {"clip": 0.2}),
+    "something else": (TYPE, "qqqq .*leave it out", {"qqqq": 1}),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_calls_name_the_argument(name: str, family: str) -> None:
+    error, words, changed = BAD[name]
+    model = lk.fuse_lm_head(build(family))
+    with pytest.raises(error, match=words):
+        model(**{**batch(), **changed})
+
+
+def test_inputs_embeds_cannot_be_scored() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    ids = inputs.pop("input_ids")
+    with pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=model.model.embed_tokens(ids), **inputs)
+
+
+def test_keywords_that_wrappers_add_are_taken() -> None:
+    model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    want = model(**inputs).logps
+    extra = dict.fromkeys(("labels", "inputs_embeds", "task_ids", "logits_to_keep"))
+    got = model(**inputs, **extra, output_attentions=False, return_dict=True, use_cache=False)
+    assert torch.equal(got.logps, want)
+    numbers = model(**{**inputs, "completion_mask": inputs["completion_mask"].long()})
+    assert torch.equal(numbers.logps, want)
+
+
+def test_positional_arguments_are_the_models_own() -> None:
+    for family in ("llama", "gpt2"):
+        model, inputs = lk.fuse_lm_head(build(family)), batch()
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        scored = {"completion_mask": inputs["completion_mask"]}
+        want = model(input_ids=ids, attention_mask=mask, **scored).logps
+        given = (ids, mask) if family == "llama" else (ids, None, mask)
+        assert torch.equal(model(*given, **scored).logps, want)
+        with pytest.raises(TypeError, match="99 positional arguments"):
+            model(ids, *[None] * 98, **scored)
+        with pytest.raises(TypeError, match="input_ids is given twice"):
+            model(ids, input_ids=ids, **scored)
+
+
+def test_the_group_size_reaches_the_sequences() -> None:
+    inputs = {k: torch.cat([v, v[:1]]) for k, v in batch().items()}
+    model = lk.fuse_lm_head(build("llama"))
+    out = model(**inputs, objective=pairs, group_size=2)
+    logps = model(**inputs, group_size=2)
+    assert out.seq.group_size == logps.seq.group_size == 2
+    want = pairs(logps.logps, logps.seq)
+    assert out.seq_loss.shape == (2,) and torch.allclose(out.seq_loss, want.detach())
+    assert out.metrics == {}
 
 
 # --- LogprobHead ----------------------------------------------------------------------------------
@@ -465,3 +837,66 @@ def test_logprob_head_names_what_is_missing() -> None:
         head(h, labels, objective=objectives.nll)
     with pytest.raises(TypeError, match="linear layer"):
         lk.LogprobHead(nn.ReLU())
+
+
+class Transposed(nn.Module):
+    """x W + b, as in GPT-2's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Quantised(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 30)
+        self.weight = nn.Parameter(torch.zeros(30, 8, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LayerNorm(8),
+        nn.Embedding(30, 8),
+        nn.Bilinear(8, 8, 3),
+        nn.Conv1d(8, 30, 1),
+        Transposed(),
+        Quantised(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_only_linear_layers_make_a_head(layer: Any) -> None:
+    with pytest.raises(TypeError, match="linear layer"):
+        lk.LogprobHead(layer)
+
+
+def test_a_layer_that_computes_what_a_linear_one_does_makes_a_head() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(30, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    layer = Own()
+    h, labels = torch.randn(6, 8), torch.randint(30, (6,))
+    want = layer(h).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    assert torch.allclose(lk.LogprobHead(layer)(h, labels).logps, want, atol=1e-5)
+
+
+def test_a_head_takes_a_mask_with_a_group_size() -> None:
+    head = lk.LogprobHead(nn.Linear(8, 30))
+    h, labels = torch.randn(4, 5, 8), torch.randint(30, (4, 5))
+    mask = torch.arange(5) < torch.tensor([[2], [5], [1], [3]])
+    got = head(h, labels, mask, objective=pairs, group_size=2)
+    seq = lk.Sequences.from_mask(mask, group_size=2)
+    assert torch.equal(got.seq_loss, head(h, labels, seq, objective=pairs).seq_loss)
+    assert got.seq_loss.shape == (2,)
+    with pytest.raises(ValueError, match="group_size=2"):
+        head(h, labels, lk.Sequences.from_mask(mask), objective=pairs, group_size=2)
+    with pytest.raises(ValueError, match="labels"):
+        head(h, group_size=2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from cases import DTYPES, HALF, each_block, judge_block, rounded_sizes
+from cases import DTYPES, HALF, fuzz_test, rounded_sizes
 from torch import Tensor
 
 import lolkernels as lk
@@ -185,13 +185,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     return off / max(1e-3, abs(true["loss"].item())), canaries
 
 
-@each_block
-def test_fuzz_against_float64(
-    backend: str, start: int, record_property: Callable[[str, object], None]
-) -> None:
-    record_property(
-        "worst relative error of the loss", judge_block(check_case, backend, start, canaries=4)
-    )
+test_fuzz_against_float64 = fuzz_test(check_case, canaries=4)
 
 
 # --- work: which rows enter a GEMM, and how often -------------------------------------------------
@@ -212,52 +206,42 @@ def gemm_flops(call: Callable[[], Tensor]) -> int:
     return flops
 
 
-def work_of(n_active: int, **how: Any) -> tuple[float, int, int]:
-    """GEMMs of 2 n D V flops that one call takes, over ``n_active`` rows."""
+def work_of(
+    weights: list[float] | None = None,
+    *,
+    frozen: str = "",
+    rows: int = 1000,
+    objective: Callable[..., Tensor] = objectives.a_lol,
+) -> float:
+    """Flops of the GEMMs of one call on 66 rows, in units of one row's product, 2 D V."""
     d, v, lengths = 16, 300, [7, 20, 9, 30]
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(sum(lengths), d, generator=generator)
-    w = torch.randn(v, d, generator=generator).requires_grad_(how.pop("train_weight", True))
-    labels = torch.randint(v, (sum(lengths),), generator=generator)
-    advantages = how.pop("advantages", torch.ones(4))
-    h.requires_grad_(how.pop("train_hidden", True))
-    flops = gemm_flops(
-        lambda: lk.linear_loss(
-            objectives.a_lol_seq if how.get("token") else objectives.a_lol,
-            h,
-            w,
-            labels,
-            lk.Sequences.from_lengths(lengths),
-            ref_logps=-torch.ones(sum(lengths)),
-            advantages=advantages,
-            memory_budget=how.get("rows", 1000) * v * 4,
-        )
-    )
-    return flops / (2 * n_active * d * v), d, v
+    h = torch.randn(sum(lengths), d, requires_grad="h" not in frozen)
+    w = torch.randn(v, d, requires_grad="w" not in frozen)
+    labels, seq = torch.randint(v, (sum(lengths),)), lk.Sequences.from_lengths(lengths)
+    side = {"ref_logps": -torch.ones(66), "advantages": torch.tensor(weights or [1.0] * 4)}
+    budget = rows * v * 4
+
+    def call() -> Tensor:
+        return lk.linear_loss(objective, h, w, labels, seq, memory_budget=budget, **side)
+
+    return gemm_flops(call) / (2 * d * v)
 
 
-def test_three_gemms_and_two_with_a_frozen_operand() -> None:
-    assert work_of(66)[0] == 3
-    assert work_of(66, rows=30)[0] == 3  # several chunks
-    assert work_of(66, rows=10, token=True)[0] == 3  # sequences are cut where a loss is token-local
-    assert work_of(66, train_weight=False)[0] == 2
-    assert work_of(66, train_weight=False, rows=10)[0] == 2  # groups longer than a chunk
-    assert work_of(66, train_hidden=False)[0] == 2
-    assert work_of(66, train_hidden=False, train_weight=False)[0] == 1
-
-
-def test_a_group_longer_than_a_chunk_computes_its_logits_twice() -> None:
-    """Only the rows beyond the budget: (20 - 10) + (30 - 10), and 30 - 25."""
-    assert work_of(1, rows=10)[0] == 3 * 66 + 10 + 20
-    assert work_of(1, rows=25)[0] == 3 * 66 + 5
-    assert work_of(1)[0] == 3 * 66
-
-
-def test_sequences_without_a_positive_advantage_enter_no_gemm() -> None:
-    advantages = torch.tensor([1.0, -2.0, 0.0, 3.0])
-    assert work_of(7 + 30, advantages=advantages)[0] == 3
-    assert work_of(7 + 30, advantages=advantages, train_weight=False)[0] == 2
-    assert work_of(1, advantages=-torch.ones(4))[0] == 0
+def test_the_gemms_of_a_loss() -> None:
+    """Three, and two with a frozen operand; several blocks of rows change nothing."""
+    assert work_of() == work_of(rows=30) == 3 * 66
+    assert work_of(frozen="w") == work_of(frozen="h") == 2 * 66
+    assert work_of(frozen="hw") == 66
+    assert work_of(frozen="w", rows=10) == 2 * 66  # groups longer than a block
+    # Sequences are cut where a loss is token-local. Elsewhere the rows of a group beyond the budget
+    # have their logits made again: (20 - 10) + (30 - 10), and 30 - 25.
+    assert work_of(rows=10, objective=objectives.a_lol_seq) == 3 * 66
+    assert work_of(rows=10) == 3 * 66 + 10 + 20
+    assert work_of(rows=25) == 3 * 66 + 5
+    # Sequences without a positive advantage enter none.
+    assert work_of([1.0, -2.0, 0.0, 3.0]) == 3 * (7 + 30)
+    assert work_of([1.0, -2.0, 0.0, 3.0], frozen="w") == 2 * (7 + 30)
+    assert work_of([-1.0] * 4) == 0
 
 
 def test_prompt_rows_enter_no_gemm() -> None:
@@ -367,15 +351,9 @@ def test_a_skipped_sequence_is_checked_all_the_same(wrong: str) -> None:
 
 def test_a_skipped_sequence_has_no_statistics_and_no_gradient() -> None:
     h, w = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4)
-    out = lk.linear_loss(
-        objectives.a_lol_ref_free,
-        h,
-        w,
-        torch.arange(9),
-        lk.Sequences.from_lengths([3, 4, 2]),
-        advantages=torch.tensor([1.0, -1.0, 2.0]),
-        return_outputs=True,
-    )
+    seq, labels = lk.Sequences.from_lengths([3, 4, 2]), torch.arange(9)
+    side = {"advantages": torch.tensor([1.0, -1.0, 2.0]), "return_outputs": True}
+    out = lk.linear_loss(objectives.a_lol_ref_free, h, w, labels, seq, **side)
     out.loss.backward()
     assert bool((h.grad[3:7] == 0).all()) and bool((h.grad[:3] != 0).any())
     for t in (out.logps, out.lse, out.entropy, out.max_logit):
@@ -437,25 +415,12 @@ def test_step_zero_ratio_is_one_whatever_the_batch_shape() -> None:
     for dtype in HALF:
         p = peaky(600, 64, 5000, dtype=dtype, std=4.0)
         seq = lk.Sequences.from_lengths([400, 50, 150])
-        ref = torch.cat(
-            [
-                lk.linear_logprob(p.hidden[i : i + 7], p.weight, p.labels[i : i + 7]).logps
-                for i in range(0, 600, 7)
-            ]
-        )
-        ones = torch.ones(3)
-        out = lk.linear_loss(
-            objectives.a_lol,
-            p.hidden,
-            p.weight,
-            p.labels,
-            seq,
-            ref_logps=ref,
-            advantages=ones,
-            memory_budget=5000 * 4 * 60,
-            clip=None,
-            return_outputs=True,
-        )
+        head = (p.hidden, p.weight, p.labels)
+        parts = [(p.hidden[i : i + 7], p.weight, p.labels[i : i + 7]) for i in range(0, 600, 7)]
+        ref = torch.cat([lk.linear_logprob(*part).logps for part in parts])
+        options = {"memory_budget": 5000 * 4 * 60, "clip": None, "return_outputs": True}
+        side = {"ref_logps": ref, "advantages": torch.ones(3)}
+        out = lk.linear_loss(objectives.a_lol, *head, seq, **side, **options)
         assert float(seq.sum(out.logps - ref).abs().max()) <= 1e-3
         ratio = -out.seq_loss / seq.sum(out.logps)
         assert float((ratio - 1).abs().max()) <= 1e-3
@@ -472,19 +437,12 @@ def test_the_denominators_may_be_those_of_a_larger_update() -> None:
             h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
             total, row, size = 0.0, 0, 8 // parts
             for i in range(0, 8, size):
-                part = lengths[i : i + size]
-                rows = slice(row, row + sum(part))
-                row = rows.stop
-                seq = lk.Sequences.from_lengths(part)
-                loss = lk.linear_loss(
-                    objectives.a_lol_ref_free,
-                    h[rows],
-                    w,
-                    p.labels[rows],
-                    seq.with_totals(num_sequences=8, num_tokens=sum(lengths)),
-                    reduction=reduction,
-                    advantages=advantages[i : i + size],
-                )
+                seq = lk.Sequences.from_lengths(lengths[i : i + size])
+                rows = slice(row, row := row + seq.num_tokens)
+                seq = seq.with_totals(num_sequences=8, num_tokens=sum(lengths))
+                options = {"reduction": reduction, "advantages": advantages[i : i + size]}
+                batch = (h[rows], w, p.labels[rows], seq)
+                loss = lk.linear_loss(objectives.a_lol_ref_free, *batch, **options)
                 loss.backward()
                 total += loss.item()
             outcomes.append((torch.tensor(total, dtype=torch.float64), h.grad, w.grad))

@@ -2,11 +2,10 @@
 
 import math
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, each_backend, each_block, each_dtype, judge_block, judge_outputs
+from cases import DTYPES, each_backend, each_dtype, fuzz_test, judge_outputs
 from torch import Tensor
 
 import lolkernels as lk
@@ -61,11 +60,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     return worst, canaries
 
 
-@each_block
-def test_fuzz_against_float64(
-    backend: str, start: int, record_property: Callable[[str, object], None]
-) -> None:
-    record_property("worst nat per token", judge_block(check_case, backend, start, canaries=3))
+test_fuzz_against_float64 = fuzz_test(check_case, canaries=3)
 
 
 @pytest.mark.parametrize("shift", [0.0, 16.0])

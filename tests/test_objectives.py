@@ -297,6 +297,9 @@ def test_what_an_objective_returns_is_checked(name: str) -> None:
     fn, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         evaluate(fn)
+    seq = lk.Sequences.from_lengths([2, 3])
+    with pytest.raises(ValueError, match=message):
+        lk.linear_loss(fn, torch.randn(5, 4), torch.randn(9, 4), torch.arange(5), seq)
 
 
 def test_a_statistic_that_is_missing_is_named() -> None:

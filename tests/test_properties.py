@@ -105,35 +105,20 @@ def loss_of(
     batch: Batch,
     objective: Callable[..., Tensor] = objectives.a_lol,
     *,
-    hidden: Tensor | None = None,
-    weight: Tensor | None = None,
-    labels: Tensor | None = None,
     seq: lk.Sequences | None = None,
-    advantages: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    **options: Any,
+    **changed: Any,
 ) -> Result:
     """The fused loss with its gradients; what is given replaces the batch's own."""
     p = batch.problem
-    leaves = [
-        (p.hidden if hidden is None else hidden).detach().clone().requires_grad_(),
-        (p.weight if weight is None else weight).detach().clone().requires_grad_(),
-    ]
-    advantages = batch.advantages if advantages is None else advantages
-    side = {
-        "ref_logps": batch.ref_logps if ref_logps is None else ref_logps,
-        "advantages": advantages,
-        "rewards": advantages,
-    }
-    side = {k: t for k, t in side.items() if k in lk.side_inputs(objective)}
-    call = {"bias": p.bias, "backend": batch.backend, **p.options, **side, **options}
-    loss = lk.linear_loss(
-        objective,
-        *leaves,
-        p.labels if labels is None else labels,
-        batch.seq if seq is None else seq,
-        **call,
-    )
+    own = {"hidden": p.hidden, "weight": p.weight, "labels": p.labels, "bias": p.bias, **p.options}
+    side = {"ref_logps": batch.ref_logps, "advantages": batch.advantages}
+    call = {**own, **side, "backend": batch.backend, **changed}
+    call["rewards"] = call["advantages"]
+    for name in {"ref_logps", "advantages", "rewards"} - set(lk.side_inputs(objective)):
+        del call[name]
+    leaves = [call[k].detach().clone().requires_grad_() for k in ("hidden", "weight")]
+    call |= {"hidden": leaves[0], "weight": leaves[1]}
+    loss = lk.linear_loss(objective, seq=batch.seq if seq is None else seq, **call)
     return Result(loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
@@ -422,10 +407,7 @@ def test_the_weight_is_monotone_and_constant_outside_the_clip(
 
 
 @each_backend
-@given(
-    drift=st.floats(-0.2, 0.2),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
-)
+@given(drift=st.floats(-0.2, 0.2), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_the_ratio_of_a_constant_drift_is_exp_of_length_times_drift(
     backend: str, drift: float, lengths: list[int]
 ) -> None:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import ROOT, seed_fault
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-fno-omit-frame-pointer"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -145,12 +145,6 @@ MUTANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "old", "new"), MUTANTS)
 def test_a_seeded_fault_is_found(file: str, old: str, new: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "tests").mkdir()
-    shutil.copy2(ROOT / "tests" / "rows_harness.cpp", tmp_path / "tests")
-    source = tmp_path / "csrc" / file
-    text = source.read_text()
-    assert text.count(old) >= 1, f"{file} no longer holds {old!r}"
-    source.write_text(text.replace(old, new))
+    seed_fault(tmp_path, file, old, new)
     mutant = build_harness(tmp_path, tmp_path / "harness", "-O1", *SANITIZE)
     assert run(mutant, 3000, 0).returncode != 0

@@ -6,20 +6,16 @@ Triton's interpreter, which cuts a bfloat16 off where the compiled kernels round
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import PRINT_PEAK, run_python
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels.backends import reference, triton
 
-ROOT = Path(__file__).resolve().parents[1]
 # A bare `triton` parameter skips a test where the backend is missing (conftest).
 pytestmark = pytest.mark.parametrize("backend", ["triton"])
 FALLS = torch.arange(600.0) % 2 * 70  # every second anchor
@@ -129,24 +125,13 @@ for shape, strides in layouts:
     far.copy_(near)
     got = [*triton.exps_(far, labels), far]
     assert all(torch.equal(a, b) for a, b in zip(got, want)), shape
-# Not getrusage: its peak survives exec, and would be that of the process that started this one.
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(1024 * int(status["VmHWM"].split()[0]))
 """
 
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="on a GPU that memory would be there")
 def test_rows_and_columns_more_than_2_to_the_31_elements_apart(backend: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FAR_APART],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2**30  # the memory was never filled
+    peak = run_python(FAR_APART + PRINT_PEAK, TRITON_INTERPRET="1")
+    assert int(peak) < 2**30  # the memory was never filled
 
 
 # --- half-precision numbers over float32 logits -------------------------------------------------
@@ -323,13 +308,4 @@ assert lk.logprob(torch.zeros(2, 3), torch.zeros(2).long()).lse.shape == (2,)
 
 
 def test_without_a_gpu_it_is_refused_and_triton_is_never_imported(backend: str) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", NO_GPU],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=env | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(NO_GPU, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
