@@ -219,6 +219,14 @@ def _config(**changes: Any) -> Any:
     return lambda w: w.config.update(changes)
 
 
+def _every_row(**changes: Any) -> Any:
+    def change(w: World) -> None:
+        for row in w.rows:
+            row.update(changes)
+
+    return change
+
+
 def _row(index: int, **changes: Any) -> Any:
     return lambda w: w.rows[index].update(changes)
 
@@ -258,8 +266,8 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "one character of a completion": (_row(3, completion="goods 3"), "rows tokens"),
     "one character of a prompt": (_row(3, prompt="nobody lauGhe "), "rows tokens"),
     "a reward": (_row(2, reward=0.123), "rows"),
-    "a value of the data": (_row(2, value=0.1), "rows"),
-    "an advantage of the data": (_row(2, advantage=0.1), "rows"),
+    "a value of the data": (_every_row(value=0.1), "rows"),
+    "an advantage of the data": (_every_row(advantage=0.1), "rows"),
     "a column the reward function reads": (_topics, "columns"),
     "the order of rows": (lambda w: w.rows.reverse(), "rows tokens"),
     "a row less": (lambda w: w.rows.pop(), "rows tokens num_rows"),
