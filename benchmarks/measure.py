@@ -345,7 +345,7 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
     named = entry.backend is not None and library.has_gemm(entry.backend)
     own = named and shape.dtype == "bf16"
     size = shape.itemsize if device.type == "cuda" else 4
-    held = library.kept_rows(shape.vocab, shape.hidden, size, entry.budget, device)
+    held = library.kept_rows(shape.vocab, shape.hidden, size, entry.budget, device, max(lengths))
     cu = [0, *itertools.accumulate(lengths)]
     return library.extra_bytes(
         entry.op,

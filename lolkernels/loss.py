@@ -234,8 +234,8 @@ def _op(
     if one or not (head or (hold and need_hidden)):
         plan = [step.whole]
     else:
-        if memory_budget is None:  # a long group whole, up to twice as many rows
-            most = max(most, min(2 * most, longest_group(offsets, seq.group_size)))
+        group = longest_group(offsets, seq.group_size)
+        most, _ = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold, group)
         local = step.traits.token_local and seq.group_size == 1
         plan = plan_blocks(offsets, most, group_size=seq.group_size, token_local=local)
     later = head and one

@@ -33,10 +33,10 @@ def kept_rows(
 ) -> int:
     """Rows whose exponentials are held until dweight is made of them: at least one.
 
-    None: on a CPU 48 MiB or 256 rows, whichever is more, and up to D rows (no more than dweight
-    itself) where the ``longest`` group needs them; None there stands for D. On a GPU a sixteenth of
-    its memory (``card``, where it is not here): of what the card has, not of what is free, so that
-    a run does not depend on its neighbours.
+    None: on a CPU those of D rows, no more than dweight itself, and at least 48 MiB or 256 rows. On
+    a GPU a sixteenth of its memory (``card``, where it is not here): of what the card has, not of
+    what is free, so that a run does not depend on its neighbours. Where the ``longest`` group has
+    more rows, up to twice as many.
     """
     row = vocab * itemsize
     if memory_budget is not None:
@@ -47,9 +47,10 @@ def kept_rows(
     if device.type == "cuda":
         if card is None:
             card = torch.cuda.get_device_properties(device).total_memory
-        return max(MIN_ROWS, card // 16 // row)
-    needed = hidden_size if longest is None else min(longest, hidden_size)
-    return max(MIN_ROWS, MIN_KEPT // row, needed)
+        rows = max(MIN_ROWS, card // 16 // row)
+    else:
+        rows = max(MIN_ROWS, MIN_KEPT // row, hidden_size)
+    return rows if longest is None else max(rows, min(2 * rows, longest))
 
 
 def chunk_limit(vocab: int, memory_budget: int | None) -> int:
@@ -152,7 +153,11 @@ def extra_bytes(
     most = kept_rows(v, d, e, memory_budget, device, card=card)
     trained = op != "score" and not frozen_weight
     blocks = trained and op == "linear_loss" and n > most
-    kept = min(n if longest_block is None or not blocks else longest_block, most) if trained else 0
+    largest = n
+    if blocks:
+        most = kept_rows(v, d, e, memory_budget, device, longest_block, card)
+        largest = most if longest_block is None else longest_block
+    kept = min(largest, most) if trained else 0
     unit = 4 * n * d if op != "score" else 0
     gathered = 4 * d * min(n, GATHERED) if op != "score" else 0
     dhidden = hidden_bytes * n * d if op != "score" else 0

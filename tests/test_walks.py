@@ -598,7 +598,10 @@ def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("op", ["linear_loss", "linear_logprob", "score"])
-@pytest.mark.parametrize(("n", "rows"), [(300, None), (2048, 300), (2000, 900)])
+@pytest.mark.parametrize(
+    ("n", "rows", "length"),
+    [(300, None, 100), (2048, 300, 100), (2000, 900, 100), (2000, None, 1000)],
+)
 def test_the_memory_formula(
     monkeypatch: pytest.MonkeyPatch,
     gpu: bool,
@@ -607,6 +610,7 @@ def test_the_memory_formula(
     op: str,
     n: int,
     rows: int | None,
+    length: int,  # of a sequence: 1,000 rows are more than a CPU keeps otherwise
 ) -> None:
     """Kernels and products that allocate nothing stand in: what is left is the walks' own."""
     d, v, device = 96, 20_001, "cuda" if gpu else "cpu"
@@ -632,13 +636,14 @@ def test_the_memory_formula(
     for walk in (walk_cpu, walk_gpu):
         monkeypatch.setattr(walk, "matmul", lambda a, b, out, **options: None)
     hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
-    seq = lk.Sequences.from_lengths([100] * (n // 100) + [n % 100])
+    seq = lk.Sequences.from_lengths([length] * (n // length) + [n % length])
     with LiveBytes(hidden, weight) as live:
         made = step_of(op, hidden, weight, seq, budget, frozen)
     gradients = sum(g.numel() * g.element_size() for g in made)
     size = dtype.itemsize if device == "cuda" else 4
     monkeypatch.setattr(memory, "kept_rows", held)
-    plan = plan_blocks(seq.cu_seqlens.tolist(), held(v, d, size, budget, there, card=card))
+    most = held(v, d, size, budget, there, length, card)
+    plan = plan_blocks(seq.cu_seqlens.tolist(), most)
     stated = memory.extra_bytes(
         op,
         num_rows=n,
