@@ -86,7 +86,9 @@ def fuse_lm_head(
     ``totals=(num_sequences, num_tokens)`` for the denominators of a larger update; a keyword that
     neither these, the objective nor the model's forward knows is a TypeError. A call without
     ``completion_mask`` does what it did before: generation is unchanged. The result is a
-    :class:`FusedOutput`. :func:`unfuse_lm_head` undoes it. PEFT models are patched inside.
+    :class:`FusedOutput`. :func:`unfuse_lm_head` undoes it. PEFT models are patched inside; LoRA,
+    DoRA, modules_to_save and trainable_token_indices on the head are included (each call with LoRA
+    copies the head's weight, and its gradient costs what a trained head's does).
 
     The hidden states are those that the model's own forward gives its head. A factor or a tanh
     soft-cap behind the head is found by observation, and both paths are compared on a few tokens.
@@ -101,7 +103,7 @@ def fuse_lm_head(
 
     Raises:
         TypeError: no causal LM.
-        ValueError: the head carries an adapter, or the comparison failed; the model is unchanged
+        ValueError: the head carries another adapter, or the comparison failed; the model is unchanged
             then.
     """
     inner = _inner(model)
@@ -173,6 +175,11 @@ def _linear_forward(self: Any, hidden: Tensor, *args: Any, job: Any = None, **kw
     """
     if job is None:
         return self._unfused_forward(hidden, *args, **kwargs)
+    if args or kwargs:
+        raise ValueError(
+            f"the head is given {', '.join(kwargs) or 'more arguments'}, which a fused call leaves "
+            "out (PEFT's adapter_names mixes adapters in a batch): score each adapter by itself"
+        )
     return job(self, hidden)
 
 

@@ -1,8 +1,11 @@
-"""The language-model head as a module: per-token log-probs, or a whole loss, instead of logits."""
+"""The language-model head as a module: per-token log-probs, or a whole loss, instead of logits.
+
+PEFT's layers are known by their parts, so that nothing of it is imported.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,8 @@ from .logprob import linear_logprob
 from .loss import linear_loss
 from .objectives import Objective
 from .sequences import Sequences
+
+ROWS = 2048  # of a weight that are widened at a time
 
 
 class LogprobHead(nn.Module):
@@ -88,32 +93,89 @@ def fused_head(
     objective: Objective | None = None,
     **options: Any,
 ) -> Any:
-    """The head's result without logits; reads ``linear.weight`` and ``linear.bias``."""
+    """The head's result without logits; reads its :func:`operands`."""
+    hidden, weight, bias = operands(linear, hidden)
     if objective is None:
-        return linear_logprob(
-            hidden, linear.weight, labels, bias=getattr(linear, "bias", None), **options
-        )
+        return linear_logprob(hidden, weight, labels, bias=bias, **options)
     if seq is None:
         raise ValueError("seq is missing: an objective needs to know the sequences")
     return linear_loss(
-        objective,
-        hidden,
-        linear.weight,
-        labels,
-        seq,
-        bias=getattr(linear, "bias", None),
-        return_outputs=True,
-        **options,
+        objective, hidden, weight, labels, seq, bias=bias, return_outputs=True, **options
     )
 
 
-def check_linear(linear: Any) -> None:
-    """Refuse what is not x W^T + b with a floating (V, D) weight that holds the whole truth."""
-    if hasattr(linear, "base_layer") or hasattr(linear, "original_module"):
-        raise ValueError(
-            "the head carries an adapter (LoRA or modules_to_save), which reading its weight would "
-            "leave out: take lm_head out of target_modules and modules_to_save, or merge it"
+# --- the layer ------------------------------------------------------------------------------------
+
+
+class Operands(NamedTuple):
+    """logits = hidden weight^T + bias."""
+
+    hidden: Tensor  # (..., D')
+    weight: Tensor  # (V, D')
+    bias: Tensor | None  # (V,)
+
+
+def operands(layer: Any, hidden: Tensor) -> Operands:
+    """What a linear layer multiplies and adds, with the adapters that PEFT has put on it.
+
+    LoRA's W x + b + s B A drop(x) is [x, s A drop(x)] [W, B]^T + b, and DoRA scales the rows of
+    [W, B] to the lengths that it learns: each call copies W (DoRA: in the adapter's dtype), and a
+    trained adapter costs what a trained head costs. Gradients reach all of them by autograd.
+
+    Raises:
+        ValueError: DoRA beside another adapter, or with dropout while training.
+    """
+    parts = layer._modules
+    if "token_adapter" in parts:  # trainable_token_indices
+        return operands(parts["token_adapter"], hidden)
+    if "modules_to_save" in parts:
+        active = [] if layer.disable_adapters else layer.active_adapters
+        return operands(
+            layer.modules_to_save[active[0]] if active else layer.original_module, hidden
         )
+    if "base_layer" not in parts:
+        return Operands(hidden, layer.weight, getattr(layer, "bias", None))
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its own forward does
+    base = operands(layer.base_layer, hidden)
+    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+        return base
+    if "lora_A" not in parts:
+        # Its own forward leaves the bias out.
+        return Operands(hidden, layer.get_merged_weights(layer.active_adapters), None)
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return _with_lora(layer, active, base) if active else base
+
+
+def _with_lora(layer: Any, active: list[str], base: Operands) -> Operands:
+    x, weight, bias = base
+    inputs, columns = [x], [weight]
+    for name in active:
+        a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        low = a(layer.lora_dropout[name](x.to(a.weight.dtype)))
+        inputs.append((scale * low).to(x.dtype))
+        columns.append(b.weight.to(weight.dtype))
+        if b.bias is not None:
+            bias = scale * b.bias if bias is None else bias + scale * b.bias
+    x, weight = torch.cat(inputs, -1), torch.cat(columns, 1)
+    if not any(name in layer.lora_variant for name in active):
+        return Operands(x, weight, bias)
+    if len(active) > 1:
+        raise ValueError(
+            f"the head carries DoRA beside another adapter ({', '.join(active)}): activate one"
+        )
+    dropout = layer.lora_dropout[active[0]]
+    if layer.training and not isinstance(dropout, nn.Identity):
+        raise ValueError("the head carries DoRA with dropout: set lora_dropout=0")
+    with torch.no_grad():
+        rows = zip(torch.split(base.weight, ROWS), torch.split(b.weight, ROWS), strict=True)
+        length = torch.cat([(w + scale * (r @ a.weight)).norm(dim=1) for w, r in rows])
+    return Operands(x, weight * (layer.lora_magnitude_vector[name].weight / length)[:, None], bias)
+
+
+def check_linear(linear: Any) -> None:
+    """Refuse what is not x W^T + b with a floating (V, D) weight, or an adapter on that."""
+    linear = _beneath(linear)
     weight = getattr(linear, "weight", None)
     if not isinstance(linear, nn.Module) or not isinstance(weight, Tensor):
         raise TypeError(f"the head must be a linear layer with a weight, got {type(linear)}")
@@ -127,6 +189,27 @@ def check_linear(linear: Any) -> None:
             f"the head must be a linear layer, logits = x W^T + b with W of shape (V, D); this "
             f"{type(linear).__name__} is none: {problem}"
         )
+
+
+def _beneath(layer: Any) -> Any:
+    """The layer that holds the weight, beneath the adapters that :func:`operands` knows."""
+    parts = getattr(layer, "_modules", {})
+    if "token_adapter" in parts:
+        return _beneath(parts["token_adapter"])
+    if "modules_to_save" in parts:
+        return _beneath(layer.original_module)  # the others are copies of it
+    if "base_layer" not in parts:
+        return layer
+    lora = isinstance(parts.get("lora_A"), nn.ModuleDict)  # AdaLoRA's are parameters
+    variants = [type(v).__name__ for v in layer.lora_variant.values()] if lora else []
+    known = lora or hasattr(layer, "get_merged_weights")
+    if not known or any("Dora" not in name for name in variants):
+        raise ValueError(
+            f"the head carries an adapter ({', '.join([type(layer).__name__, *variants])}) that "
+            "reading its weight would leave out (LoRA, DoRA, modules_to_save and "
+            "trainable_token_indices are read): take lm_head out of its targets, or merge it"
+        )
+    return _beneath(layer.base_layer)
 
 
 def _unlike_a_linear_layer(linear: nn.Module, weight: Tensor) -> str | None:

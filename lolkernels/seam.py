@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .head import close
+from .head import ROWS, close, operands
 
 POSITIONS = 8  # of each of the two rows that are tried
-VOCABULARY_BLOCK = 2048  # rows of the weight that are widened at a time
 # Head outputs to try: far below any soft-cap, far above, and no bf16 numbers in between.
 _MAGNITUDES = [2.0**-24] + [1.37 * 2.0**k for k in range(-6, 8)] + [2.0**20]
 PROBE = [sign * x for x in _MAGNITUDES for sign in (1.0, -1.0)]
@@ -122,10 +121,10 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
 
 def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
-    weight, bias = linear.weight, getattr(linear, "bias", None)
+    hidden, weight, bias = operands(linear, hidden)
     plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
     wide = _wide(hidden, at_most=True)
-    blocks = weight.split(VOCABULARY_BLOCK)
+    blocks = torch.split(weight, ROWS)
     logits = torch.cat(
         [nn.functional.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1
     )
@@ -242,6 +241,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {"cpu", *kinds}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
+        for module in model.modules():
+            # bitsandbytes lays 4-bit weights out for inference in eval mode, for good: what they
+            # give then has no gradient.
+            weight = module._parameters.get("weight")
+            module.training = weight is not None and not weight.is_floating_point()
         try:
             yield
         finally:

@@ -8,80 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from causal_lms import (
+    CONFIGURATIONS,
+    NO_LEFT_PADDING,
+    VOCAB,
+    batch,
+    build,
+    compare_gradients,
+    own_logps,
+    transformers,
+)
 from torch import Tensor, nn
 
 import lolkernels as lk
 from lolkernels import objectives
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-VOCAB = 61
 REF = {"ref_logps": -torch.ones(20), "advantages": torch.ones(3)}
-TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-COMMON = {
-    **TOKENS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-}
-CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and what it takes
-    "llama": ("Llama", COMMON),
-    "llama tied": ("Llama", {**COMMON, "tie_word_embeddings": True}),
-    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}),
-    "gemma2 softcap": ("Gemma2", {**COMMON, "final_logit_softcapping": 4.0, "sliding_window": 16}),
-    "cohere scale": ("Cohere", {**COMMON, "logit_scale": 0.3}),
-    "granite scaling": ("Granite", {**COMMON, "logits_scaling": 2.5}),
-    "qwen3": ("Qwen3", COMMON),
-    "phi bias": ("Phi", {k: v for k, v in COMMON.items() if k != "head_dim"}),
-}
-# Eager attention, the only one it has, gives NaN where a row attends to nothing.
-NO_LEFT_PADDING = "gemma2 softcap"
 models = pytest.mark.parametrize("name", list(CONFIGURATIONS))
-
-
-def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(0)
-    family, options = CONFIGURATIONS[name]
-    config = getattr(transformers, f"{family}Config")(**options)
-    attention = "eager" if name == NO_LEFT_PADDING else "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    with torch.no_grad():  # peaky logits, and a bias that matters where there is one
-        head = model.get_output_embeddings()
-        head.weight.mul_(20.0)
-        if head.bias is not None:
-            head.bias.normal_()
-    return model.to(dtype).eval()
-
-
-def batch(name: str = "") -> dict[str, Tensor]:
-    """Three rows: left padding, no padding, right padding; prompts of different lengths."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (3, 12))
-    attention = torch.ones(3, 12, dtype=torch.int64)
-    attention[0, : 0 if name == NO_LEFT_PADDING else 3], attention[2, 9:] = 0, 0
-    ids[attention == 0] = 0
-    completion = torch.zeros(3, 12, dtype=torch.bool)
-    completion[0, 6:], completion[1, 2:11], completion[2, 4:9] = True, True, True
-    return {
-        "input_ids": ids,
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
-        "completion_mask": completion,
-    }
-
-
-def own_logps(model: Any, inputs: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
-    """The scores from the model's own logits, packed: logits at t - 1 predict token t."""
-    model_inputs = {k: v for k, v in inputs.items() if k != "completion_mask"}
-    logits = model(**model_inputs).logits / temperature
-    logps = torch.log_softmax(logits[:, :-1], -1)
-    picked = logps.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
-    return picked[inputs["completion_mask"][:, 1:]]
 
 
 @models
@@ -128,22 +71,6 @@ def test_losses_and_all_gradients_equal_the_unfused_models(name: str) -> None:
     assert kept.tolist() == [True] * 6 + [False] * 9 + [True] * 5
     assert float((out.logps - logps.detach())[kept].abs().max()) <= 1e-10
     compare_gradients(plain, fused)
-
-
-def compare_gradients(plain: Any, fused: Any, tol: float = 1e-9) -> None:
-    seen = 0
-    for (key, a), (other, b) in zip(
-        plain.named_parameters(), fused.named_parameters(), strict=True
-    ):
-        assert key == other
-        if a.grad is None:
-            assert b.grad is None or float(b.grad.abs().max()) == 0.0, key
-            continue
-        assert float((a.grad - b.grad).abs().max()) <= tol * max(1.0, float(a.grad.abs().max())), (
-            key
-        )
-        seen += int(float(a.grad.abs().max()) > 0)
-    assert seen >= 10
 
 
 @models
@@ -246,57 +173,7 @@ def test_the_backend_and_the_budget_are_passed_on(
     assert max(sizes) == 3
 
 
-# --- adapters, copies, refusals -------------------------------------------------------------------
-
-
-def lora(model: Any, **options: Any) -> Any:
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **options))
-
-
-def test_lora_on_the_head_is_refused() -> None:
-    for options in (
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ):
-        with pytest.raises(ValueError, match="adapter"):
-            lk.fuse_lm_head(lora(build("llama"), **options))
-
-
-def test_lora_put_on_the_head_afterwards_is_refused() -> None:
-    model = lk.fuse_lm_head(build("llama"))
-    wrapped = lora(model, target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"adapter|replaced"):
-        wrapped(**batch())
-
-
-@pytest.mark.parametrize("fused_first", [False, True])
-def test_a_peft_model_scores_and_trains_its_adapter_only(fused_first: bool) -> None:
-    inputs, ref = batch(), -torch.rand(20, dtype=torch.float64)
-    advantages = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    plain = lora(build("llama"), target_modules=["q_proj", "v_proj"]).double()
-    base = build("llama")
-    if fused_first:
-        fused = lora(lk.fuse_lm_head(base), target_modules=["q_proj", "v_proj"]).double()
-    else:
-        fused = lk.fuse_lm_head(lora(base, target_modules=["q_proj", "v_proj"]).double())
-    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
-        with torch.no_grad():  # LoRA's B starts at zero
-            if a.requires_grad:
-                a.copy_(0.1 * torch.randn_like(a))
-            b.copy_(a)
-    seq = lk.Sequences.from_mask(inputs["completion_mask"])
-    logps = own_logps(plain, inputs)
-    lk.aggregate(objectives.a_lol(logps, ref, advantages, seq), seq).backward()
-    out = fused(**inputs, objective=objectives.a_lol, ref_logps=ref, advantages=advantages)
-    out.loss.backward()
-    assert float((out.logps - logps.detach()).abs().max()) <= 1e-9
-    trained = 0
-    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None) == (not a.requires_grad)
-        if a.grad is not None:
-            assert float((a.grad - b.grad).abs().max()) <= 1e-9
-            trained += int(float(a.grad.abs().max()) > 0)
-    assert trained >= 4
+# --- copies, refusals -----------------------------------------------------------------------------
 
 
 def test_a_copy_of_a_fused_model_stands_alone() -> None:
