@@ -47,6 +47,7 @@ class FusedOutput(NamedTuple):
     max_logit: Tensor  # (N,)
     seq: Sequences
     metrics: dict[str, Tensor]  # what the objective reports, by name
+    aux_loss: Tensor | None  # () what a mixture of experts adds for its router, by a coefficient
 
 
 @dataclasses.dataclass
@@ -92,6 +93,8 @@ def fuse_lm_head(
 
     The hidden states are those that the model's own forward gives its head. A factor or a tanh
     soft-cap behind the head is found by observation, and both paths are compared on a few tokens.
+    With ``output_router_logits`` (a keyword, or in the configuration) every call's loss has the
+    model's ``router_aux_loss_coef * aux_loss`` in it, as that of the model's own forward has.
 
     Args:
         model: a causal LM, such as transformers' ``AutoModelForCausalLM`` gives.
@@ -103,8 +106,8 @@ def fuse_lm_head(
 
     Raises:
         TypeError: no causal LM.
-        ValueError: the head carries another adapter, or the comparison failed; the model is unchanged
-            then.
+        ValueError: the head carries another adapter, or the comparison failed; the model is
+            unchanged then.
     """
     inner = _inner(model)
     linear: Any = None
@@ -237,11 +240,6 @@ def _scored(
     input_ids = kwargs.get("input_ids")
     if input_ids is None:
         raise ValueError("input_ids is missing: the labels are read from it")
-    if getattr(self.config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits adds a load-balancing loss that the fused head does not compute: "
-            "set model.config.output_router_logits = False"
-        )
     options: dict[str, Any] = {**fusion.options, "temperature": temperature}
     if objective is not None:
         options |= given | {"reduction": reduction}
@@ -268,7 +266,7 @@ def _scored(
         if fusion.check and not (fusion.checked and all(map(is_materialised, self.parameters()))):
             _compare(self)
         fusion.called = True
-    hidden = _hidden(self, _own_keywords(fusion, kwargs), input_ids.shape)
+    hidden, aux_loss = _hidden(self, _own_keywords(fusion, kwargs), input_ids.shape)
     packed = seq.pack(hidden)
     assert fusion.logit_map is not None
     job = functools.partial(
@@ -280,17 +278,21 @@ def _scored(
         **fusion.logit_map._asdict(),
     )
     values = _results(linear(packed, job=job))._asdict()
+    loss = values.pop("loss", None)
+    if loss is not None and aux_loss is not None:
+        loss = loss + _router_coefficient(self) * aux_loss
     return FusedOutput(
         seq=seq,
-        loss=values.pop("loss", None),
+        loss=loss,
         seq_loss=values.pop("seq_loss", None),
         metrics=values.pop("metrics", {}),
+        aux_loss=aux_loss,
         **values,
     )
 
 
-def _hidden(model: Any, inputs: dict[str, Any], shape: torch.Size) -> Tensor:
-    """What the model's own forward gives its head: (B, T, D)."""
+def _hidden(model: Any, inputs: dict[str, Any], shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """What the model's own forward gives its head, (B, T, D), and the loss of its router."""
     fusion = model._fusion
     given: Tensor | None = None
 
@@ -301,15 +303,28 @@ def _hidden(model: Any, inputs: dict[str, Any], shape: torch.Size) -> Tensor:
         given = seam.probe(hidden)
         return given.clone()
 
-    hidden, made = seam.run(model, fusion.linear, fusion.places, answer, inputs)
+    hidden, out = seam.run(model, fusion.linear, fusion.places, answer, inputs)
     if hidden.shape[:-1] != shape:
         raise ValueError(
             f"the model gives its head hidden states of shape {tuple(hidden.shape)} for input_ids "
             f"of shape {tuple(shape)}: leave out logits_to_keep and what else changes the length"
         )
     if given is not None:
-        fusion.logit_map = seam.fit(given, made)
-    return hidden
+        fusion.logit_map = seam.fit(given, seam.logits(out))
+    aux_loss = getattr(out, "aux_loss", None)
+    return hidden, aux_loss if isinstance(aux_loss, Tensor) else None
+
+
+def _router_coefficient(model: Any) -> float:
+    """By which the model's own forward adds its ``aux_loss``, under transformers' names for it."""
+    for owner in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if hasattr(owner, name):
+                return float(getattr(owner, name))
+    raise ValueError(
+        "the model has an aux_loss and no router_aux_loss_coef: set output_router_logits=False, or "
+        "set model.router_aux_loss_coef"
+    )
 
 
 def _results(value: Any) -> Any:

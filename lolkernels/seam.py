@@ -69,8 +69,8 @@ def run(
     where: list[tuple[nn.Module, str]],
     answer: Callable[[Tensor], Tensor],
     inputs: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """The model's own forward: what its head was given, and what it made of ``answer``."""
+) -> tuple[Tensor, Any]:
+    """The model's own forward: what its head was given, and what it returned for ``answer``."""
     stand_in = StandIn(linear, answer)
     for parent, name in where:
         parent._modules[name] = stand_in
@@ -84,7 +84,12 @@ def run(
             f"the model called its head {len(stand_in.seen)} times in one forward, not once: "
             "use linear_logprob on your own hidden states"
         )
-    return stand_in.seen[0], out.logits if hasattr(out, "logits") else out[0]
+    return stand_in.seen[0], out
+
+
+def logits(out: Any) -> Tensor:
+    made: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return made
 
 
 def probe(hidden: Tensor) -> Tensor:
@@ -172,7 +177,8 @@ def compare(
 
         try:
             with torch.no_grad():
-                hidden, made = run(model, linear, where, answer, {"input_ids": ids, **defaults})
+                hidden, out = run(model, linear, where, answer, {"input_ids": ids, **defaults})
+                made = logits(out)
         except Exception as error:
             raise _refused(f"the model does not run on a few tokens ({error})") from error
         if hidden.shape[:-1] != ids.shape:

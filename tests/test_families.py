@@ -328,6 +328,39 @@ def test_a_model_that_sees_later_tokens_is_refused(family: str) -> None:
         lk.fuse_lm_head(build(family, **{flag: False}))
 
 
+ROUTED = [
+    "deepseek_v4", "gpt_oss", "granitemoe", "jamba", "jetmoe", "mixtral", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_moe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_the_loss_of_a_router_is_added_as_the_models_own(family: str) -> None:
+    model, (ids, _) = build(family), ids_and_mask()
+    setattr(model, "aux_loss_coef" if family == "jetmoe" else "router_aux_loss_coef", 0.7)
+    attention = torch.ones_like(ids)
+    attention[1, 9:] = 0
+    inputs = {"input_ids": ids, "attention_mask": attention, "output_router_logits": True}
+    own = model(**inputs, labels=ids.masked_fill(attention == 0, -100))
+    own.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    mask = attention.bool()
+    mask[:, 0] = False
+    options = {"objective": lk.objectives.nll, "reduction": "token-mean"}
+    out = lk.fuse_lm_head(model)(**inputs, **options, completion_mask=mask)
+    out.loss.backward()
+    assert out.aux_loss.item() == own.aux_loss.item() > 0
+    assert abs(out.loss.item() - own.loss.item()) <= 1e-6 * own.loss.item()
+    assert grads.keys() <= {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            own_grad = grads.get(name, torch.zeros_like(p))
+            assert float((p.grad - own_grad).abs().max()) <= 1e-6 * max(1, own_grad.abs().max()), (
+                name
+            )
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

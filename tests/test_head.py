@@ -234,14 +234,6 @@ def test_what_is_no_causal_lm_is_refused() -> None:
             lk.fuse_lm_head(thing)
 
 
-def test_a_mixture_of_experts_with_a_balancing_loss_is_refused() -> None:
-    model = build("llama")
-    model.config.output_router_logits = True
-    lk.fuse_lm_head(model)
-    with pytest.raises(ValueError, match="output_router_logits"):
-        model(**batch())
-
-
 def attributes(model: nn.Module) -> dict[str, Any]:
     return {
         f"{name}.{key}": value
