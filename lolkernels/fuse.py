@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import types
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Fusion:
     check: bool
     checked: bool = False
     called: bool = False
+    warned: bool = False
     logit_map: seam.LogitMap | None = None
 
 
@@ -192,10 +194,24 @@ def _model_forward(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if completion_mask is None:
+            if self.training and kwargs.get("labels") is not None:
+                _warn_of_labels(self._fusion)
             return self._unfused_forward(*args, **kwargs)
         return _scored(self, completion_mask, *args, **kwargs)
 
     return forward
+
+
+def _warn_of_labels(fusion: Fusion) -> None:
+    if not fusion.warned:
+        fusion.warned = True
+        warnings.warn(
+            "the fused model is given labels without completion_mask: its loss is the model's own, "
+            "with all logits in memory. Pass completion_mask for log-probs, and objective= for a "
+            "loss; a transformers Trainer needs remove_unused_columns=False for it, and a "
+            "compute_loss_func or compute_loss of yours",
+            stacklevel=3,
+        )
 
 
 def _compare(model: Any) -> None:
@@ -237,6 +253,8 @@ def _scored(
     needed = () if objective is None else tuple(side_inputs(objective))
     given = {k: kwargs.pop(k) for k in needed if k in kwargs}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if objective is None:
+        kwargs.pop("num_items_in_batch", None)  # transformers' Trainer: its own loss divides by it
     input_ids = kwargs.get("input_ids")
     if input_ids is None:
         raise ValueError("input_ids is missing: the labels are read from it")
