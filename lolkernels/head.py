@@ -86,9 +86,17 @@ def fused_head(
     seq: Sequences | None = None,
     *,
     objective: Objective | None = None,
+    main_grad: bool = False,
     **options: Any,
 ) -> Any:
     """The head's result without logits; reads ``linear.weight`` and ``linear.bias``."""
+    if main_grad and torch.is_grad_enabled():
+        options["accumulate_into"] = getattr(linear.weight, "main_grad", None)
+        if options["accumulate_into"] is None:
+            raise ValueError(
+                "the head's weight has no main_grad: give it one, such as torch.zeros_like(weight, "
+                "dtype=torch.float32), or leave main_grad out"
+            )
     if objective is None:
         return linear_logprob(
             hidden, linear.weight, labels, bias=getattr(linear, "bias", None), **options
