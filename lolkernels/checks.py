@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -150,6 +150,38 @@ def budget(value: Any) -> int | None:
     if value <= 0:
         raise ValueError(f"memory_budget must be > 0 bytes, got {value}")
     return value
+
+
+def accumulator(into: Any, weight: Tensor) -> None:
+    """A buffer (V, D) to which the gradient of ``weight`` may be added behind autograd's back."""
+    name = "accumulate_into"
+    floating(name, into)
+    if into.shape != weight.shape:
+        raise ValueError(
+            f"{name} must have weight's shape {tuple(weight.shape)}, got {tuple(into.shape)}"
+        )
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if into.dtype not in (wide, weight.dtype):
+        raise TypeError(f"{name} must be {wide} or weight's {weight.dtype}, got {into.dtype}")
+    same_device(weight=weight, accumulate_into=into)
+    if into.requires_grad:
+        raise ValueError(f"{name} requires a gradient: pass a buffer, such as weight.main_grad")
+    if not weight.requires_grad or not weight.is_leaf:
+        raise ValueError(
+            f"{name} takes the gradient of a trained parameter, but weight "
+            + ("is made of others: pass the parameter" if weight.requires_grad else "is frozen")
+            + f", or leave {name} out"
+        )
+    if torch.compiler.is_compiling():
+        return
+    ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        reader = "gradient hooks (DeepSpeed, or an optimiser inside the backward, sets them)"
+    elif ddp is not None and any(weight is p for p in ddp._module_parameters):
+        reader = "DistributedDataParallel around it (it can be told to ignore a parameter)"
+    else:
+        return
+    raise ValueError(f"weight has {reader}, which would miss what goes into {name}: leave it out")
 
 
 def token_mask(mask: Any, labels: Tensor) -> Tensor:

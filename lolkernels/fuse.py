@@ -73,6 +73,7 @@ def fuse_lm_head(
     *,
     backend: str | None = None,
     memory_budget: int | None = None,
+    main_grad: bool = False,
     check: bool = True,
 ) -> Any:
     """Let a causal LM score completions, or compute a whole loss, without materialising logits.
@@ -101,6 +102,8 @@ def fuse_lm_head(
     Args:
         model: a causal LM, such as transformers' ``AutoModelForCausalLM`` gives.
         backend, memory_budget: see :func:`lolkernels.linear_logprob`.
+        main_grad: the backward adds the head's gradient to its weight's ``main_grad``, as Megatron
+            names it (``accumulate_into`` there); a tied embedding's own part stays in ``grad``.
         check: compare the log-probs with those of the model's own logits, within 1e-3 nat: at once,
             and in the first scoring call where the weights are sharded or on the meta device by
             then. One forward of 16 tokens, which leaves modes and random states as they were. False
@@ -120,7 +123,7 @@ def fuse_lm_head(
     if not where or not hasattr(inner, "config"):
         raise TypeError(f"model must be a causal LM with a head, got {type(model).__name__}")
     check_linear(linear)
-    options = {"backend": backend, "memory_budget": memory_budget}
+    options = {"backend": backend, "memory_budget": memory_budget, "main_grad": main_grad}
     previous = getattr(inner, "_fusion", None)
     if previous is not None and previous.linear is not linear:
         unfuse_lm_head(model)

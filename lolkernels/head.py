@@ -91,10 +91,18 @@ def fused_head(
     seq: Sequences | None = None,
     *,
     objective: Objective | None = None,
+    main_grad: bool = False,
     **options: Any,
 ) -> Any:
     """The head's result without logits; reads its :func:`operands`."""
     hidden, weight, bias = operands(linear, hidden)
+    if main_grad and torch.is_grad_enabled():
+        options["accumulate_into"] = getattr(weight, "main_grad", None)
+        if options["accumulate_into"] is None:
+            raise ValueError(
+                "the head's weight has no main_grad: give it one, such as torch.zeros_like(weight, "
+                "dtype=torch.float32), or leave main_grad out"
+            )
     if objective is None:
         return linear_logprob(hidden, weight, labels, bias=bias, **options)
     if seq is None:

@@ -1,6 +1,7 @@
 """``linear_logprob``: argument errors, then one op with its schema, fake and autograd.
 
-The op takes packed rows, tensors and plain numbers; it never writes into its inputs. Its name has a
+The op takes packed rows, tensors and plain numbers; it never writes into its inputs, but for a
+buffer that the caller gives the backward to add to. Its name has a
 version, which every change of what autograd records raises: torch's compile cache does not look
 into a custom op, and would run an old backward.
 """
@@ -46,6 +47,7 @@ def linear_logprob(
     entropy_grad: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,  # (V, D)
 ) -> LogprobOutput:
     """Per-token log-probs of ``labels`` from the final hidden states, without holding the logits.
 
@@ -77,6 +79,15 @@ def linear_logprob(
         memory_budget: bytes of logits, or of their exponentials, held from forward to backward for
             a trained head. None: on a CPU those of D rows, no more than the weight's gradient, and
             at least 48 MiB or 256 rows; on a GPU a sixteenth of its memory.
+        accumulate_into: a buffer of the caller's, float32 (float64) or of weight's dtype, such as
+            Megatron's ``weight.main_grad`` or an allocated ``weight.grad``. Each backward that
+            would add to ``weight.grad`` adds d loss / d weight to it in place, ``weight`` gets no
+            gradient from autograd, and no other (V, D) tensor exists (float16 products, and a
+            half-precision buffer with rows that ``memory_budget`` does not hold, take one on a
+            GPU). What reads or hooks ``weight.grad`` sees nothing of it (FSDP, DDP: reduce the
+            buffer yourself). Under ``torch.compile`` ``autograd.grad`` and ``backward(inputs=)``
+            add to it too, and a call's backward has to come before the next call's. Nothing is
+            added without gradients (``torch.no_grad``).
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
@@ -88,6 +99,9 @@ def linear_logprob(
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
     checks.flag("entropy_grad", entropy_grad)
+    grad = torch.is_grad_enabled()
+    if accumulate_into is not None and grad:
+        checks.accumulator(accumulate_into, weight)
     checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias)
     name = backends.pick(backend, hidden.device, accumulation_dtype(hidden, weight))
     keep = labels != IGNORED
@@ -106,7 +120,6 @@ def linear_logprob(
             rows, ids = rows.index_select(0, picked), ids[picked]
     else:
         rows, ids = rows.masked_fill(~kept[:, None], 0), ids.masked_fill(~kept, 0)
-    grad = torch.is_grad_enabled()
     table = weight.requires_grad or (bias is not None and bias.requires_grad)
     out = _op(
         rows,
@@ -118,6 +131,7 @@ def linear_logprob(
         memory_budget,
         operand(rows, weight, name),
         [grad and hidden.requires_grad, grad and table, grad and entropy_grad],
+        accumulate_into if grad else None,
     )
     if picked is not None:
         zeros = rows.new_zeros(kept.shape, dtype=out[0].dtype)
@@ -174,7 +188,7 @@ def rows_to_keep(
     return min(n, held), dtype
 
 
-@custom_op("lolkernels::linear_logprob_v2", mutates_args=())
+@custom_op("lolkernels::linear_logprob_v3", mutates_args=())
 def _op(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -185,6 +199,7 @@ def _op(
     memory_budget: int | None,
     operand: torch.dtype,
     need: Sequence[bool],  # the gradient of hidden, of the head, of the entropy too
+    into: Tensor | None,  # (V, D), for the backward to add dweight to
 ) -> list[Tensor]:
     """[logps, lse, entropy, max_logit, slope, rest, share: (N,), unit (N, D), kept (k, V')].
 
@@ -216,6 +231,7 @@ def _(
     memory_budget: int | None,
     operand: torch.dtype,
     need: Sequence[bool],
+    into: Tensor | None,
 ) -> list[Tensor]:
     (n, d), vocab = hidden.shape, weight.shape[0]
     wide = accumulation_dtype(hidden, weight)
@@ -230,8 +246,8 @@ def _(
     ]
 
 
-@custom_op("lolkernels::linear_gradients_v2", mutates_args=())
-def gradients_op(
+def _gradients(
+    into: Tensor | None,  # (V, D): dweight is added to it, and comes back empty
     coef: Sequence[Tensor],  # a, b: (N,)
     both: Tensor | None,  # (N,) a + b; None: zero
     c: Tensor | None,  # (N,); None: zero
@@ -254,11 +270,14 @@ def gradients_op(
     k = kept.shape[0] if c is None or hold else 0  # exponentials do not make entropy's gradient
     # Where one product makes the whole of dweight it is rounded as it leaves the accumulators. The
     # range of fp16 is too small for sums that are still in units.
-    whole = isinstance(walk, PanelWalk) or (k == n and not hold and operand != torch.float16)
+    panels, units = isinstance(walk, PanelWalk), operand == torch.float16
+    whole = panels or (k == n and not hold and not units)
     dtype = weight.dtype if whole else walk.dtype
+    direct = into is not None and (whole or (into.dtype == walk.dtype and not units))
     grads = Grads(
-        weight.new_empty(weight.shape, dtype=dtype) if need[1] else None,
-        walk.empty(vocab) if need[2] else None,
+        into if direct else weight.new_empty(weight.shape, dtype=dtype) if need[1] else None,
+        (walk.empty(vocab).zero_() if direct else walk.empty(vocab)) if need[2] else None,
+        written=direct,
     )
     dh = walk.empty(n if need[0] else 0, d)
     logps, lse, slope, rest, share = stats
@@ -273,21 +292,88 @@ def gradients_op(
             hold=hold,
         )
     grads.finish()
+    dweight = grads.weight
+    if into is not None:
+        if dweight is not None and not direct:
+            into.add_(dweight)
+        dweight = None
     return [
         dh.to(hidden.dtype),
-        weight.new_empty(0, d) if grads.weight is None else grads.weight.to(weight.dtype),
+        weight.new_empty(0, d) if dweight is None else dweight.to(weight.dtype),
         weight.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
     ]
 
 
+_schema = torch.library.infer_schema(_gradients, mutates_args=())
+gradients_op = custom_op(
+    "lolkernels::linear_gradients_v2",
+    lambda *args: _gradients(None, *args),
+    mutates_args=(),
+    schema=_schema.replace("Tensor? into, ", ""),
+)
+
+
+def _add_gradients(*args: Any) -> tuple[Tensor, Tensor]:
+    dhidden, _, dbias = _gradients(*args)
+    return dhidden, dbias
+
+
+add_gradients_op = custom_op(
+    "lolkernels::linear_add_gradients_v3",
+    _add_gradients,
+    mutates_args=("into",),
+    schema=_schema.replace("Tensor? into", "Tensor(a!) into").replace(
+        "-> Tensor[]", "-> (Tensor, Tensor)"
+    ),
+)
+
+
 @gradients_op.register_fake
-def _(*args: Any) -> list[Tensor]:
+def _fake_gradients(*args: Any) -> list[Tensor]:
     hidden, weight, bias, need = args[5], args[6], args[8], args[-1]
     return [
         hidden.new_empty(hidden.shape[0] if need[0] else 0, hidden.shape[1]),
         weight.new_empty(weight.shape[0] if need[1] else 0, weight.shape[1]),
         (weight if bias is None else bias).new_empty(weight.shape[0] if need[2] else 0),
     ]
+
+
+@add_gradients_op.register_fake
+def _(_: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dhidden, _, dbias = _fake_gradients(*args)
+    return dhidden, dbias
+
+
+def head_gradients(ctx: Any, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden, dweight, dbias as ``gradients_op`` has them, None where not needed.
+
+    With ``ctx.into`` dweight goes there, where this backward would have added to ``weight.grad``.
+    """
+    need = [*args[-1]]
+    if ctx.into is not None and need[1]:
+        need[1] = False
+        # The engine's word counts for tensors only: a tracer has no graph task.
+        if type(args[4]) is not Tensor or _wants(ctx.next_functions[1][0]):
+            if torch.is_grad_enabled():  # what is written carries no graph
+                no_second_derivative()
+            dhidden, dbias = add_gradients_op(ctx.into, *args[:-1], [need[0], True, need[2]])
+            return dhidden if need[0] else None, None, dbias if need[2] else None
+        if not any(need):
+            return None, None, None
+    made = gradients_op(*args[:-1], need)
+    dhidden, dweight, dbias = (g if w else None for g, w in zip(made, need, strict=True))
+    return dhidden, dweight, dbias
+
+
+def _wants(node: Any) -> bool:
+    """Whether the running backward adds to the leaf of this node: ``backward(inputs=)`` may not."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "autograd.grad asks for the gradient of weight, which accumulate_into takes: call "
+            "backward(), or leave accumulate_into out"
+        ) from error
 
 
 def no_second_derivative(*_: Any) -> NoReturn:
@@ -298,7 +384,7 @@ gradients_op.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, *options, need = inputs
+    hidden, weight, labels, bias, *options, need, into = inputs
     logps, lse, entropy, _, slope, rest, share, unit, kept = output
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
@@ -306,13 +392,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         hidden, weight, labels, bias, logps, lse, entropy, slope, rest, share, unit, kept
     )
     ctx.options, ctx.need = options, need
+    ctx.into = into  # not saved: the backward of another call may write into it first
 
 
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     names = ("logps", "lse", "entropy")
     given = {name: g for name, g in zip(names, upstream, strict=False) if g is not None}
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if not given or not any(needs):
         return None, None, None, None, *nothing
     hidden, weight, labels, bias, *stats, unit, kept = ctx.saved_tensors
@@ -329,7 +416,8 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dhidden = dhidden.to(hidden.dtype)
     wanted = [needs[0] and again, needs[1], needs[2]]
     if any(wanted):
-        made = gradients_op(
+        made, dweight, dbias = head_gradients(
+            ctx,
             [coef.a, coef.b],
             coef.both,
             coef.c,
@@ -343,8 +431,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
             ctx.need[2],
             wanted,
         )
-        dhidden = made[0] if wanted[0] else dhidden
-        dweight, dbias = (g if w else None for g, w in zip(made[1:], wanted[1:], strict=True))
+        dhidden = made if wanted[0] else dhidden
     return dhidden, dweight, None, dbias, *nothing
 
 

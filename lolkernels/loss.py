@@ -15,13 +15,20 @@ from torch.library import custom_op
 from . import backends, checks, deferred, objectives
 from .backends.contract import RowStats
 from .gemm import accumulation_dtype, ieee_fp32
-from .logprob import gradients_op, make_walk, new_kept, no_second_derivative, operand, rows_to_keep
+from .logprob import (
+    head_gradients,
+    make_walk,
+    new_kept,
+    no_second_derivative,
+    operand,
+    rows_to_keep,
+)
 from .objectives import Objective, reduction_weights
 from .packing import longest_group, plan_blocks
 from .sequences import Sequences
 from .side import active_rows, side_tensors
 from .step import Step, bind, lookup, revive
-from .walk import Grads, Walk
+from .walk import Coefficients, Grads, Walk
 
 
 class LinearLossOutput(NamedTuple):
@@ -51,6 +58,7 @@ def linear_loss(
     backend: str | None = None,
     memory_budget: int | None = None,
     return_outputs: bool = False,
+    accumulate_into: Tensor | None = None,  # (V, D)
     **side: Any,
 ) -> Any:
     """A loss on the statistics of whole sequences, with its gradients, in 3 GEMMs (frozen head: 2).
@@ -63,7 +71,8 @@ def linear_loss(
     (advantage <= 0 in ``a_lol``) enter no GEMM; under ``torch.compile`` they do.
 
     An objective that names ``entropy`` has logits held in place of their exponentials. The rows of
-    a group that ``memory_budget`` does not hold have their logits made twice.
+    a group that ``memory_budget`` does not hold have their logits made twice; with
+    ``accumulate_into`` so have all rows that it does not hold (with ``entropy`` all).
 
     Args:
         objective: one of ``lolkernels.objectives`` or any callable that names statistics (``logps,
@@ -82,6 +91,7 @@ def linear_loss(
             None: as in :func:`linear_logprob`. ``lolkernels.memory.extra_bytes`` states the whole
             extra memory.
         return_outputs: return a :class:`LinearLossOutput` instead of the scalar.
+        accumulate_into: as in :func:`linear_logprob`: the backward adds weight's gradient to it.
         **side: the objective's inputs (``side_inputs(objective)``): per-token tensors ``(N,)`` (or
             ``(B, T)``), per-sequence tensors ``(S,)``, and options. Those that require a gradient
             get one. With the rest on a GPU per-sequence tensors may stay on the CPU: then sequences
@@ -115,6 +125,9 @@ def linear_loss(
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
     checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias)
+    grad = torch.is_grad_enabled()
+    if accumulate_into is not None and grad:
+        checks.accumulator(accumulate_into, weight)
     dtype = accumulation_dtype(hidden, weight)
     name = backends.pick(backend, hidden.device, dtype)
     inputs, options = side_tensors(needed, side, seq, hidden.device, dtype)
@@ -137,7 +150,6 @@ def linear_loss(
     spec = tuple((key, kind) for key, (kind, _) in inputs.items())
     side_values = [value for _, value in inputs.values()]
     call = _bound(objective, options, spec, name, operand(hidden, weight, name))
-    grad = torch.is_grad_enabled()
     differentiable = [hidden, weight, bias, *side_values]
     out = _op(
         hidden,
@@ -151,6 +163,7 @@ def linear_loss(
         memory_budget,
         call,
         [grad and t is not None and t.requires_grad for t in differentiable],
+        accumulate_into if grad else None,
     )
     if not return_outputs:
         return out[0]
@@ -192,7 +205,7 @@ for _constant in (_described, _bound, _metric_names):
 # --- the op ---------------------------------------------------------------------------------------
 
 
-@custom_op("lolkernels::linear_loss_v2", mutates_args=())
+@custom_op("lolkernels::linear_loss_v3", mutates_args=())
 def _op(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -205,12 +218,14 @@ def _op(
     memory_budget: int | None,
     call: int,  # see step.bind
     need: Sequence[bool],  # the gradient of hidden, weight, bias, and each of side
+    into: Tensor | None,  # (V, D), for the backward to add dweight to
 ) -> list[Tensor]:
     """[loss (), seq_loss (G,), logps, lse, entropy, max_logit (N,), metrics (M, G), dhidden,
-    dweight, dbias, kept (k, V'), saved (6, N), *dside].
+    dweight, dbias, kept (k, V'), saved (6 or 7, N), *dside].
 
     Gradients are of the loss, in the accumulation dtype; empty where not needed. Where one block
-    holds all rows dweight and dbias are left to the backward, which makes them of ``kept``.
+    holds all rows, or ``into`` waits for them, dweight and dbias are left to the backward, which
+    makes them of ``kept`` and of the logits made again of other rows.
     """
     deferred.raise_noted(hidden.device)
     poison = deferred.check_labels(labels, weight.shape[0])
@@ -230,24 +245,27 @@ def _op(
     hold = "entropy" in objectives.statistics(c.objective)
     most, dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
     one = n <= most and not hold
+    later = head and (one or into is not None)
+    made, held = head and not later, hold and need_hidden
     offsets = seq.cu_seqlens.tolist()
-    if one or not (head or (hold and need_hidden)):
+    if one or not (made or held):
         plan = [step.whole]
     else:
         group = longest_group(offsets, seq.group_size)
         most, _ = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold, group)
         local = step.traits.token_local and seq.group_size == 1
         plan = plan_blocks(offsets, most, group_size=seq.group_size, token_local=local)
-    later = head and one
     grads = Grads(
         walk.empty(vocab, size) if need_weight and not later else None,
         walk.empty(vocab) if need_bias and not later else None,
     )
     dhidden = walk.empty(n if need_hidden else 0, size)
     longest = max((b.stop - b.start for b in plan), default=0)
-    rows = min(longest, most) if head or (hold and need_hidden) else 0
+    keep = later and not hold
+    rows = min(longest, most) if made or held or keep else 0
     kept = new_kept(hidden, rows, vocab, dtype, c.backend)
-    parts, coef = [], None
+    saved = walk.empty(6 + hold if later else 0, n)
+    parts = []
     with ieee_fp32():
         for block in plan:
             here = walk.block(block.start, block.stop)
@@ -257,6 +275,8 @@ def _op(
             stats = here.sweep(view, None if hold else dh, hold=hold)
             parts.append(stats)
             coef = step(stats, block)
+            if later:
+                _save(saved[:, block.start : block.stop], stats, coef)
             if dh is not None and not hold:
                 here.dhidden(dh, stats, coef)
             if grads.any or (hold and dh is not None):
@@ -271,10 +291,6 @@ def _op(
     loss = (step.seq_loss * weights).sum().to(walk.dtype)
     found = [reported[name] for name in c.metrics if reported]
     metrics = torch.stack(found) if found else step.seq_loss.new_empty(0, seq.num_groups)
-    saved = walk.empty(6 if later else 0, n)
-    if later and coef is not None:
-        both = torch.zeros_like(coef.a) if coef.both is None else coef.both
-        torch.stack([coef.a, coef.b, both, stats.slope, stats.rest, stats.share], out=saved)
     return [
         loss,
         step.seq_loss.to(walk.dtype),
@@ -286,10 +302,17 @@ def _op(
         dhidden,
         weight.new_empty(0, size, dtype=walk.dtype) if grads.weight is None else grads.weight,
         walk.empty(0) if grads.bias is None else grads.bias,
-        kept if later else new_kept(hidden, 0, vocab, dtype, c.backend),
+        kept if keep else new_kept(hidden, 0, vocab, dtype, c.backend),
         saved,
         *step.side_grads.values(),
     ]
+
+
+def _save(out: Tensor, stats: RowStats, coef: Coefficients) -> None:
+    """What the backward makes the head's gradients of; a seventh row where logits were held."""
+    columns = [coef.a, coef.b, coef.both, stats.slope, stats.rest, stats.share, coef.c]
+    zero = torch.zeros_like(coef.a)
+    torch.stack([zero if t is None else t for t in columns[: len(out)]], out=out)
 
 
 def _joined(parts: list[RowStats], walk: Walk) -> RowStats:
@@ -313,13 +336,15 @@ def _(
     memory_budget: int | None,
     call: int,
     need: Sequence[bool],
+    into: Tensor | None,
 ) -> list[Tensor]:
     c = lookup(call)
     (n, d), vocab, groups = hidden.shape, weight.shape[0], weights.shape[0]
     dtype = accumulation_dtype(hidden, weight)
     hold = "entropy" in objectives.statistics(c.objective)
     most, kept_dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
-    later = (need[1] or need[2]) and not hold and n <= most
+    later = (need[1] or need[2]) and (into is not None or (not hold and n <= most))
+    keep: Any = torch.sym_min(n, most) if later and not hold else 0  # type: ignore[no-untyped-call]
     shapes: list[Any] = [(), (groups,), (n,), (n,), (n,), (n,), (len(c.metrics), groups)]
     shapes += [
         (n if need[0] else 0, d),
@@ -328,8 +353,8 @@ def _(
     ]
     return [
         *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
-        new_kept(hidden, n if later else 0, vocab, kept_dtype, c.backend),
-        hidden.new_empty(6 if later else 0, n, dtype=dtype),
+        new_kept(hidden, keep, vocab, kept_dtype, c.backend),
+        hidden.new_empty(6 + hold if later else 0, n, dtype=dtype),
         *(
             torch.empty_like(t, device=hidden.device)
             for t, w in zip(side, need[3:], strict=True)
@@ -339,7 +364,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, sequences, side, weights, *options, call, need = inputs
+    hidden, weight, labels, bias, sequences, side, weights, *options, call, need, into = inputs
     logps, lse, dhidden, kept, saved = (output[i] for i in (2, 3, 7, 10, 11))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -348,7 +373,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         hidden, weight, labels, bias, weights, *sequences, *side, logps, lse, dhidden, kept, saved,
         *output[12:],
     )  # fmt: skip
-    ctx.call, ctx.need, ctx.options = call, need, options
+    ctx.call, ctx.need, ctx.options, ctx.into = call, need, options, into
     ctx.kept_call = lookup(call)  # the objective lives as long as the graph
     ctx.later = saved.shape[0] > 0
     ctx.made = None if ctx.later else output[8:10]
@@ -362,7 +387,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """
     g = upstream[0]
     if g is None:
-        return (*(None,) * 4, [None] * 4, [None] * ctx.num_side, *(None,) * 5)
+        return (*(None,) * 4, [None] * 4, [None] * ctx.num_side, *(None,) * 6)
     if torch.is_grad_enabled():  # the gradients carry no graph: a second one would be lost silently
         no_second_derivative()
     saved_tensors = ctx.saved_tensors
@@ -373,11 +398,12 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     dweight = dbias = None
     if ctx.later:
         c = ctx.kept_call
-        a, b, both, slope, rest, share = saved
-        dweight, dbias = gradients_op(
+        a, b, both, slope, rest, share, *more = saved
+        _, dweight, dbias = head_gradients(
+            ctx,
             [a * g, b * g],
             both * g,
-            None,
+            more[0] * g if more else None,
             [logps, lse, slope, rest, share],
             kept,
             hidden,
@@ -390,14 +416,14 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
             c.operand,
             False,
             [False, need_weight, need_bias],
-        )[1:]
+        )
     elif need_weight or need_bias:
         made, ctx.made = ctx.made, None
         if made is None:
             revive(ctx.call, ctx.kept_call)
             made = _op(
                 hidden, weight, labels, bias, sequences, side, weights, *ctx.options, ctx.call,
-                [False, need_weight, need_bias, *[False] * ctx.num_side],
+                [False, need_weight, need_bias, *[False] * ctx.num_side], None,
             )[8:10]  # fmt: skip
         dweight = _scaled(made[0], g, weight.dtype)
         dbias = None if bias is None else _scaled(made[1], g, bias.dtype)
@@ -412,7 +438,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
             (next(found) * g).to(t.device) if w else None
             for t, w in zip(side, ctx.need[3:], strict=True)
         ],
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

@@ -119,6 +119,7 @@ def extra_bytes(
     device: torch.device | str = CPU,
     card: int | None = None,  # bytes of a GPU that is not here
     gemm: bool = False,  # the backend has a GEMM of its own
+    buffer_bytes: int | None = None,  # an element of ``accumulate_into``; None: there is none
 ) -> int:
     """Peak bytes of forward and backward beyond the inputs and the returned gradients (fp32 sums).
 
@@ -143,6 +144,9 @@ def extra_bytes(
                      and, for half operands, fp32 sums of 4 V D in place of dweight
     blocks           e R V' + 4 N D + 4 V D + the larger of the forward's chunk and (4 + e) R D +
                      20 L; at their end as on a CPU
+
+    With ``accumulate_into`` G holds no dweight, and there are no blocks: rows that are not kept are
+    gone through again. Of fp32 it also takes the sums' place.
     """
     if op not in ("linear_loss", "linear_logprob", "score"):
         raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
@@ -152,7 +156,8 @@ def extra_bytes(
     e = hidden_bytes if gpu else 4
     most = kept_rows(v, d, e, memory_budget, device, card=card)
     trained = op != "score" and not frozen_weight
-    blocks = trained and op == "linear_loss" and n > most
+    into = trained and buffer_bytes is not None
+    blocks = trained and op == "linear_loss" and n > most and not into
     largest = n
     if blocks:
         most = kept_rows(v, d, e, memory_budget, device, longest_block, card)
@@ -161,7 +166,7 @@ def extra_bytes(
     unit = 4 * n * d if op != "score" else 0
     gathered = 4 * d * min(n, GATHERED) if op != "score" else 0
     dhidden = hidden_bytes * n * d if op != "score" else 0
-    dweight = weight_bytes * v * d if trained else 0
+    dweight = weight_bytes * v * d if trained and not into else 0
     held, sums, left = e * kept * columns, 4 * v * d, n - kept
     if gpu:
         size = chunk_rows(n, v, memory_budget, device)
@@ -172,7 +177,7 @@ def extra_bytes(
         forward = held + sweep + unit + gathered
         backward = held + unit + dhidden + dweight + rows
         if left:
-            rounded = sums if e != 4 else 0
+            rounded = sums if e != 4 and not (into and buffer_bytes == 4) else 0
             again = max(rows + 4 * min(size, n) * columns, dweight) + rounded
             backward = held + unit + dhidden + again + (dweight if not rounded else 0)
         block = held + unit + sums + max(0 if in_place else chunk, rows)

@@ -70,13 +70,15 @@ class Grads:
     """Gradients of the head, added to by one or more calls. None where not needed.
 
     They are fp32 (fp64), so that many products lose nothing; ``weight`` has the weight's own dtype
-    where one call makes it whole. ``unit`` is a power of two in which both are held while fp16
-    operands, whose range is small, are multiplied.
+    where one call makes it whole. ``written``: they hold what is added to. ``unit`` is a power of
+    two in which both are held while fp16 operands, whose range is small, are multiplied.
     """
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor | None, bias: Tensor | None, *, written: bool = False
+    ) -> None:
         self.weight, self.bias = weight, bias
-        self.written = False
+        self.written = written
         self.unit: Tensor | None = None
 
     @property

@@ -144,7 +144,7 @@ class PanelWalk(Walk):
         for v0, v1 in self.panels():
             w = self.weight_panel(v0, v1) if tiles else self.weight
             into = None if dw is None else dw[: v1 - v0] if rounded else dw[v0:v1]
-            more = grads.written
+            more = grads.written and not rounded
             if kept is not None and k and not hold:
                 x = kept[:, v0:v1]
                 mine = ((owners >= v0) & (owners < v1)).nonzero().squeeze(1)
@@ -172,8 +172,8 @@ class PanelWalk(Walk):
                 if grads.bias is not None:
                     _put(grads.bias[v0:v1], out.sum(0), more)
                 more = True
-            if rounded and table is not None and into is not None:
-                table[v0:v1] = into
+            if rounded and more and table is not None and into is not None:
+                _put(table[v0:v1], into, grads.written)
         grads.written = grads.written or n > 0
 
 

@@ -125,9 +125,13 @@ def rounded_sizes(sizes: dict[str, float], problem: Problem, tiny: float = 0.0) 
 # --- calls with one backward ----------------------------------------------------------------------
 
 
+def with_entropy(logps: Tensor, entropy: Tensor, seq: lk.Sequences) -> Tensor:
+    return -seq.sum(logps + 0.1 * entropy)
+
+
 def calls(
     backend: str, dtype: torch.dtype, n: int = 12, d: int = 8, v: int = 300
-) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     """name -> a call of a public function, and the leaves to differentiate its result for."""
     p = peaky(n, d, v, dtype=dtype, bias=True)
     leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
@@ -142,8 +146,18 @@ def calls(
     side = {"ref_logps": ref, "advantages": weight}
     return {
         "logprob": (lambda: lk.logprob(logits, p.labels, backend=backend).logps, [logits]),
-        "linear_logprob": (lambda: lk.linear_logprob(h, w, p.labels, **options).logps, leaves),
-        "a_lol": (lambda: lk.linear_loss(a_lol, h, w, p.labels, seq, **side, **held), leaves),
+        "linear_logprob": (
+            lambda **more: lk.linear_logprob(h, w, p.labels, **options | more).logps,
+            leaves,
+        ),
+        "a_lol": (
+            lambda **more: lk.linear_loss(a_lol, h, w, p.labels, seq, **side, **held | more),
+            leaves,
+        ),
+        "with_entropy": (
+            lambda **more: lk.linear_loss(with_entropy, h, w, p.labels, seq, **held | more),
+            leaves,
+        ),
         "r_gold": (
             lambda: lk.linear_loss(r_gold, h, w, p.labels, seq, rewards=weight, **held),
             leaves,

@@ -1,6 +1,7 @@
 """The autograd contract: gradcheck, repeated and scaled backward, who requires grad, dtypes."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -279,6 +280,96 @@ def test_double_backward_raises(name: str) -> None:
     with pytest.raises(NotImplementedError, match=r"second derivative"):
         grads = torch.autograd.grad(out, leaves, create_graph=True)
         sum(g.square().sum() for g in grads).backward()
+
+
+# --- a buffer of the caller's for weight's gradient -----------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [3, 100])  # held: the others are gone through again
+@pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    [
+        (n, b, d)
+        for n in (*NAMES[1:], "with_entropy")
+        for b in ("cpu", "reference", "cuda_host")
+        for d in NARROW[b]
+    ],
+    ids=str,
+)
+def test_every_backward_adds_to_the_buffer(
+    name: str, backend: str, dtype: torch.dtype, rows: int
+) -> None:
+    call, leaves = calls(backend, dtype)[name]
+    hidden, weight, bias = leaves
+    want = torch.autograd.grad(call().sum(), leaves, torch.tensor(-0.5))
+    for kind in {torch.float32, dtype}:
+        start = torch.randn(weight.shape).to(kind)
+        buffer = start.clone()
+        out = call(accumulate_into=buffer, memory_budget=rows * 300 * 4).sum()
+        for times in (1, 2):
+            out.backward(torch.tensor(-0.5), retain_graph=True)
+            expected = start.double() + times * want[1].double()
+            rounding = torch.finfo(kind).eps * times * expected.abs()
+            known = 4 * torch.finfo(dtype).eps * float(want[1].abs().max()) + 1e-5
+            assert bool(((buffer.double() - expected).abs() <= rounding + known).all())
+            for leaf, g in ((hidden, want[0]), (bias, want[2])):
+                scale = 4 * torch.finfo(dtype).eps * float(g.abs().max()) + 1e-5
+                assert float((leaf.grad - times * g).abs().max()) <= 2 * scale
+        assert weight.grad is None
+        hidden.grad = bias.grad = None
+
+
+def test_the_buffer_is_added_to_where_weight_grad_would_be() -> None:
+    for name in ("linear_logprob", "a_lol"):
+        call, (hidden, weight, bias) = calls("cpu", torch.float32)[name]
+        buffer = torch.zeros_like(weight, requires_grad=False)
+        with torch.no_grad():
+            call(accumulate_into=buffer)
+        call(accumulate_into=buffer).sum().backward(inputs=[hidden, bias])
+        torch.autograd.grad(call(accumulate_into=buffer).sum(), [hidden])
+        with pytest.raises(RuntimeError, match=r"which accumulate_into takes: call backward"):
+            torch.autograd.grad(call(accumulate_into=buffer).sum(), [weight])
+        with (
+            pytest.raises(NotImplementedError, match="second derivative"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of the reference cycle
+            call(accumulate_into=buffer).sum().backward(create_graph=True)
+        assert not buffer.any()
+        outs = [call(accumulate_into=buffer).sum() for _ in range(2)]
+        for out in outs:  # the first backward writes into what the second call was given
+            out.backward()
+        (want,) = torch.autograd.grad(call().sum(), [weight])
+        assert weight.grad is None
+        assert float((buffer - 2 * want).abs().max()) <= 1e-5 and bool(want.any())
+
+
+def test_a_tied_weight_adds_both_gradients_to_its_own() -> None:
+    table = torch.randn(30, 8, requires_grad=True)
+    ids, labels = torch.randint(30, (10,)), torch.randint(30, (10,))
+    seq = lk.Sequences.from_lengths([10])
+
+    def loss(**more: Any) -> Tensor:
+        return lk.linear_loss(objectives.nll, F.embedding(ids, table), table, labels, seq, **more)
+
+    (want,) = torch.autograd.grad(loss(), [table])
+    table.grad = torch.zeros_like(table)
+    for times in (1, 2):
+        loss(accumulate_into=table.grad).backward()
+        assert float((table.grad - times * want).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["linear_logprob", "a_lol"])
+def test_a_compiled_call_adds_to_the_buffer(name: str) -> None:
+    torch._dynamo.reset()
+    call, (_, weight, _) = calls("cpu", torch.float32)[name]
+    (want,) = torch.autograd.grad(call().sum(), [weight])
+    compiled = torch.compile(call, backend="aot_eager")
+    buffer = torch.zeros_like(weight, requires_grad=False)
+    for times in (1, 2):
+        compiled(accumulate_into=buffer).sum().backward()
+        assert float((buffer - times * want).abs().max()) <= 1e-5
+    assert weight.grad is None
 
 
 # --- what stands before and after the ops ---------------------------------------------------------

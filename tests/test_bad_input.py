@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import lolkernels as lk
 from lolkernels import backends, checks, objectives
@@ -129,6 +131,26 @@ HEAD_ROWS: dict[str, Row] = {
     "budget is a float": ({"memory_budget": 1e6}, TYPE, "memory_budget.*float"),
     "budget is a bool": ({"memory_budget": True}, TYPE, "memory_budget.*bool"),
     "budget is text": ({"memory_budget": "80M"}, TYPE, "memory_budget.*str"),
+}
+TRAINED = torch.randn(V, D, requires_grad=True)
+HOOKED = torch.randn(V, D, requires_grad=True)
+HOOKED.register_post_accumulate_grad_hook(lambda _: None)
+
+
+def buffer(into: Any, weight: Tensor = TRAINED) -> dict[str, Any]:
+    return {"weight": weight, "accumulate_into": into}
+
+
+ZEROS, INTO = torch.zeros(V, D), "accumulate_into.*"
+HEAD_ROWS |= {
+    "buffer is a flag": (buffer(True), TYPE, INTO + "bool"),
+    "buffer of another shape": (buffer(torch.zeros(D, V)), VALUE, INTO + "shape"),
+    "buffer of another dtype": (buffer(ZEROS.bfloat16()), TYPE, INTO + "bfloat16"),
+    "buffer elsewhere": (buffer(ZEROS.to("meta")), VALUE, INTO + "meta"),
+    "buffer is the weight": (buffer(TRAINED), VALUE, INTO + "requires a gradient"),
+    "buffer of a frozen weight": (buffer(ZEROS, ZEROS), VALUE, INTO + "frozen"),
+    "buffer of a cast": (buffer(ZEROS, TRAINED * 1), VALUE, INTO + "pass the parameter"),
+    "buffer beside a hook": (buffer(ZEROS, HOOKED), VALUE, "hooks.*miss.*accumulate_into"),
 }
 for operand in ("hidden", "weight", "bias"):
     tensor, place = good()[operand], f"{operand}.*meta" + "|on meta" * (operand == "hidden")
@@ -432,6 +454,21 @@ def test_the_smaller_functions(name: str, spy: Spy) -> None:
     with pytest.raises(error, match=words):
         call()
     assert spy.launches == 0
+
+
+def test_a_buffer_under_ddp_is_refused() -> None:
+    class Head(torch.nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            into, labels = torch.zeros_like(self.weight), torch.arange(N)
+            return lk.linear_logprob(hidden, self.weight, labels, accumulate_into=into).logps
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.*accumulate_into"):
+            DistributedDataParallel(Head(D, V, bias=False))(torch.randn(N, D))
+        Head(D, V, bias=False)(torch.randn(N, D)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_sharded_parameter_is_told_from_a_whole_one() -> None:

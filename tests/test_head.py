@@ -200,6 +200,23 @@ def test_fusing_twice_is_fusing_once() -> None:
     assert bool(model(input_ids=ids).logits.isfinite().all())
 
 
+def test_main_grad_takes_the_heads_gradient() -> None:
+    plain, model = (lk.fuse_lm_head(build("llama"), main_grad=on) for on in (False, True))
+    plain(**batch()).logps.sum().backward()
+    weight = model.get_output_embeddings().weight
+    with pytest.raises(ValueError, match="no main_grad: give it one"):
+        model(**batch())
+    with torch.no_grad():
+        model(**batch())
+    weight.main_grad = torch.zeros_like(weight)
+    model(**batch()).logps.sum().backward()
+    want = {name: p.grad for name, p in plain.named_parameters()}
+    for name, p in model.named_parameters():
+        got: Any = weight.main_grad if p is weight else p.grad
+        assert float((got - want[name]).abs().max()) <= 1e-5, name
+    assert weight.grad is None and bool(weight.main_grad.any())
+
+
 def test_only_the_forward_of_this_instance_is_patched() -> None:
     model, other = build("llama"), build("llama")
     keys, taken = list(model.state_dict()), list(inspect.signature(model.forward).parameters)

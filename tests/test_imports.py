@@ -105,16 +105,17 @@ OBJECTIVES = {
 
 SIGNATURES = {
     "linear_logprob": "hidden, weight, labels, *, bias=None, mask=None, temperature=1.0, "
-    "softcap=None, logit_scale=1.0, entropy_grad=False, backend=None, memory_budget=None",
+    "softcap=None, logit_scale=1.0, entropy_grad=False, backend=None, memory_budget=None, "
+    "accumulate_into=None",
     "logprob": "logits, labels, *, temperature=1.0, softcap=None, logit_scale=1.0, backend=None, "
     "inplace_backward=False",
     "linear_loss": "objective, hidden, weight, labels, seq, *, reduction='seq-mean', bias=None, "
     "temperature=1.0, softcap=None, logit_scale=1.0, backend=None, memory_budget=None, "
-    "return_outputs=False, **side",
+    "return_outputs=False, accumulate_into=None, **side",
     "aggregate": "loss, seq, reduction='seq-mean'",
     "loss_and_coef": "fn, logps, seq, reduction='seq-mean', **side",
     "side_inputs": "fn",
-    "fuse_lm_head": "model, *, backend=None, memory_budget=None, check=True",
+    "fuse_lm_head": "model, *, backend=None, memory_budget=None, main_grad=False, check=True",
     "unfuse_lm_head": "model",
     "available_backends": "",
     "use_backend": "name",

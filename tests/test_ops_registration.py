@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import with_entropy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,18 +67,20 @@ def test_opcheck_linear_logprob(sample: tuple[Any, ...], hold: bool) -> None:
     operand = f64 if f64 in sample else f32
     common = ((1.5, softcap, 0.8), backend, 3 * v * operand.itemsize, operand)
     need = [grad, grad, grad and hold]
-    arguments = (p.hidden, p.weight, p.labels, p.bias, *common, need)
-    check(OPS.linear_logprob_v2.default, arguments)
+    arguments = (p.hidden, p.weight, p.labels, p.bias, *common, need, None)
+    check(OPS.linear_logprob_v3.default, arguments)
 
     with torch.no_grad():
-        logps, lse, _, _, slope, rest, share, _, kept = OPS.linear_logprob_v2(*arguments)
+        logps, lse, _, _, slope, rest, share, _, kept = OPS.linear_logprob_v3(*arguments)
     g = torch.randn_like(lse)
     c = g if n % 2 else None
     stats = [logps, lse, slope, rest, share]
     bias = None if p.bias is None else p.bias.detach()
     more = (p.hidden.detach(), p.weight.detach(), p.labels, bias, *common, need[2])
     needs = [hold, True, p.bias is not None]
-    check(OPS.linear_gradients_v2.default, ([g, -g], None, c, stats, kept, *more, needs))
+    arguments = ([g, -g], None, c, stats, kept, *more, needs)
+    check(OPS.linear_gradients_v2.default, arguments)
+    check(OPS.linear_add_gradients_v3.default, (torch.ones_like(more[1]), *arguments))
 
 
 @samples
@@ -96,10 +99,6 @@ def test_opcheck_logprob(sample: tuple[Any, ...], inplace: bool) -> None:
 
 def length_normalised(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:
     return -rewards * torch.tanh(seq.mean(logps))
-
-
-def with_entropy(logps: Tensor, entropy: Tensor, seq: lk.Sequences) -> Tensor:
-    return -seq.sum(logps + 0.1 * entropy)
 
 
 LOSSES = [objectives.a_lol, objectives.wbc, with_entropy, length_normalised]
@@ -128,7 +127,7 @@ def test_opcheck_linear_loss(sample: tuple[Any, ...], rows: int) -> None:
     weights = objectives.reduction_weights(seq, "seq-mean")
     need = [sample[-1], sample[-1], sample[-1] and p.bias is not None, *[False] * len(needed)]
     arguments = (p.hidden, p.weight, p.labels, p.bias, parts, list(needed.values()), weights)
-    check(OPS.linear_loss_v2.default, (*arguments, scaling, budget, call, need))
+    check(OPS.linear_loss_v3.default, (*arguments, scaling, budget, call, need, None))
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:

@@ -552,7 +552,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen: bool) -> Any:
+def step_of(
+    op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen: bool, into: Any
+) -> Any:
     """Forward and backward through the bodies of the ops: a dispatch mode sees inside no op."""
     ops = {m: sys.modules[f"lolkernels.{m}"] for m in ("logprob", "loss")}
     n, y = h.shape[0], torch.zeros(h.shape[0], dtype=torch.int64)
@@ -560,9 +562,9 @@ def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen:
     common = ((1.0, 0.0, 1.0), "reference", budget, operand)
 
     def dweight(coef: list[Tensor], both: Any, stats: list[Tensor], kept: Tensor) -> Tensor:
-        body = ops["logprob"].gradients_op._init_fn
+        body = ops["logprob"]._gradients
         return body(
-            coef, both, None, stats, kept, h, w, y, None, *common, False, [False, True, False]
+            into, coef, both, None, stats, kept, h, w, y, None, *common, False, [False, True, False]
         )[1]
 
     if op == "linear_loss":
@@ -570,7 +572,7 @@ def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen:
         parts = [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals]
         weights, need = torch.ones(seq.num_sequences), [True, not frozen, False]
         out = ops["loss"]._op._init_fn(
-            h, w, y, None, parts, [], weights, common[0], budget, call, need
+            h, w, y, None, parts, [], weights, common[0], budget, call, need, into
         )
         g = torch.ones(())
         dh = (out[7] * g).to(h.dtype)
@@ -583,7 +585,7 @@ def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen:
         made, out[8] = out[8], None
         return [dh, ops["loss"]._scaled(made, g, w.dtype)]
     need = [op != "score", op != "score" and not frozen, False]
-    out = ops["logprob"]._op._init_fn(h, w, y, None, *common, need)
+    out = ops["logprob"]._op._init_fn(h, w, y, None, *common, need, into)
     if op == "score":
         return []
     logps, lse, entropy, _, slope, rest, share, unit, kept = out
@@ -596,8 +598,15 @@ def step_of(op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen:
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("op", ["linear_loss", "linear_logprob", "score"])
+@pytest.mark.parametrize(
+    ("op", "head"),
+    [
+        (op, head)
+        for op in ("linear_loss", "linear_logprob")
+        for head in ("frozen", "trained", "added", "added in float32")
+    ]
+    + [("score", "trained")],
+)
 @pytest.mark.parametrize(
     ("n", "rows", "length"),
     [(300, None, 100), (2048, 300, 100), (2000, 900, 100), (2000, None, 1000)],
@@ -606,8 +615,8 @@ def test_the_memory_formula(
     monkeypatch: pytest.MonkeyPatch,
     gpu: bool,
     dtype: torch.dtype,
-    frozen: bool,
     op: str,
+    head: str,
     n: int,
     rows: int | None,
     length: int,  # of a sequence: 1,000 rows are more than a CPU keeps otherwise
@@ -637,8 +646,11 @@ def test_the_memory_formula(
         monkeypatch.setattr(walk, "matmul", lambda a, b, out, **options: None)
     hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
     seq = lk.Sequences.from_lengths([length] * (n // length) + [n % length])
-    with LiveBytes(hidden, weight) as live:
-        made = step_of(op, hidden, weight, seq, budget, frozen)
+    into = None
+    if head.startswith("added"):
+        into = torch.zeros_like(weight, dtype=torch.float32 if "32" in head else dtype)
+    with LiveBytes(hidden, weight, *([] if into is None else [into])) as live:
+        made = step_of(op, hidden, weight, seq, budget, head == "frozen", into)
     gradients = sum(g.numel() * g.element_size() for g in made)
     size = dtype.itemsize if device == "cuda" else 4
     monkeypatch.setattr(memory, "kept_rows", held)
@@ -652,9 +664,10 @@ def test_the_memory_formula(
         longest_block=max(b.stop - b.start for b in plan),
         hidden_bytes=dtype.itemsize,
         weight_bytes=dtype.itemsize,
-        frozen_weight=frozen,
+        frozen_weight=head == "frozen",
         memory_budget=budget,
         device=device,
         card=card,
+        buffer_bytes=None if into is None else into.itemsize,
     )
     assert abs((live.peak - gradients) / stated - 1) <= 0.05, (live.peak - gradients, stated)
