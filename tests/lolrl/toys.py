@@ -185,7 +185,8 @@ class Gradients(TrainerCallback):
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kw) -> None:
-        self.seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        named = model.named_parameters()
+        self.seen.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
 
 def run(
