@@ -3,7 +3,7 @@
     python3 benchmarks/card.py --out card
     python3 benchmarks/card.py --out card --stages tests      goes on in the same folder
     python3 benchmarks/card.py --out dry --device cpu         a dry run: tiny shapes
-    python3 benchmarks/report.py card --publish --readme      the page, plots, README's section
+    python3 benchmarks/report.py card --publish --docs      the page, plots, the docs' section
 
 prepare    the compiled kernels: carried in --bundle (see bundle.py), or built, told by hash
 smoke      is it right (every op, dtype and backend against float64), and how fast are the parts

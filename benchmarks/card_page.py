@@ -1,8 +1,9 @@
-"""What a folder of benchmarks/card.py says: the record, its page, its plots, README's section.
+"""What a folder of benchmarks/card.py says: the record, its page, its plots, the section of
+docs/benchmarks.md.
 
 python benchmarks/report.py FOLDER                       FOLDER/report.md and FOLDER/report.json
 python benchmarks/report.py FOLDER --publish             benchmarks/results/<device>, and plots
-python benchmarks/report.py --readme                     README's section, from what is published
+python benchmarks/report.py --docs                       the section, from what is published
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MARKS = "<!-- measured on a card -->", "<!-- end of what was measured on a card 
 HOW = (
     "`make gpu-bundle` builds what a bare machine with a card needs (no network there, and no card "
     "here); `make card` checks,\nmeasures and tests there in one command of ten minutes, and the "
-    "same command goes on where it ended. `python\nbenchmarks/report.py card --publish --readme` "
+    "same command goes on where it ended. `python\nbenchmarks/report.py card --publish --docs` "
     "makes this section of what it found."
 )
 NOTHING = (
@@ -167,7 +168,7 @@ def page(record: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- README ---------------------------------------------------------------------------------------
+# --- docs -----------------------------------------------------------------------------------------
 
 
 def published() -> list[Record]:
@@ -175,7 +176,7 @@ def published() -> list[Record]:
     return [record for record in found if record["environment"].get("capability")]
 
 
-def readme_section(records: list[Record]) -> str:
+def docs_section(records: list[Record]) -> str:
     """From the published records alone: ours by backend beside the bare products and the peers."""
     if not records:
         return NOTHING
@@ -190,7 +191,7 @@ def _measured(record: Record) -> str:
     lines = [
         f"Measured on one {where['device']} (torch {where['torch']}, commit {where['commit']}, "
         f"{where['date']}): {met} goals met, {missed} missed, {len(record['faults'])} faults; "
-        f"[all rows](benchmarks/results/{device}.md).",
+        f"[all rows](../benchmarks/results/{device}.md).",
         "",
         "| | ms | x bare products | extra MiB |",
         "|---|---:|---:|---:|",
@@ -209,12 +210,12 @@ def _measured(record: Record) -> str:
     return "\n".join(lines)
 
 
-def in_readme(text: str, section: str) -> str:
-    """README's text with its section replaced."""
+def in_docs(text: str, section: str) -> str:
+    """The page's text with its section replaced."""
     before, start, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not start or not end:
-        raise ValueError(f"README.md has no {MARKS[0]} ... {MARKS[1]}")
+        raise ValueError(f"docs/benchmarks.md has no {MARKS[0]} ... {MARKS[1]}")
     return f"{before}{start}\n{section}\n{end}{after}"
 
 
@@ -224,10 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--publish", action="store_true")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     given = parser.parse_args(argv)
-    if given.folder is None and not given.readme:
-        parser.error("give the folder of a run, or --readme")
+    if given.folder is None and not given.docs:
+        parser.error("give the folder of a run, or --docs")
     if given.folder:
         try:
             record = collect(given.folder)
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.publish:
             plots = [sys.executable, str(Path(__file__).parent / "plots.py"), str(paths[0])]
             subprocess.run([*plots, "--plots", "floor", "error"], check=False)
-    if given.readme:
-        path = report.ROOT / "README.md"
-        path.write_text(in_readme(path.read_text(), readme_section(published())))
+    if given.docs:
+        path = report.ROOT / "docs" / "benchmarks.md"
+        path.write_text(in_docs(path.read_text(), docs_section(published())))
     return 0

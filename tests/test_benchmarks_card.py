@@ -321,23 +321,23 @@ def test_rows_for_a_card_are_shapes_with_goals(b: SimpleNamespace) -> None:
         assert sum(shape.lengths()) == shape.tokens
 
 
-def test_the_readme_says_what_was_measured_on_a_card(b: SimpleNamespace) -> None:
-    text = (ROOT / "README.md").read_text()
-    section = b.card_page.readme_section(b.card_page.published())
-    assert b.card_page.in_readme(text, section) == text, "python benchmarks/report.py --readme"
+def test_the_docs_say_what_was_measured_on_a_card(b: SimpleNamespace) -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    section = b.card_page.docs_section(b.card_page.published())
+    assert b.card_page.in_docs(text, section) == text, "python benchmarks/report.py --docs"
 
 
-def test_the_readmes_section_is_made_from_the_record(b: SimpleNamespace) -> None:
+def test_the_docs_section_is_made_from_the_record(b: SimpleNamespace) -> None:
     where = {"device": "NVIDIA H200", "torch": "2.11", "commit": "abc", "date": "today"}
     row = {**b.report.BLANK, "times_ms": [2.0], "median_ms": 2.0, "extra_bytes": 2**20}
     rows = [{**row, "label": "cuda"}, {**row, "label": "gemms", "times_ms": [1.6]}]
     case = {**b.report.case("t", [], ["gemms"], name="linear_loss x"), "rows": rows}
     record = {"environment": where, "cases": [case], "goals": [{"met": True}], "faults": []}
-    section = b.card_page.readme_section([record])
+    section = b.card_page.docs_section([record])
     assert "one NVIDIA H200" in section and "results/h200.md" in section
     assert "1 goals met, 0 missed, 0 faults" in section
     assert "| linear_loss x, cuda | 2.00 | 1.25 | 1.0 |" in section and "gemms |" not in section
-    assert b.card_page.readme_section([]) == b.card_page.NOTHING
+    assert b.card_page.docs_section([]) == b.card_page.NOTHING
 
 
 def test_bad_flags_are_named(b: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

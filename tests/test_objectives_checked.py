@@ -52,6 +52,11 @@ def whitened(logps: PerToken, advantages: PerSequence, seq: lk.Sequences) -> Ten
     return -a * seq.sum(logps)
 
 
+def nan_alone(logps: PerToken, advantages: PerSequence, seq: lk.Sequences) -> Tensor:
+    """The standard deviation of a single value is nan."""
+    return -(advantages - advantages.mean()) / advantages.std() * seq.sum(logps)
+
+
 def counted(logps: PerToken, seq: lk.Sequences) -> Tensor:
     return -seq.sum(logps) / seq.num_sequences
 
@@ -100,6 +105,7 @@ FALSE: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "token_local of a constant": (constant_per_piece, {"token_local": True}, "token_local, but"),
     "token_local of its own length": (own_length, {"token_local": True}, "token_local, but"),
     "whitening": (whitened, {}, "looks across groups: the loss of group 0 is"),
+    "whitening that is nan in a group alone": (nan_alone, {}, "looks across groups"),
     "a count of the batch": (counted, {}, "looks across groups"),
     "a detached statistic": (detached, {}, r"d loss / d lse\[0\] is 0 by autograd"),
     "a way out of torch": (through_numpy, {}, r"d loss / d logps\[0\] is 0.5 by autograd"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -171,10 +172,11 @@ def _kind(value: Tensor, n: int, s: int) -> str:
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    """The largest difference, relative to the largest entry or one."""
+    """The largest difference, relative to the largest entry or one; infinite where one is nan."""
     if got.numel() == 0:
         return 0.0
-    return float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
+    error = float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
+    return math.inf if math.isnan(error) else error
 
 
 def _check_purity(p: _Problem) -> None:
