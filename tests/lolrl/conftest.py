@@ -6,8 +6,12 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
-from tests.lolrl.toys import TOKENIZERS, make_llama, make_tokenizer
+from lolrl.annotate import annotate
+from lolrl.config import AnnotateConfig
+from lolrl.tokens import LoLDataset
+from tests.lolrl.toys import TOKENIZERS, make_llama, make_rows, make_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +30,14 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> Any:
     return make_tokenizer(**TOKENIZERS["template_bos"])
+
+
+@pytest.fixture(scope="session")
+def rows(tokenizer: Any) -> LoLDataset:
+    """27 annotated rows, of which some have a negative advantage; scores by the float64 model."""
+    model = make_llama(len(tokenizer), dtype=torch.float64)
+    config = AnnotateConfig(keep="all")
+    return annotate(model, tokenizer, make_rows(27), config=config, progress=False).dataset
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +22,7 @@ from lolrl.config import (
     to_mapping,
 )
 
+NAN, INF = float("nan"), float("inf")
 CPU = {"use_cpu": True, "report_to": "none"}
 
 
@@ -36,70 +37,63 @@ def test_every_field_has_help() -> None:
                 assert len(field.metadata.get("help", "")) > 10, field.name
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"objective": "ppo2"}, "objective"),
-        ({"clip": 0}, "clip"),
-        ({"clip": 0.0}, "clip"),
-        ({"clip": -0.5}, "clip"),
-        ({"clip": float("nan")}, "clip"),
-        ({"clip": float("inf")}, "clip"),
-        ({"beta": -1.0}, "beta"),
-        ({"floor": float("nan")}, "floor"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"advantage_filter": "some"}, "advantage_filter"),
-        ({"sampling": "random"}, "sampling"),
-        ({"step0_tolerance": 0}, "step0_tolerance"),
-        ({"step0_rows": 0}, "step0_rows"),
-        ({"memory_budget": 0}, "memory_budget"),
-        ({"max_prompt_length": 0}, "max_prompt_length"),
-        ({"max_completion_length": -3}, "max_completion_length"),
-        ({"reward_columns": []}, "reward_columns"),
-        ({"reward_columns": ["a", "a"]}, "reward_columns"),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
-        ({"reward_weights": [float("inf")]}, "reward_weights"),
-        ({"reward_func_weights": [float("nan")]}, "reward_func_weights"),
-        ({"on_bad": "ignore"}, "on_bad"),
-        ({"stale_cache": "use"}, "stale_cache"),
-        ({"eval_top_p": 0.0}, "eval_top_p"),
-        ({"eval_top_p": 1.5}, "eval_top_p"),
-        ({"eval_temperature": -1.0}, "eval_temperature"),
-        ({"objective_args": [1]}, "objective_args"),
-        ({"reduction": "mean"}, "reduction"),
-        ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
-    ],
-)
-def test_a_value_out_of_range_names_its_field(changes: dict, name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=name):
-        LoLConfig(output_dir=str(tmp_path), **CPU, **changes)
+REFUSED: list[tuple[type, str, list[Any]]] = [
+    (LoLConfig, "objective", ["ppo2"]),
+    (LoLConfig, "clip", [0, 0.0, -0.5, NAN, INF, "small", True, [0.9], "nan"]),
+    (LoLConfig, "beta", [-1.0, "small", True, [0.9], "nan", None]),
+    (LoLConfig, "floor", [NAN, "small", True, [0.9], "nan", None]),
+    (LoLConfig, "temperature", [0.0]),
+    (LoLConfig, "advantage_filter", ["some"]),
+    (LoLConfig, "sampling", ["random"]),
+    (LoLConfig, "step0_tolerance", [0]),
+    (LoLConfig, "step0_rows", [0]),
+    (LoLConfig, "memory_budget", [0]),
+    (LoLConfig, "max_prompt_length", [0]),
+    (LoLConfig, "max_completion_length", [-3]),
+    (LoLConfig, "reward_columns", [[], ["a", "a"]]),
+    (LoLConfig, "reward_weights", [[1.0, 2.0], [INF]]),
+    (LoLConfig, "reward_func_weights", [[NAN]]),
+    (LoLConfig, "on_bad", ["ignore"]),
+    (LoLConfig, "stale_cache", ["use"]),
+    (LoLConfig, "eval_top_p", [0.0, 1.5]),
+    (LoLConfig, "eval_temperature", [-1.0]),
+    (LoLConfig, "objective_args", [[1]]),
+    (LoLConfig, "reduction", ["mean"]),
+    (LoLConfig, "remove_unused_columns", [True]),
+    (LoLConfig, "label_smoothing_factor", [0.1]),
+    (LoLConfig, "train_sampling_strategy", ["group_by_length"]),
+    (LoLConfig, "use_liger_kernel", [True]),
+    (ValueConfig, "num_heads", [0]),
+    (ValueConfig, "dropout", [1.0]),
+    (ValueConfig, "held_out", [0.0, 1.0]),
+    (ValueConfig, "epochs", [0]),
+    (ValueConfig, "learning_rate", [INF]),
+    (ValueConfig, "weight_decay", [-0.1]),
+    (AnnotateConfig, "autocast", ["fp8"]),
+    (AnnotateConfig, "keep", ["best"]),
+    (AnnotateConfig, "batch_size", [0]),
+    (AnnotateConfig, "temperature", [-1.0]),
+    (AnnotateConfig, "reward_columns", [[]]),
+    (AnnotateConfig, "max_prompt_length", [0]),
+]
 
 
-def test_clip_none_is_the_only_way_to_say_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cls", "name", "values"), REFUSED)
+def test_a_value_out_of_range_names_its_field(cls, name, values) -> None:
+    base = {"output_dir": "out", **CPU} if cls is LoLConfig else {}
+    for value in values:
+        with pytest.raises(ConfigError, match=name):
+            cls(**base, **{name: value})
+
+
+def test_clip_none_is_the_only_way_to_say_off(tmp_path) -> None:
     assert LoLConfig(output_dir=str(tmp_path), clip=None, **CPU).clip is None
     with pytest.raises(ConfigError, match="null switches it off"):
         LoLConfig(output_dir=str(tmp_path), clip=0.0, **CPU)
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"num_heads": 0}, "num_heads"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"held_out": 0.0}, "held_out"),
-        ({"held_out": 1.0}, "held_out"),
-        ({"min_value": 1.0, "max_value": 1.0}, "min_value"),
-        ({"epochs": 0}, "epochs"),
-        ({"learning_rate": float("inf")}, "learning_rate"),
-        ({"weight_decay": -0.1}, "weight_decay"),
-    ],
-)
-def test_value_config_refuses(changes: dict, name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        ValueConfig(**changes)
+    with pytest.raises(ConfigError, match="beta=None must be a number, or auto"):
+        LoLConfig(output_dir=str(tmp_path), beta=None, **CPU)
+    with pytest.raises(ConfigError, match="min_value"):
+        ValueConfig(min_value=1.0, max_value=1.0)
 
 
 @settings(max_examples=60)
@@ -116,7 +110,7 @@ def test_value_config_refuses(changes: dict, name: str) -> None:
 def test_round_trip_through_yaml(
     tmp_path_factory, objective, clip, beta, rate, columns, options, steps
 ) -> None:
-    """RELIABILITY 3.2, property 20: load(dump(c)) == c."""
+    """What is loaded is what was written."""
     config = LoLConfig(
         output_dir="runs/x",
         objective=objective,
@@ -135,22 +129,12 @@ def test_round_trip_through_yaml(
         assert getattr(back, field) == getattr(config, field)
 
 
-def test_text_of_a_number_is_a_number_and_another_word_is_refused(tmp_path: Path) -> None:
-    def config(**changes: object) -> LoLConfig:
-        return LoLConfig(output_dir=str(tmp_path), **CPU, **changes)
-
-    assert (config().clip, config().beta, config().floor) == ("auto", "auto", "auto")
-    assert config(clip="5e-1", beta="0.25").clip == 0.5
-    for name in ("clip", "beta", "floor"):
-        for value in ("small", True, [0.9], "nan"):
-            with pytest.raises(ConfigError, match=name):
-                config(**{name: value})
-    for name in ("beta", "floor"):
-        with pytest.raises(ConfigError, match=f"{name}=None must be a number, or auto"):
-            config(**{name: None})
+def test_text_of_a_number_is_a_number() -> None:
+    config = LoLConfig(output_dir="out", clip="5e-1", beta="0.25", **CPU)
+    assert (config.clip, config.beta, config.floor) == (0.5, 0.25, "auto")
 
 
-def test_the_choices_are_the_registry(tmp_path: Path) -> None:
+def test_the_choices_are_the_registry(tmp_path) -> None:
     def fresh(logps, seq):
         return -seq.sum(logps)
 
@@ -163,14 +147,14 @@ def test_the_choices_are_the_registry(tmp_path: Path) -> None:
         del lk.objectives.REGISTRY["fresh"]
 
 
-def test_secrets_are_not_written(tmp_path: Path) -> None:
+def test_secrets_are_not_written(tmp_path) -> None:
     config = LoLConfig(output_dir=str(tmp_path), hub_token="s3cret", **CPU)
     path = dump_config(config, tmp_path / "config.yaml")
     assert "s3cret" not in path.read_text() and "hub_token" not in path.read_text()
     assert load_config(LoLConfig, path).hub_token is None
 
 
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
+def test_flags_win_over_the_file(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("output_dir: a\nclip: 0.5\nlearning_rate: 1e-4\nuse_cpu: true\n")
     config = load_config(LoLConfig, path, {"clip": None, "max_steps": 7})
@@ -207,7 +191,7 @@ BAD_YAML = {
 
 
 @pytest.mark.parametrize("name", BAD_YAML)
-def test_bad_yaml_names_the_file(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_bad_yaml_names_the_file(name, tmp_path, monkeypatch) -> None:
     text, message = BAD_YAML[name]
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.yaml"
@@ -218,27 +202,14 @@ def test_bad_yaml_names_the_file(name: str, tmp_path: Path, monkeypatch) -> None
     assert not (tmp_path / "CANARY").exists()
 
 
-def test_missing_and_empty_files(tmp_path: Path) -> None:
+def test_missing_and_empty_files(tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_yaml(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_yaml(tmp_path / "empty.yaml") == {}
 
 
-def test_annotate_config_refuses() -> None:
-    for changes, name in (
-        ({"autocast": "fp8"}, "autocast"),
-        ({"keep": "best"}, "keep"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"reward_columns": []}, "reward_columns"),
-        ({"max_prompt_length": 0}, "max_prompt_length"),
-    ):
-        with pytest.raises(ConfigError, match=name):
-            AnnotateConfig(**changes)
-
-
-def test_annotate_and_value_configs_round_trip(tmp_path: Path) -> None:
+def test_annotate_and_value_configs_round_trip(tmp_path) -> None:
     for config in (
         AnnotateConfig(max_prompt_length=None, reward_weights=[0.5], keep="all"),
         ValueConfig(min_value=-2.5, dropout=0.3),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,45 +26,27 @@ PAIR = {
 }
 
 
-def row(**changes: Any) -> dict[str, Any]:
+def row(base: dict[str, Any] = GOOD, **changes: Any) -> dict[str, Any]:
     """A good row with columns changed; ... removes one."""
-    return {k: v for k, v in {**GOOD, **changes}.items() if v is not ...}
-
-
-def chat(**changes: Any) -> dict[str, Any]:
-    base = {"prompt": [USER], "completion": [REPLY], "reward": 1.0}
     return {k: v for k, v in {**base, **changes}.items() if v is not ...}
 
 
-def pair(**changes: Any) -> dict[str, Any]:
-    return {k: v for k, v in {**PAIR, **changes}.items() if v is not ...}
+chat = functools.partial(row, {"prompt": [USER], "completion": [REPLY], "reward": 1.0})
+pair = functools.partial(row, PAIR)
 
 
 # Lines that are no row at all.
 LINES = [b"{", b"[1, 2]", b"3", b'"text"', b"null", b"true", b"{'prompt': 'a'}", b"\x00\x01\x02"]
-LINES += [
-    b'{"prompt": "a" "completion": "b"}',
-    b'{"prompt": "\xff", "completion": "b", "reward": 1}',
-]
-LINES += [
-    b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-    b'{"prompt": "' + b"x" * (10 << 20) + b'"}',
-]
-LINES += [
-    b'{"prompt": "a", "completion": "b", "reward": ' + end
-    for end in (
-        b"1} trailing",
-        b"NaN}",
-        b"Infinity}",
-        b"-Infinity}",
-        b"1,}",
-        b"1" + b"0" * 5000 + b"}",
-    )
-]
+LINES += [b'{"prompt": "a" "completion": "b"}']
+LINES += [b'{"prompt": "\xff", "completion": "b", "reward": 1}']
+LINES += [b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"]
+LINES += [b'{"prompt": "' + b"x" * (10 << 20) + b'"}']
+ENDS = [b"1} trailing", b"NaN}", b"Infinity}", b"-Infinity}", b"1,}", b"1" + b"0" * 5000 + b"}"]
+LINES += [b'{"prompt": "a", "completion": "b", "reward": ' + end for end in ENDS]
 
 
 def message(**changes: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in {**USER, **changes}.items() if v is not ...}]
+    return [row(USER, **changes)]
 
 
 # By the field that must be named: raw lines, or rows.
@@ -111,7 +93,7 @@ def as_line(item: Any) -> bytes:
 
 
 @pytest.mark.parametrize("field", MALFORMED)
-def test_malformed_rows_are_named(field: str, tmp_path: Path) -> None:
+def test_malformed_rows_are_named(field, tmp_path) -> None:
     """The error names file, line and field, and says what to change; skip counts the row."""
     path = tmp_path / "rows.jsonl"
     for item in MALFORMED[field]:
@@ -142,7 +124,7 @@ def test_not_finite_numbers_in_memory() -> None:
             assert (caught.value.line, caught.value.field) == (3, name)
 
 
-def test_files_without_rows(tmp_path: Path) -> None:
+def test_files_without_rows(tmp_path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"\n  \n")
     with pytest.raises(DataError, match="no usable row"):
@@ -162,7 +144,7 @@ def test_files_without_rows(tmp_path: Path) -> None:
     assert caught.value.line == 2
 
 
-def test_a_long_line_costs_no_memory_and_the_next_line_is_read(tmp_path: Path) -> None:
+def test_a_long_line_costs_no_memory_and_the_next_line_is_read(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     long = b'{"prompt": "' + b"x" * (3 * MAX_LINE_BYTES) + b'"}'
     path.write_bytes(long + b"\n" + as_line(GOOD))
@@ -171,7 +153,7 @@ def test_a_long_line_costs_no_memory_and_the_next_line_is_read(tmp_path: Path) -
     assert "longer than" in str(records.skipped[0])
 
 
-def test_good_rows_keep_every_value(tmp_path: Path) -> None:
+def test_good_rows_keep_every_value(tmp_path) -> None:
     rows = [
         row(advantage=-1, value=0.25, ref_logps=[-0.5, 0], source="imdb", id=7),
         chat(),
@@ -185,6 +167,7 @@ def test_good_rows_keep_every_value(tmp_path: Path) -> None:
     assert first.columns == {"source": "imdb", "id": 7} and first.line == 1
     assert second.prompt == [USER] and second.completion == [REPLY] and second.line == 3
     assert (third.prompt, third.reward, third.line) == ("", -3.0, 5)
+    assert read_records([row(reward=...)])[0].reward is None  # unless it is required
 
 
 def test_rewards_are_summed_by_weight() -> None:
@@ -199,12 +182,6 @@ def test_rewards_are_summed_by_weight() -> None:
     assert caught.value.field == "harmless"
     with pytest.raises(ValueError, match="reward_weights"):
         read_records(rows, reward_columns=columns, reward_weights=(1.0,))
-
-
-def test_reward_is_optional_unless_required() -> None:
-    assert read_records([row(reward=...)])[0].reward is None
-    with pytest.raises(DataError):
-        read_records([row(reward=...)], require_reward=True)
 
 
 def test_pairs_become_two_rows() -> None:
@@ -227,15 +204,10 @@ def test_conversational_pair_without_prompt_shares_its_first_messages() -> None:
 def test_a_datasets_dataset_reads_like_a_list() -> None:
     rows = [row(id=i, reward=i / 3, value=None) for i in range(5)]
     rows[3]["value"] = 0.5
-    from_list = read_records(rows)
     from_dataset = read_records(datasets.Dataset.from_list(rows))
-    for a, b in zip(from_list, from_dataset, strict=True):
-        assert (a.prompt, a.completion, a.reward, a.value) == (
-            b.prompt,
-            b.completion,
-            b.reward,
-            b.value,
-        )
+    for a, b in zip(read_records(rows), from_dataset, strict=True):
+        for name in ("prompt", "completion", "reward", "value"):
+            assert getattr(a, name) == getattr(b, name)
         assert a.columns["id"] == b.columns["id"]
 
 
@@ -248,13 +220,12 @@ def test_prompts_alone() -> None:
     assert (caught.value.line, caught.value.field) == (2, "prompt")
 
 
-def test_write_jsonl_round_trip_and_refusal(tmp_path: Path) -> None:
+def test_write_jsonl_round_trip_and_refusal(tmp_path) -> None:
     rows = [row(completion='quote " and \u00e9 and \n newline'), row(reward=-0.1)]
     path = write_jsonl(tmp_path / "out" / "rows.jsonl", rows)
     back = read_records(path)
-    assert [(r.completion, r.reward) for r in back] == [
-        (r["completion"], r["reward"]) for r in rows
-    ]
+    assert [r.completion for r in back] == [r["completion"] for r in rows]
+    assert [r.reward for r in back] == [r["reward"] for r in rows]
     before = path.read_bytes()
     with pytest.raises(ValueError):
         write_jsonl(path, [row(reward=float("nan"))])
@@ -272,7 +243,7 @@ TOKEN_FAULTS = {
 
 
 @pytest.mark.parametrize("name", TOKEN_FAULTS)
-def test_rows_whose_tokens_cannot_be_trained_on(name: str, tmp_path: Path) -> None:
+def test_rows_whose_tokens_cannot_be_trained_on(name, tmp_path) -> None:
     changes, field, problem = TOKEN_FAULTS[name]
     tokenizer = make_tokenizer()
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, row(**changes)])

@@ -18,6 +18,7 @@ from lolrl import moviedata, policies
 from lolrl.config import ConfigError
 from lolrl.data import read_records
 from lolrl.demo import run_demo
+from lolrl.evaluate import generate
 from lolrl.losscost import compare_losses, peak_bytes
 from lolrl.moviedata import Snippet
 from lolrl.policies import load_policy, lora
@@ -59,7 +60,7 @@ def corpus(count: int = 500) -> list[Snippet]:
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[str]]:
+def outcome(tmp_path_factory) -> tuple[Any, Path, list[str]]:
     folder, said = tmp_path_factory.mktemp("demo"), []
     import matplotlib.font_manager  # noqa: F401  # asks the system for its fonts, once a machine
 
@@ -76,7 +77,7 @@ def _forbidden(*args: Any, **kw: Any) -> None:
     raise AssertionError("the demo on given snippets starts no process and opens no connection")
 
 
-def test_a_lol_improves_and_the_control_does_not(outcome: Any) -> None:
+def test_a_lol_improves_and_the_control_does_not(outcome) -> None:
     rows = {row["name"]: row for row in outcome[0].rows}
     assert list(rows) == ["sft", "nll", "a_lol", "a_lol_seq"]
     base = rows["sft"]["reward"]
@@ -91,7 +92,7 @@ def test_a_lol_improves_and_the_control_does_not(outcome: Any) -> None:
     assert rows["sft"]["matched"] == base
 
 
-def test_the_table_says_what_was_used(outcome: Any) -> None:
+def test_the_table_says_what_was_used(outcome) -> None:
     rows = {row["name"]: row for row in outcome[0].rows}
     facts = outcome[0].facts
     assert facts["seed"] == 3
@@ -107,15 +108,15 @@ def test_the_table_says_what_was_used(outcome: Any) -> None:
     assert facts["judge_r"] > 0.9
     # Two moods, three words each: a fitted reference is far below the uniform log(330) = 5.8.
     assert 0 < facts["reference_nll"] < 2.5
-
-
-def test_advantages_are_reward_minus_value_and_values_know_the_mean(outcome: Any) -> None:
-    fit = outcome[0].facts["value_head"]
     # The mood is a coin's toss: no head can know it, and a sane one is not far from the mean.
+    fit = facts["value_head"]
     assert fit["mse"] < 1.3 * fit["mse_mean"]
+    for method in SMALL.methods:
+        log = outcome[0].logs[method]
+        assert [row["step"] for row in log if "eval_reward" in row] == [0, 12, 24]
 
 
-def test_every_file_that_the_text_promises(outcome: Any) -> None:
+def test_every_file_that_the_text_promises(outcome) -> None:
     result, folder, said = outcome
     for name in ("reward.png", "divergence.png", "curves.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -137,7 +138,7 @@ def test_every_file_that_the_text_promises(outcome: Any) -> None:
     assert (folder / "samples.md").read_text().count("`a_lol_seq`") == 12
 
 
-def test_the_written_splits_share_no_prompt(outcome: Any) -> None:
+def test_the_written_splits_share_no_prompt(outcome) -> None:
     data = outcome[1] / "data"
     train, validation, test = (
         {r.prompt for r in read_records(data / f"{name}.jsonl")}
@@ -151,34 +152,20 @@ def test_the_written_splits_share_no_prompt(outcome: Any) -> None:
     assert [r.reward for r in rows] == expected
 
 
-def test_models_on_disk_are_the_ones_that_were_measured(outcome: Any) -> None:
-    from lolrl.evaluate import generate
-
+def test_models_on_disk_are_the_ones_that_were_measured(outcome) -> None:
     result, folder, _ = outcome
     model, tokenizer = load_policy(folder / "a_lol" / "last")
     rows = result.samples["a_lol"]
-    texts = generate(
-        model,
-        tokenizer,
-        [row["prompt"] for row in rows],
-        max_new_tokens=24,
-        top_p=SMALL.top_p,
-        seed=3,
-        batch_size=SMALL.generation_batch,
-    )
+    options = {"top_p": SMALL.top_p, "seed": 3, "batch_size": SMALL.generation_batch}
+    prompts = [row["prompt"] for row in rows]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=24, **options)
     assert texts == [row["completion"] for row in rows]
-
-
-def test_curves_hold_validation_rewards(outcome: Any) -> None:
-    for method in SMALL.methods:
-        steps = [row["step"] for row in outcome[0].logs[method] if "eval_reward" in row]
-        assert steps == [0, 12, 24]
 
 
 QUICK = replace(SMALL, sft_epochs=1, updates=2, methods=("a_lol",), curve_prompts=0)
 
 
-def test_seeds_print_their_spread_and_decide_everything(tmp_path: Path) -> None:
+def test_seeds_print_their_spread_and_decide_everything(tmp_path) -> None:
     said: list[str] = []
     outcomes = run_demo(tmp_path, settings=QUICK, seeds=2, snippets=corpus(200), say=said.append)
     spread = json.loads((tmp_path / "spread.json").read_text())
@@ -193,7 +180,7 @@ def test_seeds_print_their_spread_and_decide_everything(tmp_path: Path) -> None:
         assert first | {"step_seconds": 0} == second | {"step_seconds": 0}
 
 
-def test_lora_methods_start_from_the_merged_reference(tmp_path: Path) -> None:
+def test_lora_methods_start_from_the_merged_reference(tmp_path) -> None:
     small = replace(QUICK, lora_rank=4)
     (result,) = run_demo(tmp_path, settings=small, snippets=corpus(200), say=lambda s: None)
     folder = tmp_path / "seed-0"
@@ -225,19 +212,17 @@ def test_the_tiny_model_is_the_one_of_the_demo() -> None:
         build_tokenizer(["a"], 258)
 
 
-@pytest.mark.parametrize(
-    ("changes", "cause"),
-    [
+def test_settings_out_of_range_are_named() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"methods": ()}, "methods"),
         ({"methods": ("a_lol", "alol")}, "alol"),
         ({"updates": 0}, "updates=0 must be at least 1"),
         ({"batch": 10, "micro_batch": 4}, "multiple of 4"),
         ({"curve_prompts": 900}, "curve_prompts=900"),
-    ],
-)
-def test_settings_out_of_range_are_named(changes: dict[str, Any], cause: str) -> None:
-    with pytest.raises(ConfigError, match=cause):
-        replace(TINY, **changes)
+    ]
+    for changes, cause in refused:
+        with pytest.raises(ConfigError, match=cause):
+            replace(TINY, **changes)
 
 
 @pytest.mark.compiled
@@ -269,13 +254,13 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
     assert peak_bytes(lambda: None) == 0
 
 
-def test_a_missing_smollm2_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_smollm2_says_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setattr(policies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="make demo-smollm2"):
         policies.load_smollm2()
 
 
-def test_a_dequantised_model_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_a_dequantised_model_is_an_ordinary_one(tmp_path) -> None:
     """transformers marks a GGUF model as quantised, and its Trainer then refuses it."""
     model = make_llama(300)
     ids = torch.arange(12)[None]
@@ -303,7 +288,7 @@ def test_lora_settings() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_on_real_text(tmp_path: Path) -> None:
+def test_the_demo_on_real_text(tmp_path) -> None:
     """The effects of the paper with the demo's own settings, on two of its methods."""
     try:
         sdist = moviedata.fetch_sdist()

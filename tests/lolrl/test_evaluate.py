@@ -33,7 +33,7 @@ def greedy_by_hand(model: Any, ids: list[int], count: int, end: int) -> list[int
     return drawn
 
 
-def test_greedy_is_the_argmax_whatever_the_padding(llama: Any, tokenizer: Any) -> None:
+def test_greedy_is_the_argmax_whatever_the_padding(llama, tokenizer) -> None:
     llama.eval()
     for batch_size in (1, 2, 5):
         samples = sample(
@@ -42,10 +42,11 @@ def test_greedy_is_the_argmax_whatever_the_padding(llama: Any, tokenizer: Any) -
         for prompt, drawn in zip(PROMPTS, samples, strict=True):
             ids = encode_prompt(tokenizer, prompt)
             assert drawn.prompt_ids == ids
+            assert not any(mark in drawn.text for mark in ("<eos>", "<pad>", "<bos>"))
             assert drawn.completion_ids == greedy_by_hand(llama, ids, 6, tokenizer.eos_token_id)
 
 
-def test_samples_follow_the_models_distribution(llama: Any, tokenizer: Any) -> None:
+def test_samples_follow_the_models_distribution(llama, tokenizer) -> None:
     ids = torch.tensor([encode_prompt(tokenizer, "the movie")])
     with torch.no_grad():
         p = llama(ids).logits[0, -1].double().softmax(-1)
@@ -59,7 +60,7 @@ def test_samples_follow_the_models_distribution(llama: Any, tokenizer: Any) -> N
     assert int((counts > 0).sum()) > 3
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it(llama: Any, tokenizer: Any) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_it(llama, tokenizer) -> None:
     ids = torch.tensor([encode_prompt(tokenizer, "the movie")])
     with torch.no_grad():
         p, order = llama(ids).logits[0, -1].softmax(-1).sort(descending=True)
@@ -68,20 +69,21 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(llama: Any, tokenizer: Any
     assert {s.completion_ids[0] for s in drawn} == set(order[:size].tolist())
 
 
-def test_the_seed_decides_and_nothing_else_is_touched(llama: Any, tokenizer: Any) -> None:
+def test_the_seed_decides_and_nothing_else_is_touched(llama, tokenizer) -> None:
     llama.train()
     state, settings = torch.get_rng_state(), dict(llama.generation_config.to_dict())
     first = generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3) == first
+    again = sample(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
+    assert [s.text for s in again] == first
     assert generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=4) != first
     assert llama.training
     assert llama.generation_config.to_dict() == settings
     assert tokenizer.padding_side == "right"
 
 
-def test_completions_stop_at_any_end_token(llama: Any, tokenizer: Any) -> None:
+def test_completions_stop_at_any_end_token(llama, tokenizer) -> None:
     free = sample(llama, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=6)
     longest = max(free, key=lambda s: len(s.completion_ids))
     stop = longest.completion_ids[2]
@@ -91,29 +93,20 @@ def test_completions_stop_at_any_end_token(llama: Any, tokenizer: Any) -> None:
     assert cut == longest.completion_ids[: longest.completion_ids.index(stop) + 1]
 
 
-def test_texts_have_no_special_tokens_and_are_in_order(llama: Any, tokenizer: Any) -> None:
-    samples = sample(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3, batch_size=2)
-    texts = generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3, batch_size=2)
-    assert texts == [s.text for s in samples]
-    assert [s.prompt_ids for s in samples] == [encode_prompt(tokenizer, p) for p in PROMPTS]
-    assert not any("<eos>" in t or "<pad>" in t or "<bos>" in t for t in texts)
-
-
-def test_messages_go_through_the_chat_template(chat_tokenizer: Any) -> None:
-    model = make_llama(len(chat_tokenizer))
-    prompt = [{"role": "user", "content": "the movie"}]
-    (drawn,) = sample(model, chat_tokenizer, [prompt], max_new_tokens=2)
-    text = chat_tokenizer.decode(drawn.prompt_ids)
-    assert text == "<bos><|user|>the movie<eos><|assistant|>"
-
-
-def test_long_prompts_keep_their_end(llama: Any, tokenizer: Any) -> None:
+def test_long_prompts_keep_their_end(llama, tokenizer) -> None:
     (drawn,) = sample(llama, tokenizer, ["the movie was"], max_new_tokens=1, max_prompt_length=4)
     whole = encode_prompt(tokenizer, "the movie was")
     assert drawn.prompt_ids == [whole[0], *whole[-3:]]
 
 
-def test_peft_models_generate_and_score(llama: Any, tokenizer: Any) -> None:
+def test_messages_go_through_the_chat_template(chat_tokenizer) -> None:
+    prompt = [{"role": "user", "content": "the movie"}]
+    model = make_llama(len(chat_tokenizer))
+    (drawn,) = sample(model, chat_tokenizer, [prompt], max_new_tokens=2)
+    assert chat_tokenizer.decode(drawn.prompt_ids) == "<bos><|user|>the movie<eos><|assistant|>"
+
+
+def test_peft_models_generate_and_score(llama, tokenizer) -> None:
     from peft import get_peft_model
 
     plain = generate(llama, tokenizer, PROMPTS, max_new_tokens=8)
@@ -124,7 +117,7 @@ def test_peft_models_generate_and_score(llama: Any, tokenizer: Any) -> None:
     assert counts[0] == 3
 
 
-def test_bad_options_are_named(llama: Any, tokenizer: Any) -> None:
+def test_bad_options_are_named(llama, tokenizer) -> None:
     for options, cause in (
         ({"temperature": -0.5}, "temperature must be finite and >= 0"),
         ({"temperature": math.nan}, "temperature must be finite"),
@@ -140,7 +133,7 @@ def test_bad_options_are_named(llama: Any, tokenizer: Any) -> None:
 # --- scoring ---
 
 
-def test_sequence_logps_are_those_of_the_full_softmax(llama: Any, tokenizer: Any) -> None:
+def test_sequence_logps_are_those_of_the_full_softmax(llama, tokenizer) -> None:
     samples = sample(llama, tokenizer, PROMPTS, max_new_tokens=9, seed=5)
     expected = []
     for s in samples:
@@ -188,7 +181,7 @@ def reports(tokenizer: Any) -> tuple[EvalReport, EvalReport, Any, Any]:
     return baseline, report, reference, policy
 
 
-def test_report_figures_follow_from_its_samples(tokenizer: Any) -> None:
+def test_report_figures_follow_from_its_samples(tokenizer) -> None:
     baseline, report, _, _ = reports(tokenizer)
     texts = [s["completion"] for s in report.samples]
     rewards = [float(len(t.split())) for t in texts]
@@ -208,7 +201,7 @@ def test_report_figures_follow_from_its_samples(tokenizer: Any) -> None:
     assert "samples" not in report.to_dict()
 
 
-def test_divergence_and_perplexity_are_those_of_the_samples(tokenizer: Any) -> None:
+def test_divergence_and_perplexity_are_those_of_the_samples(tokenizer) -> None:
     baseline, report, reference, policy = reports(tokenizer)
     assert baseline.divergence == pytest.approx(0.0, abs=1e-6)
     samples = sample(policy, tokenizer, PROMPTS, max_new_tokens=10)
@@ -220,7 +213,7 @@ def test_divergence_and_perplexity_are_those_of_the_samples(tokenizer: Any) -> N
     assert report.divergence > 0.1
 
 
-def test_divergence_estimates_the_kl(llama: Any, tokenizer: Any) -> None:
+def test_divergence_estimates_the_kl(llama, tokenizer) -> None:
     """With one token a completion, KL(pi || pi_ref) is a finite sum."""
     policy = make_llama(len(tokenizer), seed=1)
     ids = torch.tensor([encode_prompt(tokenizer, "the")])
@@ -237,13 +230,13 @@ def test_divergence_estimates_the_kl(llama: Any, tokenizer: Any) -> None:
     assert report.divergence == pytest.approx(kl, abs=5 * deviation / 3000**0.5)
 
 
-def test_what_was_not_given_is_none(llama: Any, tokenizer: Any) -> None:
+def test_what_was_not_given_is_none(llama, tokenizer) -> None:
     report = evaluate(llama, tokenizer, PROMPTS, words, max_new_tokens=2)
     assert report.matched is report.judge is report.improved is None
     assert report.ppl_ref is report.divergence is None
 
 
-def test_bad_inputs_are_named(llama: Any, tokenizer: Any) -> None:
+def test_bad_inputs_are_named(llama, tokenizer) -> None:
     with pytest.raises(ValueError, match="prompts is empty"):
         evaluate(llama, tokenizer, [], words)
     baseline = evaluate(llama, tokenizer, PROMPTS, words, max_new_tokens=2)

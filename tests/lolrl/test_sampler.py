@@ -64,28 +64,25 @@ def test_no_row_is_twice_in_an_update(weights: list[float], size: int, seed: int
 @settings(max_examples=100)
 @given(st.integers(1, 200), st.integers(1, 32), st.integers(0, 1000), st.integers(0, 5))
 def test_uniform_epoch_is_a_permutation(n: int, size: int, seed: int, epoch: int) -> None:
-    """RELIABILITY 3.2, property 19."""
     sampler = UpdateSampler(None, n, update_batch_size=size, seed=seed)
     sampler.set_epoch(epoch)
     assert sorted(sampler) == list(range(n))
 
 
-def test_stream_depends_on_seed_epoch_and_nothing_else() -> None:
-    weights = torch.arange(1.0, 101.0)
-    for given_weights in (None, weights):
+@pytest.mark.parametrize("weights", [None, torch.arange(1.0, 101.0)])
+def test_stream_depends_on_seed_epoch_and_nothing_else(weights) -> None:
+    def stream(seed: int, epoch: int) -> list[int]:
+        sampler = UpdateSampler(weights, 100, update_batch_size=8, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
 
-        def stream(seed: int, epoch: int) -> list[int]:
-            sampler = UpdateSampler(given_weights, 100, update_batch_size=8, seed=seed)  # noqa: B023
-            sampler.set_epoch(epoch)
-            return list(sampler)
-
-        first = stream(0, 0)
-        torch.rand(1000)
-        state = torch.random.get_rng_state()
-        assert stream(0, 0) == first
-        # Nothing is drawn from the global generator.
-        assert torch.equal(torch.random.get_rng_state(), state)
-        assert stream(1, 0) != first and stream(0, 1) != first and stream(1, 0) != stream(0, 1)
+    first = stream(0, 0)
+    torch.rand(1000)
+    state = torch.random.get_rng_state()
+    assert stream(0, 0) == first
+    # Nothing is drawn from the global generator.
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert stream(1, 0) != first and stream(0, 1) != first and stream(1, 0) != stream(0, 1)
 
 
 def test_suffix_after_resume_is_the_same() -> None:
@@ -134,33 +131,35 @@ def test_share_of_draws_follows_the_weights() -> None:
     assert math.isclose(low, high, abs_tol=0.012)
 
 
-@pytest.mark.parametrize(
-    ("weights", "n", "size", "message"),
-    [
-        (torch.zeros(3), 3, 2, "all zero"),
-        (torch.tensor([1.0, -1.0]), 2, 2, "finite and >= 0"),
-        (torch.tensor([1.0, math.nan]), 2, 2, "finite and >= 0"),
-        (torch.tensor([1.0, math.inf]), 2, 2, "finite and >= 0"),
-        (torch.ones(3), 2, 2, "shape"),
-        (None, 0, 2, "num_rows"),
-        (None, 2, 0, "update_batch_size"),
-    ],
-)
-def test_bad_arguments(weights, n: int, size: int, message: str) -> None:
+REFUSED = [
+    (torch.zeros(3), 3, 2, 1, "all zero"),
+    (torch.tensor([1.0, -1.0]), 2, 2, 1, "finite and >= 0"),
+    (torch.tensor([1.0, math.nan]), 2, 2, 1, "finite and >= 0"),
+    (torch.tensor([1.0, math.inf]), 2, 2, 1, "finite and >= 0"),
+    (torch.ones(3), 2, 2, 1, "shape"),
+    (None, 0, 2, 1, "num_rows"),
+    (None, 2, 0, 1, "update_batch_size"),
+    (None, 25, 6, 2, "group_size=2 must divide"),
+    (None, 24, 5, 2, "group_size=2 must divide"),
+    (torch.ones(4), 4, 2, 2, "sampling must be uniform"),
+]
+
+
+@pytest.mark.parametrize(("weights", "n", "size", "group", "message"), REFUSED)
+def test_bad_arguments(weights, n, size, group, message) -> None:
     with pytest.raises(ValueError, match=message):
-        UpdateSampler(weights, n, update_batch_size=size, seed=0)
+        UpdateSampler(weights, n, update_batch_size=size, seed=0, group_size=group)
 
 
 def test_fingerprint_tells_streams_apart() -> None:
-    base = UpdateSampler(torch.ones(4), 4, update_batch_size=2, seed=0).fingerprint()
-    assert UpdateSampler(torch.ones(4), 4, update_batch_size=2, seed=0).fingerprint() == base
-    for other in (
-        UpdateSampler(torch.ones(4), 4, update_batch_size=2, seed=1),
-        UpdateSampler(torch.ones(4), 4, update_batch_size=4, seed=0),
-        UpdateSampler(torch.tensor([1.0, 1, 1, 2]), 4, update_batch_size=2, seed=0),
-        UpdateSampler(None, 4, update_batch_size=2, seed=0),
-    ):
-        assert other.fingerprint() != base
+    def fingerprint(weights: torch.Tensor | None, size: int, seed: int) -> dict:
+        return UpdateSampler(weights, 4, update_batch_size=size, seed=seed).fingerprint()
+
+    base, ones = fingerprint(torch.ones(4), 2, 0), torch.ones(4)
+    assert fingerprint(ones, 2, 0) == base
+    more = torch.tensor([1.0, 1, 1, 2])
+    for other in ((ones, 2, 1), (ones, 4, 0), (more, 2, 0), (None, 2, 0)):
+        assert fingerprint(*other) != base
 
 
 def test_groups_stay_together_in_order_and_come_once_an_epoch() -> None:
@@ -176,11 +175,3 @@ def test_groups_stay_together_in_order_and_come_once_an_epoch() -> None:
         assert starts[update] < starts[update + 1]
     plain = UpdateSampler(None, 24, update_batch_size=6, seed=3)
     assert "group_size" not in plain.fingerprint() and sampler.fingerprint()["group_size"] == 3
-
-
-def test_groups_that_do_not_divide_or_have_weights_are_refused() -> None:
-    for rows, update in ((25, 6), (24, 5)):
-        with pytest.raises(ValueError, match="group_size=2 must divide"):
-            UpdateSampler(None, rows, update_batch_size=update, seed=0, group_size=2)
-    with pytest.raises(ValueError, match="sampling must be uniform"):
-        UpdateSampler(torch.ones(4), 4, update_batch_size=2, seed=0, group_size=2)

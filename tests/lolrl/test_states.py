@@ -39,7 +39,7 @@ def test_nested_data_survives(tmp_path_factory: Any, value: Any) -> None:
     assert repr(load_state(path)) == repr(value)
 
 
-def test_tensors_survive_in_every_dtype(tmp_path: Path) -> None:
+def test_tensors_survive_in_every_dtype(tmp_path) -> None:
     value = {
         "state": {
             0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 4)},
@@ -64,7 +64,7 @@ def test_tensors_survive_in_every_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "LBFGS", "Adagrad"])
-def test_optimizers_go_on_as_if_nothing_happened(name: str, tmp_path: Path) -> None:
+def test_optimizers_go_on_as_if_nothing_happened(name, tmp_path) -> None:
     def setting() -> tuple:
         torch.manual_seed(0)
         layer = torch.nn.Linear(4, 3)
@@ -100,7 +100,7 @@ def test_optimizers_go_on_as_if_nothing_happened(name: str, tmp_path: Path) -> N
     assert first[2].get_last_lr() == second[2].get_last_lr()
 
 
-def test_random_streams_go_on(tmp_path: Path) -> None:
+def test_random_streams_go_on(tmp_path) -> None:
     random.gauss(0, 1)  # leaves a number in waiting
     np.random.standard_normal()
     save_state(tmp_path / "r", random_state())
@@ -115,7 +115,7 @@ def test_random_streams_go_on(tmp_path: Path) -> None:
     assert draw() == first
 
 
-def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_data_is_refused(tmp_path) -> None:
     for value in (object(), {1, 2}, lambda: 0, Path("x"), 3 + 4j, b"bytes"):
         with pytest.raises(TypeError, match="cannot be stored"):
             pack({"deep": [value]}, {})
@@ -123,7 +123,7 @@ def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     assert math.isnan(load_state(tmp_path / "v"))
 
 
-def test_other_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_other_files_are_refused_and_run_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     class Attack:

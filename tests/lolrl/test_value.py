@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +68,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(head(hidden, mask), head(hidden, mask))
 
 
-def test_prompt_states_are_the_backbone_s(llama: Any, tokenizer: Any) -> None:
+def test_prompt_states_are_the_backbone_s(llama, tokenizer) -> None:
     llama.train()
     prompts = ["the movie", "a dull story with a bright end", "x"]
     states = prompt_states(llama, tokenizer, prompts, batch_size=2)
@@ -94,7 +93,7 @@ def planted(count: int) -> tuple[list[str], list[float]]:
     return prompts, [words[p.split()[0]] + 0.1 * (-1) ** i for i, p in enumerate(prompts)]
 
 
-def test_fit_learns_a_planted_function(llama: Any, tokenizer: Any) -> None:
+def test_fit_learns_a_planted_function(llama, tokenizer) -> None:
     prompts, rewards = planted(30)
     config = ValueConfig(epochs=25, learning_rate=3e-3, num_heads=4)
     head, report = fit_value_head(llama, tokenizer, prompts, rewards, config=config)
@@ -110,7 +109,7 @@ def test_fit_learns_a_planted_function(llama: Any, tokenizer: Any) -> None:
     assert fresh.dtype == torch.float64
 
 
-def test_noise_is_not_worse_than_the_mean(llama: Any, tokenizer: Any) -> None:
+def test_noise_is_not_worse_than_the_mean(llama, tokenizer) -> None:
     """Where nothing can be learnt the epoch chosen is the untrained one: the training mean."""
     torch.manual_seed(3)
     prompts = [f"movie {i}" for i in range(40)]
@@ -125,33 +124,31 @@ def test_noise_is_not_worse_than_the_mean(llama: Any, tokenizer: Any) -> None:
         assert float(values.max() - values.min()) < 1e-6
 
 
-def test_fit_is_seeded_and_draws_from_its_own_stream(llama: Any, tokenizer: Any) -> None:
-    prompts, rewards = planted(8)
-    config = ValueConfig(epochs=2, num_heads=4)
+def test_fit_is_seeded_and_draws_from_its_own_stream(llama, tokenizer) -> None:
+    def fit(seed: int = 0) -> tuple[ValueHead, Any]:
+        config = ValueConfig(epochs=2, num_heads=4, seed=seed)
+        return fit_value_head(llama, tokenizer, *planted(8), config=config)
+
     state = torch.random.get_rng_state()
-    first, one = fit_value_head(llama, tokenizer, prompts, rewards, config=config)
+    first, one = fit()
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(17)
-    second, two = fit_value_head(llama, tokenizer, prompts, rewards, config=config)
+    second, two = fit()
     assert one.curve == two.curve
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b)
-    _, other = fit_value_head(
-        llama, tokenizer, prompts, rewards, config=ValueConfig(epochs=2, num_heads=4, seed=1)
-    )
-    assert other.curve != one.curve
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert fit(seed=1)[1].curve != one.curve
 
 
-def test_predictions_do_not_depend_on_batching(llama: Any, tokenizer: Any) -> None:
+def test_predictions_do_not_depend_on_batching(llama, tokenizer) -> None:
     head = make_head(num_heads=4)
-    prompts = [p for p, _ in zip(planted(9)[0], range(27), strict=False)]
+    prompts = planted(9)[0]
     one = predict_values(head, llama, tokenizer, prompts, batch_size=1)
     many = predict_values(head, llama, tokenizer, prompts, batch_size=8)
     assert (one - many).abs().max() < 1e-5
     assert float(one.max() - one.min()) > 1e-3
 
 
-def test_save_and_load(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path) -> None:
     head = make_head(num_heads=4, dropout=0.25)
     path = head.save(tmp_path)
     back = ValueHead.load(tmp_path)
@@ -170,7 +167,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         ValueHead.load(tmp_path)
 
 
-def test_bad_fits(llama: Any, tokenizer: Any) -> None:
+def test_bad_fits(llama, tokenizer) -> None:
     bad: list[tuple[dict[str, Any], list[float], str]] = [
         ({}, [1.0, 2.0, 3.0], "at least 4"),
         ({}, [1.0, 1.0, 1.0, 1.0], "all 1.0"),

@@ -185,23 +185,38 @@ class Gradients(TrainerCallback):
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kw) -> None:
-        named = model.named_parameters()
-        self.seen.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        trained = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+        self.seen.append({n: grad.clone() for n, grad in trained})
 
 
-def run(
-    folder: Path, data: Any, tok: Any, *, dtype=torch.float64, resume=None, seed=0, **kw: Any
-) -> Any:
-    """Train a toy Llama in float64 and keep the gradient of every update."""
+def build(
+    folder: Path, data: Any, tok: Any, *, model=None, dtype=torch.float64, seed=0, given=None, **kw
+) -> LoLTrainer:
+    """A trainer of `model`, or of a toy Llama; `given`: further arguments, `kw`: the settings."""
+    model = make_llama(len(tok), dtype=dtype, seed=seed) if model is None else model
+    usual = {"args": make_config(folder, **kw), "train_dataset": data, "processing_class": tok}
+    return LoLTrainer(model, **usual | (given or {}))
+
+
+def run(folder: Path, data: Any, tok: Any, *, resume=None, **kw: Any) -> Any:
+    """Train what `build` makes and keep the gradient of every update."""
     gradients = Gradients()
-    model = make_llama(len(tok), dtype=dtype, seed=seed)
-    trainer = LoLTrainer(
-        model,
-        args=make_config(folder, **kw),
-        train_dataset=data,
-        processing_class=tok,
-        callbacks=[gradients],
-    )
+    trainer = build(folder, data, tok, **kw)
+    trainer.add_callback(gradients)
     trainer.train(resume_from_checkpoint=resume)
     trainer.gradients = gradients.seen
     return trainer
+
+
+def row_logps(model: Any, item: dict[str, Any]) -> torch.Tensor:
+    """Log-probs (T,) of one row's completion tokens, by log-softmax of the model's own logits."""
+    ids = item["input_ids"]
+    logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return logps[:-1].gather(1, ids[1:, None])[item["prompt_length"] - 1 :, 0]
+
+
+def same_parameters(a: Any, b: Any, atol: float = 0.0) -> None:
+    mine, theirs = parameters(a), parameters(b)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (mine[name] - value).abs().max() <= atol, name
