@@ -100,6 +100,8 @@ class LoLTrainer(SavingTrainer):
 
     # `compute_loss` divides by the counts of the whole update.
     loss_is_scaled_for_ga = True
+    # Whether reward functions see the messages of conversational rows, or the last one's text.
+    reward_messages = False
 
     def __init__(
         self,
@@ -376,6 +378,7 @@ class LoLTrainer(SavingTrainer):
                 self.reward_funcs,
                 self.args,
                 self.compute_metrics,
+                messages=self.reward_messages,
             )
         if self.eval_rows is not None:
             metrics |= row_losses(

@@ -1,4 +1,4 @@
-"""TRL: its trainers on lolkernels' log-probs.
+"""TRL: its trainers on lolkernels' log-probs, and a trainer of A-LoL for those who live there.
 
 SFT, DPO, KTO, GRPO and RLOO of TRL 1.15 and 1.16 give their models a fused head, whose one kernel
 is `trl.trainer.utils._ChunkedLogProbFunction`. `use_lolkernels` stands in for it:
@@ -10,12 +10,19 @@ is `trl.trainer.utils._ChunkedLogProbFunction`. `use_lolkernels` stands in for i
 
 Nothing else of a trainer, a script or a model changes. `lolkernels.fuse_lm_head` has no effect on a
 model in a TRL trainer, whose own forward takes its place, and does no harm.
+
+`ALoLTrainer` takes what TRL's trainers take, and a `reward`; it needs no `use_lolkernels`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,8 +33,15 @@ from torch import Tensor
 from trl.trainer import utils
 
 import lolkernels as lk
+from lolrl.annotate import RewardFuncs, call_reward_funcs, shared_columns
+from lolrl.config import ConfigError, LoLConfig
+from lolrl.data import Record, read_records
+from lolrl.files import canonical_json
+from lolrl.prepare import check_reward_funcs
+from lolrl.tokens import LoLDataset
+from lolrl.trainer import LoLTrainer
 
-__all__ = ["use_lolkernels"]
+__all__ = ["ALoLConfig", "ALoLTrainer", "use_lolkernels"]
 
 FIRST, LAST = Version("1.15"), Version("1.17")  # the seam: from, and before
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -209,3 +223,188 @@ def _saved_without_copies(*parameters: Tensor | None) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+_FIELDS = LoLConfig.__dataclass_fields__
+
+
+@dataclass
+class ALoLConfig(LoLConfig):
+    """Arguments of `ALoLTrainer`: those of `LoLConfig`, which `trl.TrlParser` can read, and these.
+
+    The objective is a name of lolkernels' registry with `objective_args`; `advantage_filter`,
+    `sampling` and `step0_gate` are `LoLConfig`'s.
+
+    Raises:
+        ConfigError: (a `ValueError`) for a value out of range, naming the field.
+    """
+
+    report_to: str | list[str] = field(
+        default="none", metadata={"help": "Trackers of the log lines, beside metrics.jsonl."}
+    )
+    # With None among its types argparse takes the text; a number it would want of "auto" too.
+    beta: float | str | None = field(default="auto", metadata=_FIELDS["beta"].metadata)
+    floor: float | str | None = field(default="auto", metadata=_FIELDS["floor"].metadata)
+    objective_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further options of the objective, by parameter name; JSON as text."},
+    )
+    baseline: str = field(
+        default="auto",
+        metadata={
+            "help": "V(x) in the advantage reward - V(x). value: the column of that name; group: "
+            "the mean reward of the rows with the same prompt; auto: the columns advantage or "
+            "value where rows have them, else group."
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Must stay True: the data is fixed, so the reference scores it once, by the op "
+            "that training uses, and is not in memory afterwards."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of from_pretrained for models given by name; JSON as text."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.baseline not in ("auto", "value", "group"):
+            raise ConfigError(f"baseline={self.baseline!r} is not one of auto, value, group")
+        if not self.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs=False: scores of fixed data do not change, and are always"
+                " computed once (an objective without ref_logps computes none); leave it True"
+            )
+        for name in ("objective_args", "model_init_kwargs"):
+            if isinstance(getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(getattr(self, name)))
+                except ValueError as error:
+                    raise ConfigError(f"{name} is not JSON ({error}); give a mapping") from None
+        super().__post_init__()
+
+
+class ALoLTrainer(LoLTrainer):
+    """A-LoL, or another objective of lolkernels, on fixed data with rewards.
+
+    Arguments, dataset columns and reward functions are as in TRL's trainers. A row has `prompt` and
+    `completion`, both text or both messages, and a `reward`; or `chosen`, `rejected` and their
+    rewards. Rows without a reward get it from `reward_funcs`, which see text or messages as the
+    data holds them, and every further column.
+
+    Args:
+        model, ref_model: models, or their names or folders.
+        processing_class: the tokenizer; None: the one beside the model.
+        reward_funcs: `f(prompts, completions, **columns) -> list[float]`, one or several, weighted
+            by `args.reward_func_weights`; also for the responses generated in evaluation.
+        args, data_collator, train_dataset, eval_dataset, compute_metrics, callbacks, optimizers,
+        peft_config, objective: as in `LoLTrainer`.
+
+    Raises:
+        ValueError: naming the argument or the row; among others if `baseline` is "group" and no
+            prompt has two rows with different rewards.
+    """
+
+    reward_messages = True
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: ALoLConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        reward_funcs: RewardFuncs | None = None,
+        objective: Any = None,
+    ) -> None:
+        args = ALoLConfig(output_dir="alol_output") if args is None else args
+        if not isinstance(args, ALoLConfig):
+            raise TypeError(f"args is a {type(args).__name__}; give an ALoLConfig")
+        check_reward_funcs(reward_funcs, args)
+        if processing_class is None:
+            processing_class = _tokenizer_of(model)
+        if train_dataset is not None and not isinstance(train_dataset, LoLDataset):
+            records = read_records(
+                train_dataset,
+                reward_columns=args.reward_columns,
+                reward_weights=args.reward_weights,
+                on_bad=args.on_bad,
+            )
+            _fill_in_rewards(records, reward_funcs, args)
+            _fill_in_values(records, args)
+            train_dataset = records
+        super().__init__(
+            _loaded(model, args),
+            _loaded(ref_model, args),
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            peft_config,
+            reward_funcs,
+            objective,
+        )
+
+
+def _loaded(model: Any, args: ALoLConfig) -> Any:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    given = args.model_init_kwargs or {}
+    return AutoModelForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]
+
+
+def _tokenizer_of(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = inner if isinstance(inner, (str, os.PathLike)) else inner.config._name_or_path
+    if not name:
+        raise ValueError("processing_class is missing, and the model has no name; give a tokenizer")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _fill_in_rewards(
+    records: list[Record], reward_funcs: RewardFuncs | None, args: ALoLConfig
+) -> None:
+    rows = [record for record in records if record.reward is None]
+    if not rows or reward_funcs is None:
+        return
+    rewards = call_reward_funcs(
+        reward_funcs,
+        [row.prompt for row in rows],
+        [row.completion for row in rows],
+        weights=args.reward_func_weights,
+        columns=shared_columns(rows),
+    )
+    for row, reward in zip(rows, rewards, strict=True):
+        row.reward = reward
+
+
+def _fill_in_values(records: list[Record], args: ALoLConfig) -> None:
+    """V(x) of each record by `args.baseline`."""
+    known = any(r.value is not None or r.advantage is not None for r in records)
+    if args.baseline == "value" or (args.baseline == "auto" and known):
+        return
+    if any(record.reward is None for record in records):
+        return  # an objective that needs an advantage will say so
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[canonical_json(record.prompt)].append(record)
+    for rows in groups.values():
+        mean = fmean(row.reward for row in rows if row.reward is not None)
+        for row in rows:
+            row.value, row.advantage = mean, None

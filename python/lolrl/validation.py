@@ -27,8 +27,13 @@ def generated_rewards(
     reward_funcs: RewardFuncs,
     args: LoLConfig,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    *,
+    messages: bool = False,
 ) -> dict[str, float]:
-    """`reward` (mean), `reward_std` and `length` (words) of one generated response a prompt."""
+    """`reward` (mean), `reward_std` and `length` (words) of one generated response a prompt.
+
+    With `messages` the reward functions see conversational rows as messages, not as text.
+    """
     from lolrl.evaluate import generate
 
     completions = generate(
@@ -49,8 +54,17 @@ def generated_rewards(
         stem = name.removesuffix("_chosen").removesuffix("_rejected")
         if stem in (*ABOUT_COMPLETIONS, *args.reward_columns):
             del columns[name]
+    shown: list[tuple[Any, Any]] = list(zip(prompts, completions, strict=True))
+    if messages:
+        for i, record in enumerate(records):
+            if not isinstance(record.prompt, str):
+                shown[i] = record.prompt, [{"role": "assistant", "content": completions[i]}]
     values = call_reward_funcs(
-        reward_funcs, prompts, completions, weights=args.reward_func_weights, columns=columns
+        reward_funcs,
+        [prompt for prompt, _ in shown],
+        [completion for _, completion in shown],
+        weights=args.reward_func_weights,
+        columns=columns,
     )
     rewards = torch.tensor(values, dtype=torch.float64)
     metrics = {

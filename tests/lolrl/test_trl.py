@@ -25,7 +25,9 @@ from transformers import (
 from trl.trainer import utils
 
 import lolkernels as lk
-from lolrl.trl import use_lolkernels
+from lolrl.config import ConfigError, LoLConfig
+from lolrl.trainer import LoLTrainer
+from lolrl.trl import ALoLConfig, ALoLTrainer, use_lolkernels
 from tests.lolrl.toys import Gradients, make_llama, make_rows
 
 STEPS = 20
@@ -291,3 +293,123 @@ def test_a_model_fused_before_works_in_a_trl_trainer(calls: Any) -> None:
         ours = head_call(model, labels).loss
     assert calls["trl"] and calls["ours"]
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+# --- ALoLTrainer ---
+
+SETTINGS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "save_best_and_last": False,
+    "max_steps": 4,
+    "seed": 0,
+}
+
+
+def alol(folder: Any, tokenizer: Any, data: Any, model: Any = None, **kw: Any) -> ALoLTrainer:
+    names = ("reward_funcs", "eval_dataset", "peft_config", "ref_model")
+    given = {name: kw.pop(name) for name in names if name in kw}
+    return ALoLTrainer(
+        make_llama(len(tokenizer)) if model is None else model,
+        args=ALoLConfig(str(folder), **SETTINGS, **kw),
+        train_dataset=data,
+        processing_class=tokenizer,
+        **given,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_alol_trainer_is_lol_trainer_on_a_dataset_with_rewards(
+    tokenizer: Any, tmp_path: Any
+) -> None:
+    rows = make_rows(24)
+    config = LoLConfig(str(tmp_path / "a"), **SETTINGS)
+    one = LoLTrainer(
+        make_llama(len(tokenizer)), args=config, train_dataset=rows, processing_class=tokenizer
+    )
+    other = alol(tmp_path / "b", tokenizer, Dataset.from_list(rows))
+    expected = losses(one)
+    assert expected == losses(other) and len(set(expected)) == 4
+    assert other.step0 is not None and other.step0["max"] <= 1e-3
+
+
+def test_rewards_of_functions_and_the_mean_of_a_prompts_rows(
+    chat_tokenizer: Any, tmp_path: Any
+) -> None:
+    """Conversational rows without rewards: functions see messages, V(x) is their group's mean."""
+    data = []
+    for i, row in enumerate(make_rows(12)):
+        prompt = [{"role": "user", "content": f"question {i // 3}"}]
+        answer = [{"role": "assistant", "content": row["completion"]}]
+        data.append({"prompt": prompt, "completion": answer, "bonus": float(i % 3)})
+
+    def reward(prompts: Any, completions: Any, bonus: Any, **_: Any) -> list[float]:
+        assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+        return [len(c[0]["content"]) + b for c, b in zip(completions, bonus, strict=True)]
+
+    trainer = alol(
+        tmp_path,
+        chat_tokenizer,
+        Dataset.from_list(data),
+        reward_funcs=[reward, reward],
+        reward_func_weights=[0.5, 0.0],
+        advantage_filter="none",
+        sampling="uniform",
+        eval_dataset=Dataset.from_list(data[:3]),
+        eval_max_new_tokens=3,
+    )
+    rewards = torch.tensor([(len(r["completion"][0]["content"]) + r["bonus"]) / 2 for r in data])
+    expected = (rewards.view(4, 3) - rewards.view(4, 3).mean(1, keepdim=True)).flatten().double()
+    torch.testing.assert_close(trainer.train_dataset.advantages, expected)
+    assert len(set(losses(trainer))) == 4
+    assert trainer.evaluate()["eval_reward"] >= 0.5
+
+
+def test_the_baseline_is_the_one_that_was_asked_for(tokenizer: Any, tmp_path: Any) -> None:
+    rows = make_rows(12)
+    options = {"advantage_filter": "none", "sampling": "uniform"}
+    reward = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    value = torch.tensor([row["value"] for row in rows], dtype=torch.float64)
+    prompts = [row["prompt"] for row in rows]
+    means = torch.stack([reward[[p == q for q in prompts]].mean() for p in prompts])
+    for baseline, expected in (("auto", value), ("value", value), ("group", means)):
+        made = alol(tmp_path / baseline, tokenizer, rows, baseline=baseline, **options)
+        torch.testing.assert_close(made.train_dataset.advantages, reward - expected)
+    alone = [{**row, "value": None} for row in rows[:3]]
+    with pytest.raises(ValueError, match="positive advantage"):
+        alol(tmp_path / "alone", tokenizer, alone)
+    for wrong, fix in (("baseline", "median"), ("precompute_ref_log_probs", False)):
+        with pytest.raises(ConfigError, match=wrong):
+            ALoLConfig(str(tmp_path), **{wrong: fix})
+
+
+def test_models_by_name_adapters_and_what_a_trl_trainer_left(tokenizer: Any, tmp_path: Any) -> None:
+    """From TRL's SFT to A-LoL with an adapter, and an equal model read from a folder."""
+    _, _, model = run("sft", tokenizer, tmp_path / "sft", steps=2)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    adapter = {"peft_config": peft.LoraConfig(**LORA)}
+    left = losses(alol(tmp_path / "left", tokenizer, make_rows(24), model, **adapter))
+    name = str(tmp_path / "saved")
+    read = alol(tmp_path / "read", None, make_rows(24), name, ref_model=name, **adapter)
+    assert left == pytest.approx(losses(read), rel=1e-6) and len(set(left)) == 4
+
+
+def test_trls_parser_reads_the_configuration(tmp_path: Any) -> None:
+    parser = trl.TrlParser((trl.ScriptArguments, ALoLConfig, trl.ModelConfig))
+    flags = {"output_dir": tmp_path, "objective": "a_lol_kl", "clip": 0.5, "beta": 0.2}
+    flags |= {"objective_args": '{"floor": 1}', "max_prompt_length": 9, "report_to": "none"}
+    line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    _, config, _ = parser.parse_args_and_config([*line, "--use_cpu"])
+    assert (config.clip, config.beta, config.max_prompt_length) == (0.5, 0.2, 9)
+    assert config.objective_args == {"floor": 1}
+    assert "--baseline" in parser.format_help()
