@@ -62,8 +62,8 @@ def linear_loss(
     it names, and the gradients follow. Sequences whose coefficient is zero whatever their log-probs
     (advantage <= 0 in ``a_lol``) enter no GEMM; under ``torch.compile`` they do.
 
-    For an objective that names ``entropy`` logits are held in place of their exponentials. Where
-    ``memory_budget`` does not hold all rows of a group, the logits of the others are made twice.
+    An objective that names ``entropy`` has logits held in place of their exponentials. The rows of
+    a group that ``memory_budget`` does not hold have their logits made twice.
 
     Args:
         objective: one of ``lolkernels.objectives`` or any callable that names statistics (``logps,
