@@ -105,7 +105,7 @@ class Sequences:
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, group_size: int = 1) -> Sequences:
-        """One sequence per row of ``mask``. This waits once for a mask that is on a GPU.
+        """One sequence a row of ``mask``. A mask on a GPU is waited for once, here.
 
         Args:
             mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are
