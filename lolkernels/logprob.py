@@ -57,9 +57,9 @@ def linear_logprob(
     Logits are formed and reduced in float32 whatever the inputs' dtype (float64 for float64).
     ``logps``, ``lse`` and ``entropy`` are differentiable with respect to hidden, weight and bias,
     once. Forward and backward together take two GEMMs of 2 N V D flops for any loss of ``logps``
-    and ``lse`` where the head is frozen, and three where it is trained. For the rows that
-    ``memory_budget`` does not hold a fourth makes the logits again, and so does the gradient of
-    ``entropy`` for all rows, unless it is announced.
+    and ``lse`` where the head is frozen, and three where it is trained. Rows that ``memory_budget``
+    does not hold take a fourth, which makes their logits again; so do all rows where the gradient
+    of ``entropy`` is needed and was not announced.
 
     Under ``torch.autocast`` on a GPU the GEMMs take operands of autocast's dtype; logits, results
     and the gradient of a float32 weight stay float32. Float32 operands are multiplied in IEEE

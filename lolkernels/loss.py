@@ -35,7 +35,7 @@ class LinearLossOutput(NamedTuple):
     """A loss with what it was made of. Only ``loss`` is differentiable."""
 
     loss: Tensor  # ()
-    seq_loss: Tensor  # (S,) unreduced (one a group)
+    seq_loss: Tensor  # (S,) unreduced (one per group)
     logps: Tensor  # (N,) nan at the tokens of skipped sequences, as in the next three
     lse: Tensor  # (N,)
     entropy: Tensor  # (N,)
@@ -77,11 +77,11 @@ def linear_loss(
     Args:
         objective: one of ``lolkernels.objectives`` or any callable that names statistics (``logps,
             lse, entropy, target_logit, max_logit``), side inputs, ``seq`` and options, and returns
-            ``(S,)`` unreduced losses (one a group), each a function of its own group only, or
+            ``(S,)`` unreduced losses (one per group), each a function of its own group only, or
             ``(losses, {name: (S,) metric})``.
         hidden: float32, bfloat16, float16 or float64; any strides. Packed rows, one per token of
-            ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: masked ones are
-            dropped first.
+            ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: rows outside
+            the mask are dropped first.
         weight, labels, bias, temperature, softcap, logit_scale, backend: as in
             :func:`linear_logprob`, but a label outside [0, V) is always an error: leave the token
             out of the mask.
@@ -94,8 +94,8 @@ def linear_loss(
         accumulate_into: as in :func:`linear_logprob`: the backward adds weight's gradient to it.
         **side: the objective's inputs (``side_inputs(objective)``): per-token tensors ``(N,)`` (or
             ``(B, T)``), per-sequence tensors ``(S,)``, and options. Those that require a gradient
-            get one. With the rest on a GPU per-sequence tensors may stay on the CPU: then sequences
-            of weight zero are skipped there too, which otherwise would mean to wait for the GPU.
+            get one. Per-sequence tensors may stay on the CPU while the rest is on a GPU: sequences
+            of weight zero can then be skipped without waiting for the GPU.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.

@@ -69,8 +69,8 @@ def chunk_rows(
 ) -> int:
     """Rows of a GPU's chunk: equal chunks of about 1024, whose products end just under whole waves.
 
-    A wave is one tile of 128 x 256 a multiprocessor; ``processors`` stands for those of a GPU that
-    is not here.
+    A wave is one tile of 128 x 256 per multiprocessor; ``processors`` is the number of those of a
+    GPU that is not here.
     """
     limit = chunk_limit(vocab, memory_budget)
     if rows <= limit:
@@ -127,9 +127,9 @@ def extra_bytes(
     several), V' = V (on a GPU rounded up to a multiple of 16), G the bytes of the gradients that
     exist at that moment, and 60 N for row vectors, it is the largest of these moments, less G:
 
-    On a CPU, with P = 2048 columns a panel and tiles of T rows (:func:`tile_rows`; of the rows that
-    are not kept), h = 4 bytes per element of hidden's rows that are converted, w = 4 P D where the
-    weight is:
+    On a CPU, with P = 2048 columns per panel and tiles of T rows (:func:`tile_rows`; of the rows
+    that are not kept), h = 4 bytes per element of hidden's rows that are converted, w = 4 P D where
+    the weight is:
 
     forward          4 R V' + 4 T P + 4 N D (d logp / d hidden) + 4 D min(N, 1024) + h T D + w
                      (frozen head, scoring: R = 0; scoring: without the two D terms)

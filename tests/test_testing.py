@@ -54,8 +54,8 @@ def test_log_probs_are_judged_by_token_by_sequence_and_by_sign() -> None:
     assert testing.logprob_faults(good, truth, [100, 300]) == []
     assert testing.accept_logprobs(good, truth, [100, 300]) == 3
     for wrong, word in (
-        (good + 3e-5, "a token"),
-        (good + 1e-5, "a sequence"),  # small, but all on one side
+        (good + 3e-5, "per token"),
+        (good + 1e-5, "per sequence"),  # small, but all on one side
         (-good, "> 0"),
         (good.masked_fill(torch.arange(400) == 5, torch.nan), "finite"),
         (good[:-1], "shape"),

@@ -27,7 +27,7 @@ def reduction_weights(seq: Sequences, reduction: str) -> Tensor:  # (num_groups,
 
 
 def aggregate(loss: Tensor, seq: Sequences, reduction: str = "seq-mean") -> Tensor:
-    """Reduce ``(S,)`` losses (one a group, where ``seq.group_size`` > 1) to a scalar.
+    """Reduce ``(S,)`` losses (one per group, where ``seq.group_size`` > 1) to a scalar.
 
     * ``"seq-mean"``: sum_s loss_s / total_sequences, the paper's reduction.
     * ``"token-mean"``: sum_s loss_s / total_tokens.

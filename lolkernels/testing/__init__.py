@@ -201,10 +201,10 @@ def logprob_faults(logps: Tensor, truth: Tensor, lengths: list[int] | None = Non
     double = logps.dtype == torch.float64
     atol = 1e-12 * max(1.0, float(truth.abs().max())) if double else LOGPROB_ATOL
     if not float(error.abs().max()) <= atol:
-        faults.append(f"off by {float(error.abs().max()):.2e} nat a token, bound {atol:.1e}")
+        faults.append(f"off by {float(error.abs().max()):.2e} nat per token, bound {atol:.1e}")
     worst = max(abs(float(part.sum())) for part in torch.split(error, lengths or [len(error)]))
     if not worst <= SEQUENCE_ATOL:
-        faults.append(f"off by {worst:.2e} nat a sequence, bound {SEQUENCE_ATOL:.0e}")
+        faults.append(f"off by {worst:.2e} nat per sequence, bound {SEQUENCE_ATOL:.0e}")
     if not bool((logps <= 0).all()):
         faults.append(f"a log-prob of {float(logps.max()):.2e} > 0")
     return faults

@@ -57,9 +57,9 @@ class EvalReport:
     distinct: distinct-1, -2, -3 over words. words: mean length. unique: share of different
     completions.
     ppl_ref: perplexity of the completions under the reference, per token.
-    divergence: mean over completions of log pi - log pi_ref, nats a sequence, at temperature 1; it
-    estimates KL(pi || pi_ref) where completions are drawn at temperature 1 and top_p 1.
-    divergence_per_token: the same in nats a token.
+    divergence: mean over completions of log pi - log pi_ref, in nats per sequence, at temperature
+    1; it estimates KL(pi || pi_ref) where completions are drawn at temperature 1 and top_p 1.
+    divergence_per_token: the same in nats per token.
     None: the input that a figure needs was not given.
     """
 

@@ -180,7 +180,7 @@ class Experiment:
         )
         self.facts["reference_nll"] = -float(torch.cat(logps).mean())
         self._tell(
-            f"{REFERENCE}: {self.facts['reference_nll']:.3f} nats a token on validation rows"
+            f"{REFERENCE}: {self.facts['reference_nll']:.3f} nats per token on validation rows"
         )
         return trainer
 

@@ -18,7 +18,7 @@ _CURVES = (
     ("loss", "loss"),
     # The mean ratio itself spans twenty orders of magnitude: one row can own it.
     ("clip_ratio", "share of ratios outside the clip"),
-    ("logps/mean", "mean log-prob of the training rows (nats a token)"),
+    ("logps/mean", "mean log-prob of the training rows (nats per token)"),
 )
 
 
@@ -109,7 +109,7 @@ def plot_rewards(rows: Sequence[Row], path: str | Path, *, title: str = "") -> P
 
 
 def plot_divergence(rows: Sequence[Row], path: str | Path, *, title: str = "") -> Path:
-    """Mean reward of each method against its divergence from the reference (nats a sequence).
+    """Mean reward of each method against its divergence from the reference (nats per sequence).
 
     rows: dicts with `name, reward, reward_low, reward_high, divergence`.
     Raises ValueError on no rows or a missing figure.
@@ -130,7 +130,7 @@ def plot_divergence(rows: Sequence[Row], path: str | Path, *, title: str = "") -
             label=row["name"],
         )
     figure.legend(loc="outside right center", frameon=False)
-    axis.set_xlabel("mean log π − log π_ref of own samples (nats a sequence)")
+    axis.set_xlabel("mean log π − log π_ref of own samples (nats per sequence)")
     axis.set_ylabel("mean reward, 95% interval")
     axis.set_title(title or "Reward against divergence from the reference", loc="left")
     return _save(figure, path)

@@ -14,7 +14,7 @@ reward: mean over held-out prompts, one sample each, with its 95% bootstrap inte
 matched: the same with each completion cut to the words of the reference's on the same prompt.
 judge: predicted human rating, by a ridge regression that no training saw.
 improved: share of prompts that score above the reference, ties counting half.
-divergence: mean log π − log π_ref of the samples, nats a sequence. ppl: under the reference.
+divergence: mean log π − log π_ref of the samples, nats per sequence. ppl: under the reference.
 kept: share of the training rows with a coefficient. step: median time of one update."""
 
 

@@ -330,8 +330,8 @@ def test_the_command_prints_what_fits(tmp_path, capsys) -> None:
     assert "plan has no option 'memroy'" in capsys.readouterr().err
 
 
-def test_the_docs_say_what_the_command_does() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+def test_the_readme_says_what_the_command_does() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     assert "lolrl plan --model-shape qwen2.5-0.5b --memory 24GiB" in text
     found = plan.plan(MODELS["qwen2.5-0.5b"], Setup(), 24 * GIB)
     said = f"{found.eager_tokens:,} tokens for eager and {found.fused_tokens:,} for lolkernels"
