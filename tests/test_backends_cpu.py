@@ -101,9 +101,7 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
     ("n", "v", "runs"),
     [(61, 5003, 60), (1, 300_000, 2), (3, 70_001, 2), (513, 1000, 2), (4000, 33, 2)],
 )
-def test_results_are_bit_identical_for_any_number_of_threads(
-    n: int, v: int, runs: int, dtype: torch.dtype
-) -> None:
+def test_results_are_bit_identical_for_any_number_of_threads(n, v, runs, dtype) -> None:
     x, labels = (torch.randn(n, v) * 3).to(dtype), torch.randint(v, (n,))
     threads, runs = torch.get_num_threads(), runs if dtype == torch.float32 else 2
 
@@ -247,9 +245,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None
     vars(cpu._compiled).pop("why_unavailable", None)
 
 
-def test_a_missing_library_says_what_to_do(
-    elsewhere: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_a_missing_library_says_what_to_do(elsewhere, tmp_path) -> None:
     elsewhere(tmp_path / "_C.abi3.so")
     reason = cpu.why_unavailable()
     assert reason is not None and "missing" in reason and "pip install" in reason
@@ -257,9 +253,7 @@ def test_a_missing_library_says_what_to_do(
         cpu.row_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
-def test_a_library_that_does_not_load_says_why(
-    elsewhere: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_a_library_that_does_not_load_says_why(elsewhere, tmp_path) -> None:
     library = tmp_path / "_C.abi3.so"
     library.write_bytes(b"not a shared object")
     elsewhere(library)

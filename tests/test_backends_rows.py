@@ -325,9 +325,7 @@ def test_every_16_bit_number_is_read_and_written_as_torch_does(dtype: torch.dtyp
 
 @pytest.mark.parametrize("backend", EXPS)
 @pytest.mark.parametrize("rest", [1e-2, 4e-6, 3e-7, 3e-8])
-def test_the_rest_beside_a_confident_label_keeps_its_digits(
-    backend: ModuleType, rest: float
-) -> None:
+def test_the_rest_beside_a_confident_label_keeps_its_digits(backend, rest) -> None:
     """And so does the log-prob, which lse - z_y has lost below 6e-8."""
     x = torch.randn(3, 5001) * 2
     labels = torch.tensor([7, 0, 5000])
@@ -418,9 +416,7 @@ def judge_special(name: str, row: list[float], want: Any, stats: Any, alone: lis
 @each_module
 @pytest.mark.parametrize(("name", "row", "want"), SPECIAL, ids=[s[0] for s in SPECIAL])
 @pytest.mark.parametrize("layout", ["rows", "steps"])
-def test_special_rows(
-    name: str, row: list[float], want: tuple[Any, ...], layout: str, backend: ModuleType
-) -> None:
+def test_special_rows(name, row, want, layout, backend) -> None:
     ordinary = torch.randn(len(row))
     x = zoned(torch.stack([ordinary, torch.tensor(row), ordinary]), layout)
     labels = torch.tensor([0, 0, len(row) - 1])

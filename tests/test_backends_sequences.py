@@ -57,9 +57,7 @@ BOUNDS = [(math.log(0.1), math.log(1.9)), (-INF, math.log(3.0)), (math.log(0.1),
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("with_ref", [True, False])
-def test_the_formulas(
-    backend: ModuleType, ratio: int, bounds: tuple[float, float], beta: float, with_ref: bool
-) -> None:
+def test_the_formulas(backend, ratio, bounds, beta, with_ref) -> None:
     low, high = bounds
     for lengths in ([5], [1, 1, 1], [0, 7, 0, 130, 2, 0], [512, 3], []):
         for drift in (0.0, 0.01, -0.01):

@@ -33,9 +33,7 @@ def run(call: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
 @each_dtype
 @pytest.mark.parametrize("backend", [*OFTEN, pytest.param("cuda_host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_250_forwards_and_50_backwards_are_bit_equal(
-    name: str, backend: str, dtype: torch.dtype
-) -> None:
+def test_250_forwards_and_50_backwards_are_bit_equal(name, backend, dtype) -> None:
     call, leaves = calls(backend, dtype, n=20, d=8, v=130)[name]
     torch.set_num_threads(1)
     first = run(call, leaves)

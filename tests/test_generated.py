@@ -1,10 +1,8 @@
 """Generated cases are the same on every machine, in every worker, whatever else is loaded."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +18,7 @@ def draws() -> list[Any]:
     return drawn
 
 
-def test_loaded_modules_do_not_change_what_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loaded_modules_do_not_change_what_is_drawn(tmp_path, monkeypatch) -> None:
     before = draws()
     assert len(set(before)) > 50
     lines = [f"A{i} = {i * 7919 + 12345}, {i}.0625, 'word {i}'" for i in range(50)]

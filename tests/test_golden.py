@@ -178,57 +178,6 @@ def test_a_lol_ref_free_clamps_the_advantage_where_one_script_does_not() -> None
     assert close(loss, twin.loss) and close(coef, twin.dlogp)
 
 
-@pytest.mark.parametrize("index", [0, 2, 3, 5])
-def test_a_lol_seq_with_their_clip_of_zero_is_a_lol_ref_free(index: int) -> None:
-    """[1 - 0, 1 + 0] clamps every weight to one; ours refuses clip=0 and names a_lol_ref_free."""
-    key = f"hh.a_lol_seq_clip0.0.c{index}"
-    case, _, _ = family_case(key)
-    seq = case.seq
-    logps = case.logps()
-    side = {"ref_logps": case.side["ref_logps"], "advantages": case.side["advantages"]}
-    with pytest.raises(ValueError, match="a_lol_ref_free"):
-        objectives.a_lol_seq(logps, seq=seq, clip=0.0, **side)
-    loss, coef, _ = lk.loss_and_coef(
-        objectives.a_lol_ref_free, logps, seq, advantages=side["advantages"]
-    )
-    assert close(loss, case.loss) and close(coef, case.dlogp)
-
-
-@pytest.mark.parametrize("algorithm", ["a_lol", "r_lol"])
-def test_their_clip_of_zero_is_our_none(algorithm: str) -> None:
-    objective = getattr(objectives, algorithm)
-    compared = 0
-    for index in (0, 2, 3, 5):
-        case, _, side = family_case(f"hh.{algorithm}_noclip.c{index}")
-        assert FAMILY[f"hh.{algorithm}_noclip.c{index}"]["params"]["ppo_clip"] == 0.0
-        assert side.pop("clip") is None
-        seq = case.seq
-        logps = case.logps()
-        with pytest.raises(ValueError, match="clip must be None"):
-            objective(logps=logps, seq=seq, clip=0.0, **side)
-        _, unclipped, _ = lk.loss_and_coef(objective, logps, seq, clip=None, **side)
-        _, clipped, _ = lk.loss_and_coef(objective, logps, seq, clip=0.9, **side)
-        assert close(unclipped, case.dlogp)
-        compared += int(not torch.equal(clipped, unclipped))
-    assert compared >= 1  # the cases tell clipped from unclipped
-
-
-@pytest.mark.parametrize("algorithm", ["a_lol", "r_lol"])
-def test_their_penalty_switch_is_an_objective_of_its_own(algorithm: str) -> None:
-    objective = getattr(objectives, f"{algorithm}_kl")
-    for index in (0, 2, 3, 5):
-        entry = FAMILY[f"hh.{algorithm}_kl0.2.c{index}"]
-        assert entry["params"] == {"algorithm": algorithm, "ppo_clip": 0.0, "kl_beta": 0.2}
-        case, used, side = family_case(entry["key"])
-        assert used is objective and side.pop("beta") == 0.2
-        seq = case.seq
-        logps = case.logps()
-        loss, coef, _ = lk.loss_and_coef(objective, logps, seq, beta=0.2, **side)
-        assert close(loss, case.loss) and close(coef, case.dlogp)
-        _, unpenalised, _ = lk.loss_and_coef(objective, logps, seq, beta=0.0, **side)
-        assert torch.allclose(coef - unpenalised, torch.full_like(coef, 0.2 / 4), rtol=1e-10)
-
-
 # --- pairs, rankings, PPO -------------------------------------------------------------------------
 
 

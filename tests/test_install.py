@@ -171,13 +171,7 @@ def fake_cutlass(folder: Path) -> Path:
     ],
 )
 def test_the_cuda_kernels_are_built_for_the_wanted_architectures(
-    build_script: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    listed: str | None,
-    codes: list[str],
-    with_cutlass: bool,
+    build_script, monkeypatch, capfd, tmp_path, listed, codes, with_cutlass
 ) -> None:
     said = tmp_path / "arguments"
     monkeypatch.setenv("PATH", fake_nvcc(tmp_path / "bin", f'echo "$@" >> {said}'))
@@ -199,10 +193,7 @@ def test_the_cuda_kernels_are_built_for_the_wanted_architectures(
 
 
 def test_why_there_are_no_cuda_kernels_is_one_line(
-    build_script: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    build_script, monkeypatch, capfd, tmp_path
 ) -> None:
     stale = tmp_path / "_CUDA.abi3.so"
 
@@ -263,12 +254,7 @@ def test_the_linkers_are_told_the_hash(build_script: dict[str, Any]) -> None:
 @pytest.mark.parametrize("cpu", [True, False])
 @pytest.mark.parametrize("cuda", [True, False])
 def test_either_object_may_fail_alone(
-    build_script: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    cpu: bool,
-    cuda: bool,
+    build_script, tmp_path, monkeypatch, capsys, cpu, cuda
 ) -> None:
     def compile_cpu(self: Any) -> None:
         if not cpu:

@@ -133,9 +133,7 @@ def test_a_sequence_of_4096_tokens_sums_to_a_millinat(backend: str, dtype: torch
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_loss"])
 @each_dtype
-def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(
-    op: str, dtype: torch.dtype
-) -> None:
+def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(op, dtype) -> None:
     """Accumulating dweight in bfloat16 costs a factor of 7 at 1,024 chunks."""
     p = peaky(2048, 32, 300, dtype=dtype, std=2.0)
     upstream = torch.randn(2048)

@@ -67,9 +67,7 @@ test_fuzz_against_float64 = fuzz_test(check_case, canaries=3)
 @each_dtype
 @each_backend
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
-def test_gradient_at_a_target_of_high_probability(
-    backend: str, p: float, dtype: torch.dtype, shift: float
-) -> None:
+def test_gradient_at_a_target_of_high_probability(backend, p, dtype, shift) -> None:
     """bfloat16(p) - 1 is 20% wrong at p = .99 and has no digit left at .999.
 
     Element by element within 1%, beyond what a float32 log-sum-exp can tell: a unit in its last

@@ -226,33 +226,3 @@ def test_fifty_lengths_take_at_most_three_compilations(name: str) -> None:
                 1, abs(got.item())
             )
     assert 1 <= counter.frame_count <= 3
-
-
-def test_a_compiled_model_with_the_loss_inside() -> None:
-    torch._dynamo.reset()
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 60)
-
-        def forward(self, x: Tensor, y: Tensor, seq: lk.Sequences, adv: Tensor) -> Tensor:
-            return lk.linear_loss(
-                objectives.a_lol_ref_free,
-                torch.tanh(self.body(x)),
-                self.head.weight,
-                y,
-                seq,
-                bias=self.head.bias,
-                advantages=adv,
-            )
-
-    model = Model()
-    x, y = torch.randn(9, 8), torch.randint(60, (9,))
-    seq, adv = lk.Sequences.from_lengths([4, 5]), torch.tensor([1.0, 2.0])
-    model(x, y, seq, adv).backward()
-    want = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(x, y, seq, adv).backward()
-    for p, g in zip(model.parameters(), want, strict=True):
-        assert float((p.grad - g).abs().max()) <= 1e-6 and float(g.abs().max()) > 0

@@ -123,9 +123,7 @@ def test_lengths_that_are_no_integers_are_refused(lengths: list[float]) -> None:
         (slice(0, 2), torch.tensor([0, 2, 4]), [2, 1], [3, 2]),
     ],
 )
-def test_a_piece_keeps_the_length_and_the_mean_of_its_sequence(
-    which: slice | list[int], rows: slice | torch.Tensor, lengths: list[int], whole: list[int]
-) -> None:
+def test_a_piece_keeps_the_length_and_the_mean_of_its_sequence(which, rows, lengths, whole) -> None:
     seq = lk.Sequences.from_lengths([3, 2, 4]).with_totals(num_sequences=30)
     part = seq.part(which, rows, lengths)
     assert part.lengths.tolist() == whole

@@ -145,9 +145,7 @@ def test_canaries_that_change_nothing_are_left_out() -> None:
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (6,), (0, 4), (2, 3, 4)])
-def test_placed_tensors_are_equal_and_surrounded(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype
-) -> None:
+def test_placed_tensors_are_equal_and_surrounded(shape, layout, dtype) -> None:
     zones = RedZones()
     value = torch.randint(0, 2, shape).to(dtype)
     view = zones.place("x", value, layout)

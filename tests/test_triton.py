@@ -140,9 +140,7 @@ def test_rows_and_columns_more_than_2_to_the_31_elements_apart(backend: str) -> 
 @pytest.mark.parametrize("kernel", ["dlogits_", "exps_"])
 @pytest.mark.parametrize("options", [{}, CAP], ids=["plain", "cap"])
 @pytest.mark.parametrize("v", [1, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 8193])
-def test_narrow_numbers_over_their_own_logits(
-    v: int, options: Any, kernel: str, backend: str
-) -> None:
+def test_narrow_numbers_over_their_own_logits(v, options, kernel, backend) -> None:
     """One program a row, from its start; apart, several programs share a row. Bit for bit alike."""
     n, stride, border = 3, -(-v // 16) * 16, 64
     r = Rows(n, v)
@@ -180,9 +178,7 @@ DLOGITS = sorted({(c, *triton.dlogits_block(v, c)) for v in VOCABULARIES for c i
 
 
 @pytest.mark.parametrize("config", STATS, ids=str)
-def test_each_block_of_row_stats_alone(
-    config: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+def test_each_block_of_row_stats_alone(config, monkeypatch, backend) -> None:
     itemsize, groups, vec, warps = config
     assert vec * itemsize == 16 and groups * vec <= 4096 and 1 <= warps <= 8
     monkeypatch.setattr(triton, "stats_block", lambda vocab, size: (groups, vec, warps))
@@ -193,9 +189,7 @@ def test_each_block_of_row_stats_alone(
 
 
 @pytest.mark.parametrize("config", DLOGITS, ids=str)
-def test_each_block_of_the_writing_kernels_alone(
-    config: tuple[bool, int, int], monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+def test_each_block_of_the_writing_kernels_alone(config, monkeypatch, backend) -> None:
     cap, block, warps = config
     assert block <= 4096 and 1 <= warps <= 8
     monkeypatch.setattr(triton, "dlogits_block", lambda vocab, cap: (block, warps))
@@ -216,9 +210,7 @@ def test_each_block_of_the_writing_kernels_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, CAP], ids=["plain", "cap"])
-def test_few_rows_and_many_rows_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, options: Any, backend: str
-) -> None:
+def test_few_rows_and_many_rows_give_the_same_bits(monkeypatch, options, backend) -> None:
     """Few rows are shared out among programs by their columns, more than 512 are not."""
     monkeypatch.setattr(triton, "dlogits_block", lambda vocab, cap: (16, 1))
     r = Rows(513, 70)
@@ -251,9 +243,7 @@ def test_20_runs_are_bit_equal(dtype: torch.dtype, options: Any, backend: str) -
     assert all(equal(run(), first) for _ in range(20))
 
 
-def test_no_rows_and_no_sequences_launch_nothing(
-    monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+def test_no_rows_and_no_sequences_launch_nothing(monkeypatch, backend) -> None:
     monkeypatch.setattr(triton, "_kernels", None)  # calling it would raise
     none = torch.zeros(0)
     labels = torch.zeros(0, dtype=torch.int64)
@@ -269,9 +259,7 @@ def test_no_rows_and_no_sequences_launch_nothing(
 # --- where it can run -----------------------------------------------------------------------------
 
 
-def test_without_triton_the_reason_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+def test_without_triton_the_reason_says_what_to_install(monkeypatch, backend) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = triton.why_unavailable.__wrapped__()
     assert reason is not None

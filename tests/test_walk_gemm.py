@@ -65,9 +65,7 @@ def run(
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "temperature": 0.8}])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows", [None, 13])
-def test_linear_loss(
-    calls: list[str], rows: int | None, frozen: bool, options: dict[str, float]
-) -> None:
+def test_linear_loss(calls, rows, frozen, options) -> None:
     budget = None if rows is None else rows * V * 2
     logps, got = run(NAME, torch.bfloat16, frozen, budget, **options)
     assert "gemm" in calls and "row_stats" not in calls
