@@ -25,7 +25,7 @@ from .loss import LinearLossOutput
 from .objectives import Objective, side_inputs
 from .sequences import Sequences
 
-OPTIONS = ("objective", "reduction", "totals", "temperature", "group_size")
+OPTIONS = ("objective", "reduction", "totals", "temperature", "group_size", "cu_seqlens")
 # What transformers' forwards take through **kwargs, for attention kernels and outputs.
 TRANSFORMERS_KEYWORDS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "inputs_embeds",
@@ -65,6 +65,7 @@ class Fusion:
     checked: bool = False
     called: bool = False
     warned: bool = False
+    packs: bool = False  # packed sequences were found to be kept apart
     logit_map: seam.LogitMap | None = None
 
 
@@ -86,9 +87,11 @@ def fuse_lm_head(
 
     ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
     position t - 1. Per-token side inputs are ``(N,)`` packed in that order, or ``(B, T)``. Further
-    keywords: ``reduction``, ``temperature``, ``group_size`` (rows that one loss value couples), and
-    ``totals=(num_sequences, num_tokens)`` for the denominators of a larger update; a keyword that
-    neither these, the objective nor the model's forward knows is a TypeError. A call without
+    keywords: ``reduction``, ``temperature``, ``group_size`` (rows that one loss value couples),
+    ``totals=(num_sequences, num_tokens)`` for the denominators of a larger update, and
+    ``cu_seqlens`` (S + 1,) for S sequences packed into one row (1, T), without attention_mask:
+    position_ids that start again keep them apart, which is tried once. A keyword that neither
+    these, the objective nor the model's forward knows is a TypeError. A call without
     ``completion_mask`` does what it did before: generation is unchanged. The result is a
     :class:`FusedOutput`. :func:`unfuse_lm_head` undoes it. PEFT models are patched inside; LoRA,
     DoRA, modules_to_save and trainable_token_indices on the head are included (each call with LoRA
@@ -239,6 +242,7 @@ def _scored(
     totals: tuple[float, float] | None = None,
     temperature: float = 1.0,
     group_size: int = 1,
+    cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> FusedOutput:
     fusion: Fusion = self._fusion
@@ -266,7 +270,9 @@ def _scored(
         options |= given | {"reduction": reduction}
     _refuse_unknown(fusion, kwargs, needed)
     mask = _predicting(completion_mask, input_ids)
-    seq = Sequences.from_mask(mask, group_size=group_size)
+    seq = Sequences.from_mask(mask, cu_seqlens=cu_seqlens, group_size=group_size)
+    if cu_seqlens is not None:
+        kwargs["position_ids"] = seam.packed_positions(cu_seqlens, completion_mask, kwargs)
     if totals is not None:
         seq = seq.with_totals(num_sequences=totals[0], num_tokens=totals[1])
     for name, value in options.items():
@@ -287,6 +293,9 @@ def _scored(
         if fusion.check and not (fusion.checked and all(map(is_materialised, self.parameters()))):
             _compare(self)
         fusion.called = True
+    if cu_seqlens is not None and fusion.check and not fusion.packs:
+        seam.check_packing(self, linear, fusion.places, _own_keywords(fusion, {}))
+        fusion.packs = True
     hidden, aux_loss = _hidden(self, _own_keywords(fusion, kwargs), input_ids.shape)
     packed = seq.pack(hidden)
     assert fusion.logit_map is not None

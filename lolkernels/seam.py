@@ -220,6 +220,81 @@ def compare(
     return logit_map
 
 
+def packed_positions(
+    cu_seqlens: Tensor,  # (S + 1,)
+    completion_mask: Tensor,  # (1, T)
+    given: dict[str, Any],
+) -> Tensor:
+    """position_ids (1, T) that start again with every sequence, by which an attention knows them.
+
+    Raises:
+        ValueError: the model's other inputs (``given``) say something else.
+    """
+    if given.get("attention_mask") is not None:
+        raise ValueError(
+            "attention_mask is given beside cu_seqlens: leave it out, the sequences of a packed "
+            "row are told apart by their position_ids"
+        )
+    width = completion_mask.shape[1]
+    places = torch.arange(width, device=completion_mask.device)
+    starts = cu_seqlens.to(places)
+    starts = starts[starts < width]
+    positions = (places - starts[torch.searchsorted(starts, places, right=True) - 1])[None]
+    own = given.get("position_ids")
+    if own is not None and not torch.equal(own.to(positions), positions):
+        raise ValueError(
+            "position_ids must start at 0 with every sequence of cu_seqlens and count on: leave "
+            "them out, and they are made so"
+        )
+    if bool(completion_mask[0, starts].any()):
+        raise ValueError(
+            "completion_mask marks the first token of a sequence, which nothing of it predicts: "
+            "start each with a prompt or BOS token"
+        )
+    return positions
+
+
+def check_packing(
+    model: Any, linear: Any, where: list[tuple[nn.Module, str]], defaults: dict[str, Any]
+) -> None:
+    """Whether two sequences in one row are as they are alone: ValueError if not.
+
+    The second's hidden states must not change with the first's tokens, nor from those it has alone.
+    """
+
+    def states(*parts: Tensor) -> Tensor:
+        row = torch.cat(parts)[None]
+        positions = torch.cat([torch.arange(len(p), device=p.device) for p in parts])[None]
+        inputs = {"input_ids": row, "position_ids": positions, **defaults}
+        hidden, _ = run(model, linear, where, lambda h: h.new_zeros(*h.shape[:-1], 1), inputs)
+        return hidden[0, -len(parts[-1]) :].double()
+
+    with _undisturbed(model), torch.no_grad():
+        first = _token_ids(model, linear)[0]
+        second = first.flip(0)[: POSITIONS // 2]
+        try:
+            alone = states(second)
+            found = [states(first, second), states(first.roll(1), second)]
+        except Exception as error:
+            raise _refused_packing(f"it does not run on a packed row ({error})") from error
+    if not bool(alone.isfinite().all()):
+        return
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    allowed = max(1e-4, eps) * float(alone.abs().max())
+    if float((found[0] - found[1]).abs().max()) > allowed:
+        raise _refused_packing("what it makes of a sequence depends on the one packed before it")
+    if float((found[0] - alone).abs().max()) > allowed:
+        raise _refused_packing("what it makes of a sequence is not what it makes of it alone")
+
+
+def _refused_packing(reason: str) -> ValueError:
+    return ValueError(
+        f"cu_seqlens: this model does not keep packed sequences apart: {reason}. Pad its batches "
+        "(recurrent layers, and attention that reads no position_ids, run on into the next "
+        "sequence), or try another attn_implementation, such as sdpa"
+    )
+
+
 def _refused(reason: str) -> ValueError:
     return ValueError(
         f"fuse_lm_head compared a few tokens with the model's own logits and refuses: {reason}. "

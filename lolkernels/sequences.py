@@ -104,16 +104,21 @@ class Sequences:
         return cls(cu, group_size=group_size)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, group_size: int = 1) -> Sequences:
-        """One sequence a row of ``mask``. A mask on a GPU is waited for once, here.
+    def from_mask(
+        cls, mask: Tensor, *, cu_seqlens: Tensor | None = None, group_size: int = 1
+    ) -> Sequences:
+        """One sequence a row of ``mask``. A mask on a GPU is waited for here.
 
         Args:
             mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are
                 then ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
+            cu_seqlens: ``(S + 1,)`` offsets of the S sequences that a mask ``(1, T)`` holds one
+                behind the other, in tokens, marked or not; those behind the last are padding.
             group_size: see the class.
 
         Raises:
-            TypeError: a mask of floats; ValueError: another shape, or integers besides 0 and 1.
+            TypeError: a mask of floats; ValueError: another shape, integers besides 0 and 1, or
+                offsets that are none of this mask.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a (B, T) bool tensor, got {type(mask).__name__}")
@@ -126,7 +131,20 @@ class Sequences:
                 raise ValueError("mask must hold only 0 and 1; pass (mask != 0)")
             mask = mask.bool()
         cu = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
-        torch.cumsum(mask.sum(1), 0, out=cu[1:])
+        if cu_seqlens is None:
+            torch.cumsum(mask.sum(1), 0, out=cu[1:])
+        else:
+            offsets = _integers("cu_seqlens", cu_seqlens).to(mask.device)
+            width, ends = mask.shape[1], offsets.tolist()
+            if mask.shape[0] != 1 or ends[:1] != [0] or ends != sorted(ends) or ends[-1] > width:
+                raise ValueError(
+                    "cu_seqlens must start at 0, never decrease and end within a mask of shape "
+                    f"(1, T); got {ends[:8]}{'...' if len(ends) > 8 else ''} for "
+                    f"{tuple(mask.shape)}"
+                )
+            if bool(mask[0, ends[-1] :].any()):
+                raise ValueError(f"mask marks tokens behind cu_seqlens' last sequence, {ends[-1]}")
+            cu = torch.nn.functional.pad(mask[0].cumsum(0), (1, 0))[offsets]
         rows = mask.flatten().nonzero().squeeze(1)
         return cls(cu, rows=rows, mask_shape=tuple(mask.shape), group_size=group_size)
 

@@ -200,6 +200,104 @@ def test_fusing_twice_is_fusing_once() -> None:
     assert bool(model(input_ids=ids).logits.isfinite().all())
 
 
+# --- packed rows ----------------------------------------------------------------------------------
+
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: CONFIGURATIONS[name] for name in ("llama", "gpt2", "gemma2 softcap", "qwen3")},
+    "gemma3 window": ("Gemma3Text", {**COMMON, "sliding_window": 4}),
+    "gpt_neox": ("GPTNeoX", {k: v for k, v in COMMON.items() if k != "head_dim"}),
+}
+
+
+def packed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a padded batch one behind the other, with a padding of two tokens."""
+    real = inputs["attention_mask"].bool()
+    row = {k: torch.cat([t[real], t.new_zeros(2)])[None] for k, t in inputs.items()}
+    del row["attention_mask"]
+    row["position_ids"][0, -1] = 1
+    return row | {"cu_seqlens": torch.tensor([0, *real.sum(1).cumsum(0)])}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(n, a) for n in PACKED for a in ("eager", "sdpa") if (n, a) != (NO_LEFT_PADDING, "sdpa")],
+)
+def test_packed_sequences_are_as_they_are_alone(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients; and the content of one never reaches another, to the last bit."""
+    monkeypatch.setitem(CONFIGURATIONS, name, PACKED[name])
+    model, inputs = build(name), batch(NO_LEFT_PADDING)
+    model.set_attn_implementation(attention)
+    lk.fuse_lm_head(model)
+    side = {
+        "ref_logps": -torch.rand(inputs["input_ids"].shape, dtype=torch.float64),
+        "advantages": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64),
+    }
+    row = packed({**inputs, "ref_logps": side["ref_logps"]})
+    found = []
+    for given, ref in ((inputs, side["ref_logps"]), (row, row.pop("ref_logps"))):
+        model.zero_grad()
+        out = model(**given, **side | {"ref_logps": ref}, objective=objectives.a_lol)
+        out.loss.backward()
+        found.append((out, [p.grad.clone() for p in model.parameters()]))
+    (want, grads), (got, mine) = found
+    assert got.seq.lengths.tolist() == want.seq.lengths.tolist()
+    for a, b in zip([got.loss, got.logps, *mine], [want.loss, want.logps, *grads], strict=True):
+        assert float((a - b).detach().abs().max()) <= 1e-6 * max(1.0, float(b.detach().abs().max()))
+    other, start = dict(row), int(row["cu_seqlens"][1])
+    other["input_ids"] = row["input_ids"].clone()
+    other["input_ids"][:, :start] = row["input_ids"][:, :start].flip(1)
+    n = int(got.seq.lengths[0])
+    logps = model(**other).logps
+    assert torch.equal(logps[n:], model(**row).logps[n:]) and not torch.equal(
+        logps[:n], got.logps[:n]
+    )
+
+
+RUNNING_ON = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **TOKENS},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},  # ALiBi
+}
+
+
+@pytest.mark.parametrize("family", list(RUNNING_ON))
+def test_a_model_that_runs_on_into_the_next_sequence_is_refused(family: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **RUNNING_ON[family])
+    model = lk.fuse_lm_head(transformers.AutoModelForCausalLM.from_config(config).eval())
+    row = packed(batch(NO_LEFT_PADDING))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"does not keep packed sequences apart.*Pad its batch"
+        ):
+            model(**row)
+    model(**{k: v for k, v in batch().items() if k != "position_ids"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 35)}, "attention_mask is given beside cu_seqlens"),
+        ({"position_ids": torch.arange(35)[None]}, "position_ids must start at 0 with every"),
+        ({"cu_seqlens": torch.tensor([0, 12, 24, 36])}, "end within a mask of shape"),
+        ({"cu_seqlens": torch.tensor([0, 12, 24])}, "marks tokens behind .* last sequence, 24"),
+        ({"cu_seqlens": torch.tensor([0, 4, 7, 33])}, "marks the first token of a sequence"),
+        ({"cu_seqlens": torch.tensor([[0, 33]])}, "cu_seqlens must be one-dimensional"),
+        ({"cu_seqlens": torch.tensor([0.0, 33.0])}, "cu_seqlens must hold integers"),
+    ],
+)
+def test_bad_packed_rows(changes: dict[str, Tensor], message: str) -> None:
+    row = packed(batch(NO_LEFT_PADDING))
+    if "position_ids" not in changes:
+        del row["position_ids"]
+    with pytest.raises((ValueError, TypeError), match=message):
+        lk.fuse_lm_head(build("llama"))(**row | changes)
+
+
+# --- the head's gradient elsewhere ----------------------------------------------------------------
+
+
 def test_main_grad_takes_the_heads_gradient() -> None:
     plain, model = (lk.fuse_lm_head(build("llama"), main_grad=on) for on in (False, True))
     plain(**batch()).logps.sum().backward()

@@ -22,7 +22,7 @@ _NAMES = {
     "data": ("DataError", "Record", "RecordList", "read_prompts", "read_records"),
     "files": ("write_jsonl",),
     "tokens": ("LoLDataset", "completion_text", "encode", "encode_prompt", "prompt_text"),
-    "collate": ("LoLCollator",),
+    "collate": ("LoLCollator", "PackingCollator"),
     "sampler": ("UpdateSampler",),
     "value": ("ValueHead", "ValueReport", "fit_value_head", "predict_values"),
     "cache": ("StaleCacheError",),

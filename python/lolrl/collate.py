@@ -1,4 +1,4 @@
-"""Rows to a batch. Padding on either side gives the same positions, so the same log-probs."""
+"""Rows to a batch, padded on either side or packed: the same positions, so the same log-probs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of a batch, what a fused model takes whatever the objective.
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "completion_mask", "cu_seqlens")
 
 
 class LoLCollator:
@@ -65,7 +68,41 @@ class LoLCollator:
             batch["completion_mask"][b, first:stop] = True
             if "ref_logps" in batch:
                 batch["ref_logps"][b, first:stop] = torch.as_tensor(row["ref_logps"])
-        for key, name in (("advantage", "advantages"), ("reward", "rewards")):
-            if all(key in row for row in rows):
-                batch[name] = torch.tensor([row[key] for row in rows], dtype=torch.float32)
-        return batch
+        return batch | _per_row(rows)
+
+
+class PackingCollator:
+    """Packs rows of a `LoLDataset` one behind the other into one row, without padding.
+
+    A fused model (`lk.fuse_lm_head`) takes the batch as it is: attention keeps sequences apart
+    whose positions start again, in flash attention's varlen kernels or a block-diagonal mask. The
+    first such call tries whether the model's does. There is no attention_mask, on purpose: with one
+    transformers would not look at the positions.
+
+    Returns (when called with S rows of T tokens together) a dictionary:
+        input_ids, position_ids: (1, T) int64; positions count from 0 in every sequence.
+        completion_mask: (1, T) bool, True at completion tokens, EOS included.
+        cu_seqlens: (S + 1,) int64, where the sequences begin and end.
+        ref_logps: (1, T) float32 nats, zero outside the completions, if every row has them.
+        advantages, rewards: (S,) float32, if every row has them.
+    """
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            raise ValueError("rows is empty; a batch needs at least one row")
+        apart = [LoLCollator(0)([row]) for row in rows]
+        names = ["input_ids", "position_ids", "completion_mask"]
+        if all("ref_logps" in row for row in rows):
+            names.append("ref_logps")
+        lengths = torch.tensor([0, *(one["input_ids"].shape[1] for one in apart)])
+        batch = {name: torch.cat([one[name] for one in apart], 1) for name in names}
+        batch["cu_seqlens"] = lengths.cumsum(0)
+        return batch | _per_row(rows)
+
+
+def _per_row(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor([row[key] for row in rows], dtype=torch.float32)
+        for key, name in (("advantage", "advantages"), ("reward", "rewards"))
+        if all(key in row for row in rows)
+    }

@@ -178,6 +178,13 @@ class LoLConfig(TrainingArguments):
     backend: str | None = field(
         default=None, metadata=_help("Kernel backend by name; null: the best one for the device.")
     )
+    packing: bool = field(
+        default=False,
+        metadata=_help(
+            "Put the rows of a micro-batch one behind the other into one row, without padding; "
+            "whether the model's attention keeps them apart is tried once."
+        ),
+    )
     max_prompt_length: int | None = field(
         default=512, metadata=_help("Tokens of the prompt kept: its end, and BOS. null: all.")
     )

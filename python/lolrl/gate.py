@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lolrl.collate import MODEL_INPUTS
 from lolrl.tokens import encode
 
 # exp(0.5) is far off one, but a long row of bfloat16 log-probs can be that far by rounding alone.
@@ -61,10 +62,7 @@ def log_ratios(
     parts = []
     for start in range(0, len(rows), batch_size):
         batch = collate([dataset[i] for i in rows[start : start + batch_size]])
-        inputs = {
-            name: batch[name].to(device)
-            for name in ("input_ids", "attention_mask", "position_ids", "completion_mask")
-        }
+        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
         out = model(**inputs, **options)
         ref = batch["ref_logps"].to(device)[inputs["completion_mask"]].double()
         sums = torch.zeros(out.seq.num_sequences, dtype=torch.float64, device=device)

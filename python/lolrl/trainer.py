@@ -22,7 +22,7 @@ from transformers import EvalPrediction, TrainerCallback
 import lolkernels as lk
 from lolrl.annotate import RewardFuncs
 from lolrl.checkpoints import CheckpointError, last_complete, read_state
-from lolrl.collate import LoLCollator
+from lolrl.collate import MODEL_INPUTS, LoLCollator, PackingCollator
 from lolrl.config import LoLConfig, dump_config
 from lolrl.data import Record
 from lolrl.gate import StepZeroError, check_step_zero, switch_off_dropout
@@ -42,7 +42,7 @@ from lolrl.prepare import (
 from lolrl.sampler import UpdateSampler
 from lolrl.saving import SavingTrainer
 from lolrl.tokens import LoLDataset, model_eos_ids
-from lolrl.validation import MODEL_INPUTS, generated_rewards, row_losses
+from lolrl.validation import generated_rewards, row_losses
 
 __all__ = ["LoLTrainer", "StepZeroError", "sft", "train"]
 
@@ -83,7 +83,7 @@ class LoLTrainer(SavingTrainer):
         ref_model: the frozen reference, used once to score rows without `ref_logps`. None: the
             policy as it is before training.
         args: a `LoLConfig`.
-        data_collator: default `LoLCollator`.
+        data_collator: default `LoLCollator`, or with `args.packing` `PackingCollator`.
         train_dataset: an annotated `LoLDataset`, or anything `read_records` takes.
         eval_dataset: rows with at least `prompt`.
         processing_class: the tokenizer.
@@ -172,7 +172,8 @@ class LoLTrainer(SavingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or LoLCollator(pad),
+            data_collator=data_collator
+            or (PackingCollator() if args.packing else LoLCollator(pad)),
             train_dataset=train_dataset,
             eval_dataset=self.eval_records or None,
             processing_class=processing_class,
@@ -225,12 +226,11 @@ class LoLTrainer(SavingTrainer):
         if not batches:
             return batches, None
         # A row without completion tokens is in no numerator, so it is in no denominator.
-        counts = torch.stack(
-            [
-                torch.stack([b["completion_mask"].any(1).sum(), b["completion_mask"].sum()])
-                for b in batches
-            ]
-        ).sum(0)
+        lengths = [
+            lk.Sequences.from_mask(b["completion_mask"], cu_seqlens=b.get("cu_seqlens")).lengths
+            for b in batches
+        ]
+        counts = torch.stack([torch.stack([n.count_nonzero(), n.sum()]) for n in lengths]).sum(0)
         counts = self.accelerator.gather(counts.to(device)[None]).reshape(-1, 2).sum(0)
         sequences, tokens = counts.tolist()
         self._totals = (float(sequences), float(tokens))

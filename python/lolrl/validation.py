@@ -11,12 +11,12 @@ from transformers import EvalPrediction
 
 import lolkernels as lk
 from lolrl.annotate import RewardFuncs, call_reward_funcs, shared_columns
+from lolrl.collate import MODEL_INPUTS
 from lolrl.config import LoLConfig
 from lolrl.data import Record
 from lolrl.tokens import LoLDataset, completion_text, prompt_text
 from lolrl.value import evaluation_mode
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "completion_mask")
 ABOUT_COMPLETIONS = ("completion", "chosen", "rejected", "value", "advantage", "ref_logps")
 
 
@@ -109,7 +109,7 @@ def row_losses(
         for start in range(0, len(rows), size):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             batch = {name: value.to(device) for name, value in batch.items()}
-            inputs = {name: batch[name] for name in MODEL_INPUTS}
+            inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
             out = model(**inputs, temperature=args.temperature)
             nll -= float(out.logps.double().sum())
             tokens += out.seq.num_tokens

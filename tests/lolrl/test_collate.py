@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import lolkernels as lk
-from lolrl.collate import LoLCollator
-from tests.lolrl.toys import make_dataset, make_gpt2, make_llama
+from lolrl.collate import LoLCollator, PackingCollator
+from tests.lolrl.toys import make_dataset, make_gpt2, make_llama, run
 
 FIELDS = "input_ids", "prompt_length", "ref_logps", "advantage", "reward"
 ROWS = [
@@ -37,6 +38,42 @@ def test_left_padding_and_multiples() -> None:
     assert batch["ref_logps"].tolist() == [[0] * 6 + [-1, -2], [0] * 6 + [-3, -4]]
 
 
+def test_packing() -> None:
+    batch = PackingCollator()(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 3, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch["completion_mask"].int().tolist() == [[0, 1, 1, 0, 0, 0, 1, 1]]
+    assert batch["ref_logps"].tolist() == [[0, -1, -2, 0, 0, 0, -3, -4]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 8] and "attention_mask" not in batch
+    assert batch["advantages"].tolist() == [0.5, -2.0] and batch["rewards"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_on_packed_rows_is_training_on_padded_ones(
+    accumulation: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    size = {"per_device_train_batch_size": 4 // accumulation}
+    trainers = [
+        run(
+            tmp_path / str(packing),
+            make_dataset(tokenizer, 12),
+            tokenizer,
+            packing=packing,
+            gradient_accumulation_steps=accumulation,
+            **size,
+        )
+        for packing in (False, True)
+    ]
+    padded, packed = (trainer.gradients for trainer in trainers)
+    assert len(packed) == len(padded) == 2
+    for mine, theirs in zip(packed, padded, strict=True):
+        for name, gradient in mine.items():
+            assert (gradient - theirs[name]).abs().max() < 1e-9, name
+    assert float(gradient.abs().max()) > 0
+    tokens = [trainer.summary["num_tokens"] for trainer in trainers]
+    assert tokens[0] == tokens[1] > 0  # padding never counted
+
+
 def test_a_column_is_there_only_if_every_row_has_it() -> None:
     fewer = {k: v for k, v in ROWS[1].items() if k not in ("ref_logps", "advantage")}
     batch = LoLCollator(1)([dict(ROWS[0]), fewer])
@@ -44,8 +81,9 @@ def test_a_column_is_there_only_if_every_row_has_it() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="rows is empty"):
-        LoLCollator(0)([])
+    for collate in (LoLCollator(0), PackingCollator()):
+        with pytest.raises(ValueError, match="rows is empty"):
+            collate([])
     with pytest.raises(ValueError, match="padding_side"):
         LoLCollator(0, padding_side="middle")
     with pytest.raises(ValueError, match="pad_to_multiple_of"):
@@ -59,7 +97,7 @@ def test_left_right_and_no_padding_give_the_same_logps(kind: str, tokenizer: Any
     model = lk.fuse_lm_head(make(len(tokenizer)).double()).eval()
     dataset = make_dataset(tokenizer, 9)
 
-    def score(rows: list[int], collate: LoLCollator) -> list[torch.Tensor]:
+    def score(rows: list[int], collate: Any) -> list[torch.Tensor]:
         with torch.no_grad():
             batch = collate([dataset[i] for i in rows])
             del batch["rewards"]
@@ -73,6 +111,7 @@ def test_left_right_and_no_padding_give_the_same_logps(kind: str, tokenizer: Any
         LoLCollator(2, padding_side="left"),
         LoLCollator(0, padding_side="left", pad_to_multiple_of=16),
         LoLCollator(7, pad_to_multiple_of=16),
+        PackingCollator(),
     ):
         for mine, theirs in zip(score(every, collate), alone, strict=True):
             assert (mine - theirs).abs().max() < 1e-10
