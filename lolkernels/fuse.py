@@ -86,13 +86,16 @@ def fuse_lm_head(
         out = model(..., completion_mask=mask, objective=a_lol, ref_logps=r, advantages=a)  # .loss
 
     ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
-    position t - 1. Per-token side inputs are ``(N,)`` packed in that order, or ``(B, T)``. Further
-    keywords: ``reduction``, ``temperature``, ``group_size`` (rows that one loss value couples),
-    ``totals=(num_sequences, num_tokens)`` for the denominators of a larger update, and
-    ``cu_seqlens`` (S + 1,) for S sequences packed into one row (1, T), without attention_mask:
-    position_ids that start again keep them apart, which is tried once. A keyword that neither
-    these, the objective nor the model's forward knows is a TypeError. A call without
-    ``completion_mask`` does what it did before: generation is unchanged. The result is a
+    position t - 1. With ``inputs_embeds`` (as under PEFT's prompt tuning) the tokens are given as
+    ``labels``, and the mask is about the last of them where it is shorter. An encoder-decoder model
+    scores its decoder's tokens: ``labels``, from t = 0. Per-token side inputs are ``(N,)`` packed
+    in that order, or ``(B, T)``. Further keywords: ``reduction``, ``temperature``, ``group_size``
+    (rows that one loss value couples), ``totals=(num_sequences, num_tokens)`` for the denominators
+    of a larger update, and ``cu_seqlens`` (S + 1,) for S sequences packed into one row (1, T),
+    without attention_mask: position_ids that start again keep them apart, which is tried once. A
+    keyword that neither these, the objective nor the model's forward knows is a TypeError. A call
+    without ``completion_mask`` does what it did before: generation is unchanged, and ``labels``
+    alone give the model's own loss, with a warning while training. The result is a
     :class:`FusedOutput`. :func:`unfuse_lm_head` undoes it. PEFT models are patched inside; LoRA,
     DoRA, modules_to_save and trainable_token_indices on the head are included (each call with LoRA
     copies the head's weight, and its gradient costs what a trained head's does).
@@ -262,16 +265,23 @@ def _scored(
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     if objective is None:
         kwargs.pop("num_items_in_batch", None)  # transformers' Trainer: its own loss divides by it
-    input_ids = kwargs.get("input_ids")
-    if input_ids is None:
-        raise ValueError("input_ids is missing: the labels are read from it")
+    labels, ahead = _labels(self, kwargs)
     options: dict[str, Any] = {**fusion.options, "temperature": temperature}
     if objective is not None:
         options |= given | {"reduction": reduction}
     _refuse_unknown(fusion, kwargs, needed)
-    mask = _predicting(completion_mask, input_ids)
+    virtual = 0  # positions before the first token, of prompt tuning
+    if "inputs_embeds" in kwargs and isinstance(completion_mask, Tensor):
+        virtual = max(0, labels.shape[1] - completion_mask.shape[-1])
+    tokens = labels[:, virtual:]
+    mask = _checked(completion_mask, tokens, ahead and not virtual)
+    if bool((tokens[mask] < 0).any()):
+        raise ValueError("completion_mask marks a token whose label is negative: leave it out")
+    mask, labels = (_at_predictors(t, virtual, ahead) for t in (mask, tokens))
     seq = Sequences.from_mask(mask, cu_seqlens=cu_seqlens, group_size=group_size)
     if cu_seqlens is not None:
+        if not ahead or "input_ids" not in kwargs:
+            raise ValueError("cu_seqlens packs the input_ids of a decoder: leave it out")
         kwargs["position_ids"] = seam.packed_positions(cu_seqlens, completion_mask, kwargs)
     if totals is not None:
         seq = seq.with_totals(num_sequences=totals[0], num_tokens=totals[1])
@@ -284,9 +294,8 @@ def _scored(
                 " give float32 (FSDP2 casts a model's inputs unless its MixedPrecisionPolicy has "
                 "cast_forward_inputs=False)"
             )
-        if value.shape == input_ids.shape and value.dim() == 2:
-            # A per-token input stands at its token; its logits stand one position earlier.
-            options[name] = value.roll(-1, 1)
+        if value.shape == tokens.shape and value.dim() == 2:
+            options[name] = _at_predictors(value, virtual, ahead)
     if not fusion.called:
         # Under FSDP one process may have had the weights when fusing, others not: what is run here
         # is decided by how they are held at this point, which is the same everywhere.
@@ -296,12 +305,12 @@ def _scored(
     if cu_seqlens is not None and fusion.check and not fusion.packs:
         seam.check_packing(self, linear, fusion.places, _own_keywords(fusion, {}))
         fusion.packs = True
-    hidden, aux_loss = _hidden(self, _own_keywords(fusion, kwargs), input_ids.shape)
+    hidden, aux_loss = _hidden(self, _own_keywords(fusion, kwargs), labels.shape)
     packed = seq.pack(hidden)
     assert fusion.logit_map is not None
     job = functools.partial(
         fused_head,
-        labels=seq.pack(input_ids.roll(-1, 1)),
+        labels=seq.pack(labels),
         seq=seq,
         objective=objective,
         **options,
@@ -333,15 +342,23 @@ def _hidden(model: Any, inputs: dict[str, Any], shape: torch.Size) -> tuple[Tens
         given = seam.probe(hidden)
         return given.clone()
 
-    hidden, out = seam.run(model, fusion.linear, fusion.places, answer, inputs)
+    with seam.without_zero_bias(model):
+        hidden, out = seam.run(model, fusion.linear, fusion.places, answer, inputs)
     if hidden.shape[:-1] != shape:
         raise ValueError(
-            f"the model gives its head hidden states of shape {tuple(hidden.shape)} for input_ids "
-            f"of shape {tuple(shape)}: leave out logits_to_keep and what else changes the length"
+            f"the model gives its head hidden states of shape {tuple(hidden.shape)} for tokens of "
+            f"shape {tuple(shape)}: leave out logits_to_keep and what else changes the length"
         )
     if given is not None:
         fusion.logit_map = seam.fit(given, seam.logits(out))
     aux_loss = getattr(out, "aux_loss", None)
+    config = model.config
+    wanted = inputs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    if wanted and aux_loss is None and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "output_router_logits adds a loss of the router that this encoder-decoder model does "
+            "not give back: set output_router_logits=False"
+        )
     return hidden, aux_loss if isinstance(aux_loss, Tensor) else None
 
 
@@ -395,13 +412,40 @@ def _refuse_unknown(fusion: Fusion, kwargs: dict[str, Any], needed: tuple[str, .
             )
 
 
-def _predicting(completion_mask: Any, input_ids: Tensor) -> Tensor:
-    """completion_mask moved to the positions whose hidden states predict those tokens."""
-    if not isinstance(completion_mask, Tensor) or completion_mask.shape != input_ids.shape:
+def _labels(model: Any, kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The tokens (B, T) of a call, and whether each is predicted one position ahead of its own."""
+    decoder = getattr(model.config, "is_encoder_decoder", False)
+    if not decoder and "input_ids" in kwargs:
+        return kwargs["input_ids"], True
+    labels = kwargs.pop("labels", None)
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise ValueError(
+            "labels is missing: (B, T), the decoder's tokens, which completion_mask is about"
+            if decoder
+            else "input_ids is missing, the labels are read from it: with inputs_embeds in its "
+            "place, as under PEFT's prompt tuning, pass labels=input_ids too"
+        )
+    if decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & kwargs.keys():
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is None:
+            raise ValueError("decoder_input_ids is missing: this model cannot make it of labels")
+        kwargs["decoder_input_ids"] = shifted(labels=labels)
+    return labels, not decoder
+
+
+def _at_predictors(value: Tensor, virtual: int, ahead: bool) -> Tensor:
+    """What stands at its token (B, T), put where the logits of that token stand."""
+    value = nn.functional.pad(value, (virtual, 0))
+    return value.roll(-1, 1) if ahead else value
+
+
+def _checked(completion_mask: Any, tokens: Tensor, from_second: bool) -> Tensor:
+    """completion_mask as bool, of the tokens' shape."""
+    if not isinstance(completion_mask, Tensor) or completion_mask.shape != tokens.shape:
         got = getattr(completion_mask, "shape", type(completion_mask).__name__)
         raise ValueError(
-            f"completion_mask must be a bool tensor of input_ids' shape "
-            f"{tuple(input_ids.shape)}, got {got}"
+            f"completion_mask must be a bool tensor of the tokens' shape {tuple(tokens.shape)}, "
+            f"got {got}"
         )
     mask = completion_mask
     if mask.is_floating_point() or mask.is_complex():
@@ -412,9 +456,9 @@ def _predicting(completion_mask: Any, input_ids: Tensor) -> Tensor:
         if bool(((mask != 0) & (mask != 1)).any()):
             raise ValueError("completion_mask must hold only 0 and 1: it is no column of labels")
         mask = mask.bool()
-    if bool(mask[:, 0].any()):
+    if from_second and bool(mask[:, 0].any()):
         raise ValueError(
             "completion_mask marks position 0, which nothing predicts: start the sequence with a "
             "prompt or BOS token"
         )
-    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+    return mask

@@ -87,6 +87,27 @@ def run(
     return stand_in.seen[0], out
 
 
+@contextlib.contextmanager
+def without_zero_bias(model: Any) -> Iterator[None]:
+    """BART and its kin add a buffer of zeros (1, V) behind the head, to a few numbers or to all.
+
+    Raises:
+        ValueError: the buffer is not zero.
+    """
+    name = "final_logits_bias"
+    bias = model._buffers.get(name)
+    if bias is None:
+        yield
+        return
+    if bool(bias.any()):
+        raise ValueError(f"the model's {name} is not zero: use linear_logprob with it as the bias")
+    model._buffers[name] = bias[:, :1]
+    try:
+        yield
+    finally:
+        model._buffers[name] = bias
+
+
 def logits(out: Any) -> Tensor:
     made: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return made
@@ -177,7 +198,10 @@ def compare(
 
         try:
             with torch.no_grad():
-                hidden, out = run(model, linear, where, answer, {"input_ids": ids, **defaults})
+                inputs = {"input_ids": ids, **defaults}
+                if getattr(model.config, "is_encoder_decoder", False):
+                    inputs |= {"input_ids": ids[:1].expand(2, -1), "decoder_input_ids": ids}
+                hidden, out = run(model, linear, where, answer, inputs)
                 made = logits(out)
         except Exception as error:
             raise _refused(f"the model does not run on a few tokens ({error})") from error

@@ -11,6 +11,7 @@ import torch
 from causal_lms import (
     CONFIGURATIONS,
     NO_LEFT_PADDING,
+    TOKENS,
     VOCAB,
     batch,
     build,
@@ -749,11 +750,16 @@ def test_bad_calls_name_the_argument(name: str, family: str) -> None:
         model(**{**batch(), **changed})
 
 
-def test_inputs_embeds_cannot_be_scored() -> None:
+def test_the_tokens_of_inputs_embeds_are_given_as_labels() -> None:
     model, inputs = lk.fuse_lm_head(build("llama")), batch()
+    want = model(**inputs).logps
     ids = inputs.pop("input_ids")
-    with pytest.raises(ValueError, match="input_ids"):
-        model(inputs_embeds=model.model.embed_tokens(ids), **inputs)
+    embeds = {"inputs_embeds": model.model.embed_tokens(ids), **inputs}
+    with pytest.raises(ValueError, match=r"input_ids is missing.*labels=input_ids"):
+        model(**embeds)
+    with pytest.raises(ValueError, match="label is negative"):
+        model(**embeds, labels=torch.full_like(ids, -100))
+    assert torch.equal(model(**embeds, labels=ids).logps, want)
 
 
 def test_keywords_that_wrappers_add_are_taken() -> None:
@@ -789,6 +795,71 @@ def test_the_group_size_reaches_the_sequences() -> None:
     want = pairs(logps.logps, logps.seq)
     assert out.seq_loss.shape == (2,) and torch.allclose(out.seq_loss, want.detach())
     assert out.metrics == {}
+
+
+# --- encoder and decoder --------------------------------------------------------------------------
+
+SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}
+BART = {
+    "d_model": 32,
+    "max_position_embeddings": 64,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+}
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "T5": {**SIZES, "decoder_start_token_id": 0},
+    "T5 untied": {**SIZES, "decoder_start_token_id": 0, "tie_word_embeddings": False},
+    "Bart": {**BART, "decoder_start_token_id": 2},
+    "Marian": {**BART, "decoder_start_token_id": 0, "decoder_vocab_size": VOCAB},
+}
+
+
+def seq2seq(name: str) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name.split()[0]}Config")(**TOKENS, **SEQ2SEQ[name])
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5.0)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", list(SEQ2SEQ))
+def test_a_decoder_scores_its_labels(name: str) -> None:
+    plain, fused = seq2seq(name), lk.fuse_lm_head(seq2seq(name))
+    inputs = {k: v for k, v in batch().items() if k in ("input_ids", "attention_mask")}
+    labels = torch.randint(3, VOCAB, (3, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
+    labels[~mask] = -100
+    own = plain(**inputs, labels=labels)
+    own.loss.backward()
+    options = {"objective": objectives.nll, "reduction": "token-mean"}
+    out = fused(**inputs, labels=labels, completion_mask=mask, **options)
+    out.loss.backward()
+    want = own.logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)[mask]
+    assert float((out.logps - want).detach().abs().max()) <= 1e-10
+    assert abs(out.loss.item() - own.loss.item()) <= 1e-10
+    compare_gradients(plain, fused)
+    side = torch.rand(3, 9, dtype=torch.float64)  # padded or packed, at its token
+    scores = [
+        fused(**inputs, labels=labels, completion_mask=mask, ref_logps=-ref,
+              objective=objectives.a_lol_kl, advantages=torch.ones(3), beta=0.1).loss.item()
+        for ref in (side, side[mask])
+    ]  # fmt: skip
+    assert scores[0] == scores[1]
+    assert torch.equal(fused.generate(**inputs), plain.generate(**inputs))
+    with pytest.raises(ValueError, match=r"labels is missing.*decoder"):
+        fused(**inputs, completion_mask=mask)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_bias_behind_the_head_of_a_decoder_is_refused(check: bool) -> None:
+    model, labels = seq2seq("Marian"), torch.ones(3, 9, dtype=torch.int64)
+    model.final_logits_bias.normal_()
+    with pytest.raises(ValueError, match=r"neither a positive|final_logits_bias is not zero"):
+        fused = lk.fuse_lm_head(model, check=check)
+        fused(batch()["input_ids"], labels=labels, completion_mask=labels)
+    assert float(model.final_logits_bias.abs().sum()) > 0
 
 
 # --- LogprobHead ----------------------------------------------------------------------------------

@@ -185,6 +185,51 @@ def test_lora_put_on_the_head_afterwards_needs_fusing_again() -> None:
     assert torch.allclose(lk.fuse_lm_head(wrapped)(**batch()).logps, want)
 
 
+# --- virtual tokens -------------------------------------------------------------------------------
+
+PROMPTS: dict[str, Callable[[], Any]] = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
+    ),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_virtual_tokens_are_scored_past_and_trained(name: str) -> None:
+    inputs, models = batch(), []
+    ids, mask = inputs["input_ids"], inputs["completion_mask"]
+    del inputs["position_ids"]  # PEFT leaves them out, and says so
+    for _ in range(2):
+        torch.manual_seed(4)
+        models.append(peft.get_peft_model(build("llama"), PROMPTS[name]()).double())
+    plain, fused = models[0], lk.fuse_lm_head(models[1])
+    # The first token has a predictor, the last virtual token, where these are embedded.
+    first = int(name != "prefix tuning")
+    mask[1, 0] = bool(first)
+    logits = plain(ids, attention_mask=inputs["attention_mask"]).logits[:, -12 - first :]
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1 - first :, None]).squeeze(-1)
+    logps = logps[mask[:, 1 - first :]]
+    options = {"labels": ids} if first else {}
+    ref = -torch.rand(3, 12, dtype=torch.float64)
+    seq = lk.Sequences.from_mask(mask)
+    lk.aggregate(objectives.a_lol_seq(logps, ref[mask], torch.ones(3), seq), seq).backward()
+    out = fused(
+        **inputs, **options, objective=objectives.a_lol_seq, ref_logps=ref, advantages=torch.ones(3)
+    )
+    out.loss.backward()
+    assert float((out.logps - logps.detach()).abs().max()) <= 1e-10
+    pairs = zip(plain.parameters(), fused.parameters(), strict=True)
+    trained = [(a.grad, b.grad) for a, b in pairs if a.requires_grad]
+    assert trained
+    for a, b in trained:
+        assert float(a.abs().max()) > 0 and float((a - b).abs().max()) <= 1e-10
+    if first:
+        with pytest.raises(ValueError, match="labels=input_ids"):
+            fused(**inputs)
+
+
 # --- quantised weights ----------------------------------------------------------------------------
 
 
