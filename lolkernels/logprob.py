@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, deferred, memory
+from . import backends, checks, deferred, distributed, memory
 from .backends.contract import Backend, RowStats
 from .gemm import HALF, accumulation_dtype, ieee_fp32, operand_dtype
 from .walk import Coefficients, Grads, Scaling, Walk, takes_panels
@@ -46,6 +46,7 @@ def linear_logprob(
     entropy_grad: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
+    tp_group: Any = None,
 ) -> LogprobOutput:
     """Per-token log-probs of ``labels`` from the final hidden states, without holding the logits.
 
@@ -77,6 +78,11 @@ def linear_logprob(
         memory_budget: bytes of logits, or of their exponentials, held from forward to backward for
             a trained head. None: on a CPU those of D rows, no more than the weight's gradient, and
             at least 48 MiB or 256 rows; on a GPU a sixteenth of its memory.
+        tp_group: vocab-parallel: a process group whose ranks hold consecutive rows of the weight
+            (and bias) in their order, as many as they like; ``weight`` is the rank's part, and
+            ``hidden`` and ``labels``, ids of the whole vocabulary, are the same on all. So are the
+            results and the gradient of hidden; that of the weight is the rank's part. A DTensor
+            weight with Shard(0) on a one-dimensional mesh brings its group along.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
@@ -84,6 +90,7 @@ def linear_logprob(
             call raises (see ``check_errors``).
         NotImplementedError: a second derivative, or forward-mode differentiation.
     """
+    weight, bias, tp_group = distributed.local_shards(weight, bias, tp_group)
     checks.head(hidden, weight, bias, labels)
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
@@ -106,6 +113,10 @@ def linear_logprob(
             rows, ids = rows.index_select(0, picked), ids[picked]
     else:
         rows, ids = rows.masked_fill(~kept[:, None], 0), ids.masked_fill(~kept, 0)
+    where = None
+    if tp_group is not None:
+        where, poison = whole_labels(ids, weight.shape[0], tp_group)
+        ids, rows = where.labels, distributed.enter(rows, tp_group)
     grad = torch.is_grad_enabled()
     table = weight.requires_grad or (bias is not None and bias.requires_grad)
     out = _op(
@@ -113,18 +124,37 @@ def linear_logprob(
         weight,
         ids,
         bias,
+        where is not None,
         scaling,
         name,
         memory_budget,
         operand(rows, weight, name),
         [grad and hidden.requires_grad, grad and table, grad and entropy_grad],
     )
+    if where is not None:
+        out = distributed.combine(out[:4], where, poison)
     if picked is not None:
         zeros = rows.new_zeros(kept.shape, dtype=out[0].dtype)
         out = [zeros.index_copy(0, picked, t) for t in out[:4]]
     elif not look:
         out = [t.masked_fill(~kept, 0) for t in out[:4]]
-    return LogprobOutput(*(t.view(labels.shape) for t in out[:4]))
+    # FSDP warns of a module that returns views, and rightly.
+    shaped = (t if t.shape == labels.shape else t.view(labels.shape) for t in out[:4])
+    return LogprobOutput(*shaped)
+
+
+def whole_labels(labels: Tensor, rows: int, group: Any) -> tuple[distributed.Shards, Tensor | None]:
+    """Where labels of the whole vocabulary stand, and nan for those outside of it, or no tensor.
+
+    Raises:
+        ValueError: a label outside the vocabulary, or labels that differ between the ranks.
+    """
+    where = distributed.shards(labels, rows, group)
+    if not deferred.immediate(labels.device):
+        deferred.note(deferred.RANKS, ~where.agree)
+    elif not bool(where.agree):
+        raise ValueError(f"in this call {deferred.MEANING[deferred.RANKS]}")
+    return where, deferred.check_labels(labels, where.size)
 
 
 def operand(hidden: Tensor, weight: Tensor, backend: str) -> torch.dtype:
@@ -174,12 +204,13 @@ def rows_to_keep(
     return min(n, held), dtype
 
 
-@custom_op("lolkernels::linear_logprob_v2", mutates_args=())
+@custom_op("lolkernels::linear_logprob_v3", mutates_args=())
 def _op(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
     scaling: Sequence[float],  # scale, softcap, temperature
     backend: str,
     memory_budget: int | None,
@@ -192,7 +223,7 @@ def _op(
     first rows; each is empty where it is not needed.
     """
     deferred.raise_noted(hidden.device)
-    poison = deferred.check_labels(labels, weight.shape[0])
+    poison = None if shard else deferred.check_labels(labels, weight.shape[0])
     n, vocab = labels.shape[0], weight.shape[0]
     walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget, poison)
     rows, dtype = rows_to_keep(n, hidden, weight, operand, memory_budget, need[2])
@@ -211,6 +242,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    shard: bool,
     scaling: Sequence[float],
     backend: str,
     memory_budget: int | None,
@@ -298,7 +330,7 @@ gradients_op.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, *options, need = inputs
+    hidden, weight, labels, bias, _, *options, need = inputs
     logps, lse, entropy, _, slope, rest, share, unit, kept = output
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
@@ -312,7 +344,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     names = ("logps", "lse", "entropy")
     given = {name: g for name, g in zip(names, upstream, strict=False) if g is not None}
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if not given or not any(needs):
         return None, None, None, None, *nothing
     hidden, weight, labels, bias, *stats, unit, kept = ctx.saved_tensors

@@ -158,6 +158,7 @@ SCALING_ROWS |= {
     "logit_scale is None": ({"logit_scale": None}, TYPE, "logit_scale"),
     "unknown backend": ({"backend": "fast"}, VALUE, "backend.*fast"),
     "backend of another device": ({"backend": "CPU"}, VALUE, "backend.*CPU"),
+    "tp_group is a number": ({"tp_group": 2}, TYPE, "tp_group.*process group"),
 }
 MASK_ROWS: dict[str, Row] = {
     "entropy_grad is text": ({"entropy_grad": "yes"}, TYPE, "entropy_grad.*bool"),
