@@ -17,13 +17,14 @@ from torch._subclasses import FakeTensor
 from . import checks
 from .objectives import check_side as check_values
 
-LABEL, NAN, BLOCKING = 1, 2, 4
+LABEL, NAN, BLOCKING, RANKS = 1, 2, 4, 8
 MEANING = {
     LABEL: "labels held an id outside [0, vocab): mask that token (mask=, or Sequences.from_mask), "
     "or resize the head to the tokenizer",
     NAN: "an input of the objective was nan: drop that row or mend its data",
     BLOCKING: "an objective's losses depended on which groups were evaluated together: compute "
     "what couples the batch before the call, set group_size, or use linear_logprob",
+    RANKS: "labels differed between the ranks of tp_group: give all of them the same batch",
 }
 
 # Of each device: the flags there, and their copy on the host.
@@ -41,10 +42,10 @@ def readable(t: Tensor) -> bool:
     )
 
 
-def check_labels(labels: Tensor, vocab: int) -> Tensor | None:
+def check_labels(labels: Tensor, vocab: int | Tensor) -> Tensor | None:
     """Every label in [0, vocab): raises, or returns (N,) with nan where a label is outside."""
     if immediate(labels.device):
-        checks.label_values(labels, vocab)
+        checks.label_values(labels, int(vocab))
         return None
     bad = (labels < 0) | (labels >= vocab)
     note(LABEL, bad)

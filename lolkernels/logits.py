@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, deferred
+from . import backends, checks, deferred, distributed
 from .gemm import accumulation_dtype
-from .logprob import LogprobOutput, no_second_derivative
+from .logprob import LogprobOutput, no_second_derivative, whole_labels
 from .walk import Coefficients, Scaling
 
 
@@ -24,6 +24,7 @@ def logprob(
     logit_scale: float = 1.0,
     backend: str | None = None,
     inplace_backward: bool = False,
+    tp_group: Any = None,
 ) -> LogprobOutput:
     """The statistics of :func:`linear_logprob` from logits that are already there.
 
@@ -36,6 +37,8 @@ def logprob(
         temperature, softcap, logit_scale, backend: as in :func:`linear_logprob`.
         inplace_backward: the backward writes the gradient over ``logits`` and allocates nothing.
             Whoever needs the logits after that meets autograd's error, as does a second backward.
+        tp_group: vocab-parallel: a process group whose ranks hold consecutive columns, in their
+            order; the results are the same on all.
 
     Raises:
         ValueError, TypeError: name the argument and what to change.
@@ -48,6 +51,7 @@ def logprob(
         )
     checks.label_ids("labels", labels, logits.shape[:-1], "logits' leading dimensions")
     checks.same_device(logits=logits, labels=labels)
+    distributed.check_group("tp_group", tp_group)
     checks.no_forward_mode(logits=logits)
     scaling = checks.scaling(temperature, softcap, logit_scale)
     checks.flag("inplace_backward", inplace_backward)
@@ -60,21 +64,28 @@ def logprob(
             "inplace_backward needs logits of their own memory, but these are expanded; pass "
             "logits.contiguous() or inplace_backward=False"
         )
-    out = _op(rows, labels.reshape(-1).long(), scaling, name, inplace_backward)
+    ids, where = labels.reshape(-1).long(), None
+    if tp_group is not None:
+        where, poison = whole_labels(ids, rows.shape[1], tp_group)
+        ids = where.labels
+    out = _op(rows, ids, where is not None, scaling, name, inplace_backward)
+    if where is not None:
+        out = distributed.combine(out, where, poison)
     return LogprobOutput(*(t.view(labels.shape) for t in out))
 
 
-@custom_op("lolkernels::logprob_v2", mutates_args=())
+@custom_op("lolkernels::logprob_v3", mutates_args=())
 def _op(
     logits: Tensor,  # (N, V)
     labels: Tensor,  # (N,)
+    shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
     scaling: Sequence[float],  # scale, softcap, temperature
     backend: str,
     inplace_backward: bool,
 ) -> list[Tensor]:
     """[logps, lse, entropy, max_logit], each (N,)."""
     deferred.raise_noted(logits.device)
-    poison = deferred.check_labels(labels, logits.shape[1])
+    poison = None if shard else deferred.check_labels(labels, logits.shape[1])
     target, lse, expected, largest = backends.TABLE[backend].row_stats(
         logits, labels, **Scaling(*scaling)._asdict()
     )
@@ -130,7 +141,7 @@ _gradient.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    logits, labels, *ctx.options, ctx.inplace = inputs
+    logits, labels, _, *ctx.options, ctx.inplace = inputs
     _, lse, entropy, max_logit = output
     ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
@@ -144,16 +155,16 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
         name: g.to(lse.dtype) for name, g in zip(names, upstream, strict=False) if g is not None
     }
     if not given:
-        return (None,) * 5
+        return (None,) * 6
     coef = Coefficients.of(lse - entropy, given)
     abc = [coef.a, coef.b, torch.zeros_like(lse) if coef.c is None else coef.c]
     if not ctx.inplace:
-        return _gradient(abc, lse, logits, labels, *ctx.options), *(None,) * 4
+        return _gradient(abc, lse, logits, labels, *ctx.options), *(None,) * 5
     if torch.is_grad_enabled():
         no_second_derivative()
     own = logits.detach()
     _gradient_(abc, lse, own, labels, *ctx.options)
-    return own, *(None,) * 4
+    return own, *(None,) * 5
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, deferred, memory
+from . import backends, checks, deferred, distributed, memory
 from .backends.contract import Backend, RowStats
 from .gemm import HALF, accumulation_dtype, ieee_fp32, operand_dtype
 from .walk import Coefficients, Grads, Scaling, Walk, takes_panels
@@ -48,6 +48,7 @@ def linear_logprob(
     backend: str | None = None,
     memory_budget: int | None = None,
     accumulate_into: Tensor | None = None,  # (V, D)
+    tp_group: Any = None,
 ) -> LogprobOutput:
     """Per-token log-probs of ``labels`` from the final hidden states, without holding the logits.
 
@@ -88,6 +89,11 @@ def linear_logprob(
             buffer yourself). Under ``torch.compile`` ``autograd.grad`` and ``backward(inputs=)``
             add to it too, and a call's backward has to come before the next call's. Nothing is
             added without gradients (``torch.no_grad``).
+        tp_group: vocab-parallel: a process group whose ranks hold consecutive rows of the weight
+            (and bias) in their order, as many as they like; ``weight`` is the rank's part, and
+            ``hidden`` and ``labels``, ids of the whole vocabulary, are the same on all. So are the
+            results and the gradient of hidden; that of the weight is the rank's part. A DTensor
+            weight with Shard(0) on a one-dimensional mesh brings its group along.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
@@ -95,6 +101,7 @@ def linear_logprob(
             call raises (see ``check_errors``).
         NotImplementedError: a second derivative, or forward-mode differentiation.
     """
+    weight, bias, tp_group = distributed.local_shards(weight, bias, tp_group)
     checks.head(hidden, weight, bias, labels)
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
@@ -120,12 +127,17 @@ def linear_logprob(
             rows, ids = rows.index_select(0, picked), ids[picked]
     else:
         rows, ids = rows.masked_fill(~kept[:, None], 0), ids.masked_fill(~kept, 0)
+    where = None
+    if tp_group is not None:
+        where, poison = whole_labels(ids, weight.shape[0], tp_group)
+        ids, rows = where.labels, distributed.enter(rows, tp_group)
     table = weight.requires_grad or (bias is not None and bias.requires_grad)
     out = _op(
         rows,
         weight,
         ids,
         bias,
+        where is not None,
         scaling,
         name,
         memory_budget,
@@ -133,12 +145,30 @@ def linear_logprob(
         [grad and hidden.requires_grad, grad and table, grad and entropy_grad],
         accumulate_into if grad else None,
     )
+    if where is not None:
+        out = distributed.combine(out[:4], where, poison)
     if picked is not None:
         zeros = rows.new_zeros(kept.shape, dtype=out[0].dtype)
         out = [zeros.index_copy(0, picked, t) for t in out[:4]]
     elif not look:
         out = [t.masked_fill(~kept, 0) for t in out[:4]]
-    return LogprobOutput(*(t.view(labels.shape) for t in out[:4]))
+    # FSDP warns of a module that returns views, and rightly.
+    shaped = (t if t.shape == labels.shape else t.view(labels.shape) for t in out[:4])
+    return LogprobOutput(*shaped)
+
+
+def whole_labels(labels: Tensor, rows: int, group: Any) -> tuple[distributed.Shards, Tensor | None]:
+    """Where labels of the whole vocabulary stand, and nan for those outside of it, or no tensor.
+
+    Raises:
+        ValueError: a label outside the vocabulary, or labels that differ between the ranks.
+    """
+    where = distributed.shards(labels, rows, group)
+    if not deferred.immediate(labels.device):
+        deferred.note(deferred.RANKS, ~where.agree)
+    elif not bool(where.agree):
+        raise ValueError(f"in this call {deferred.MEANING[deferred.RANKS]}")
+    return where, deferred.check_labels(labels, where.size)
 
 
 def operand(hidden: Tensor, weight: Tensor, backend: str) -> torch.dtype:
@@ -194,6 +224,7 @@ def _op(
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
     scaling: Sequence[float],  # scale, softcap, temperature
     backend: str,
     memory_budget: int | None,
@@ -207,7 +238,7 @@ def _op(
     first rows; each is empty where it is not needed.
     """
     deferred.raise_noted(hidden.device)
-    poison = deferred.check_labels(labels, weight.shape[0])
+    poison = None if shard else deferred.check_labels(labels, weight.shape[0])
     n, vocab = labels.shape[0], weight.shape[0]
     walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget, poison)
     rows, dtype = rows_to_keep(n, hidden, weight, operand, memory_budget, need[2])
@@ -226,6 +257,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    shard: bool,
     scaling: Sequence[float],
     backend: str,
     memory_budget: int | None,
@@ -384,7 +416,7 @@ gradients_op.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, *options, need, into = inputs
+    hidden, weight, labels, bias, _, *options, need, into = inputs
     logps, lse, entropy, _, slope, rest, share, unit, kept = output
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)

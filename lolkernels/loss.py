@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends, checks, deferred, objectives
+from . import backends, checks, deferred, distributed, objectives
 from .backends.contract import RowStats
 from .gemm import accumulation_dtype, ieee_fp32
 from .logprob import (
+    LogprobOutput,
     head_gradients,
+    linear_logprob,
     make_walk,
     new_kept,
     no_second_derivative,
@@ -57,6 +59,7 @@ def linear_loss(
     logit_scale: float = 1.0,
     backend: str | None = None,
     memory_budget: int | None = None,
+    tp_group: Any = None,
     return_outputs: bool = False,
     accumulate_into: Tensor | None = None,  # (V, D)
     **side: Any,
@@ -70,6 +73,10 @@ def linear_loss(
     it names, and the gradients follow. Sequences whose coefficient is zero whatever their log-probs
     (advantage <= 0 in ``a_lol``) enter no GEMM; under ``torch.compile`` they do.
 
+    Over a group of ranks (``tp_group``, a DTensor weight, or a ``seq`` with a ``cp_group``) it is
+    that composition: the objective's own body runs once, on all log-probs, and the rows that
+    ``memory_budget`` does not hold cost a fourth GEMM.
+
     An objective that names ``entropy`` has logits held in place of their exponentials. The rows of
     a group that ``memory_budget`` does not hold have their logits made twice; with
     ``accumulate_into`` so have all rows that it does not hold (with ``entropy`` all).
@@ -82,7 +89,7 @@ def linear_loss(
         hidden: float32, bfloat16, float16 or float64; any strides. Packed rows, one per token of
             ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: rows outside
             the mask are dropped first.
-        weight, labels, bias, temperature, softcap, logit_scale, backend: as in
+        weight, labels, bias, temperature, softcap, logit_scale, backend, tp_group: as in
             :func:`linear_logprob`, but a label outside [0, V) is always an error: leave the token
             out of the mask.
         seq: which rows form a sequence, and the denominators of the reduction.
@@ -111,6 +118,7 @@ def linear_loss(
         raise ValueError(
             f"reduction must be one of {', '.join(objectives.REDUCTIONS)}; got {reduction!r}"
         )
+    weight, bias, tp_group = distributed.local_shards(weight, bias, tp_group)
     checks.head(hidden, weight, bias, labels)
     if hidden.dim() == 3:
         hidden, labels = seq.pack(hidden), seq.pack(labels)
@@ -134,10 +142,13 @@ def linear_loss(
     weights = reduction_weights(seq, reduction)
     labels, whole = labels.long(), seq
     picked = None if torch.compiler.is_compiling() else active_rows(objective, inputs, options, seq)
-    if picked is not None:
-        deferred.check_labels(labels, weight.shape[0])  # of the others too
+    ranks = tp_group is not None or seq.cp_group is not None
+    if picked is not None or ranks:
+        vocab = distributed.total_size(weight.shape[0], hidden.device, tp_group)
+        deferred.check_labels(labels, vocab)  # of skipped sequences too
         for key, (_, value) in inputs.items():
             deferred.check_side(key, value)
+    if picked is not None:
         rows, sequences = picked  # a family has groups of one
         which = sequences.tolist()
         seq = seq.part(which, rows, whole.cu_seqlens.diff()[which].tolist())
@@ -147,24 +158,43 @@ def linear_loss(
             key: (kind, value[pick[kind].to(value.device)] if kind in pick else value)
             for key, (kind, value) in inputs.items()
         }
-    spec = tuple((key, kind) for key, (kind, _) in inputs.items())
-    side_values = [value for _, value in inputs.values()]
-    call = _bound(objective, options, spec, name, operand(hidden, weight, name))
-    differentiable = [hidden, weight, bias, *side_values]
-    out = _op(
-        hidden,
-        weight,
-        labels,
-        bias,
-        [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals],
-        side_values,
-        weights,
-        scaling,
-        memory_budget,
-        call,
-        [grad and t is not None and t.requires_grad for t in differentiable],
-        accumulate_into if grad else None,
-    )
+    if ranks:
+        hold = "entropy" in objectives.statistics(objective)
+        made = linear_logprob(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            entropy_grad=hold,
+            backend=name,
+            memory_budget=memory_budget,
+            accumulate_into=accumulate_into,
+            tp_group=tp_group,
+        )
+        out, names = _composed(objective, made, inputs, options, seq, weights)
+    else:
+        spec = tuple((key, kind) for key, (kind, _) in inputs.items())
+        side_values = [value for _, value in inputs.values()]
+        call = _bound(objective, options, spec, name, operand(hidden, weight, name))
+        differentiable = [hidden, weight, bias, *side_values]
+        out = _op(
+            hidden,
+            weight,
+            labels,
+            bias,
+            [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals],
+            side_values,
+            weights,
+            scaling,
+            memory_budget,
+            call,
+            [grad and t is not None and t.requires_grad for t in differentiable],
+            accumulate_into if grad else None,
+        )
+        names = _metric_names(call)
     if not return_outputs:
         return out[0]
     results, metrics = out[1:6], out[6]
@@ -176,8 +206,36 @@ def linear_loss(
             *(_spread(t, whole.num_tokens, rows, torch.nan) for t in results[1:]),
         ]
         metrics = [_spread(m, *spread, torch.nan) for m in metrics]
-    named = dict(zip(_metric_names(call), metrics, strict=True))
+    named = dict(zip(names, metrics, strict=True))
     return LinearLossOutput(*(out[0], *results, named))
+
+
+def _composed(
+    objective: Objective,
+    made: LogprobOutput,
+    inputs: dict[str, tuple[str, Tensor]],
+    options: tuple[tuple[str, Any], ...],
+    seq: Sequences,
+    weights: Tensor,  # (G,)
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The op's [loss, seq_loss, logps, lse, entropy, max_logit, metrics] from statistics with a
+    graph, and the metrics' names."""
+    side = objectives.defaults(objective) | dict(options)
+    side |= {key: value.to(seq.device) for key, (_, value) in inputs.items()}
+    known = made._asdict() | {"target_logit": made.logps + made.lse}
+    stats = {s: known[s] for s in objectives.statistics(objective)}
+    losses, metrics = objectives.call(objective, stats, seq, side)
+    mark = objectives.traits(objective)
+    if mark.family is not None:
+        with torch.no_grad():
+            fam = mark.family(seq=seq, **side)
+            ref = side.get("ref_logps") if fam.uses_ref else None
+            found = objectives.family_metrics(fam, made.logps, ref, seq)
+            metrics = objectives.family_report(mark, fam, found["log_ratio"], found["clipped"])
+    loss = (losses * weights.to(losses.dtype)).sum()
+    values = [m.detach() for m in metrics.values()]
+    results = [losses.detach(), *(t.detach() for t in made)]
+    return [loss, *results, values], tuple(metrics)
 
 
 def _spread(values: Tensor, n: int, where: Tensor, rest: float) -> Tensor:

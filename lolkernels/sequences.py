@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
+
 
 class Sequences:
     """A partition of ``N`` packed token rows into ``S`` consecutive sequences.
@@ -34,6 +36,12 @@ class Sequences:
         total_sequences, total_tokens: the denominators of a mean. They equal S and N unless
             :meth:`with_totals` puts the counts of a whole update there.
         totals: ``(2,)`` float64 on the CPU, these two.
+
+    Context parallelism: with ``cp_group``, a process group whose ranks each hold some tokens of
+    every sequence (in any split; a rank may hold none of one), rows, masks and ``num_tokens`` are
+    the rank's own, ``lengths``, the denominators and all sums are those of the whole sequences, and
+    a loss is the same on every rank. The backward differentiates the sum of the ranks' losses:
+    *average* the gradients over the group, as DDP and FSDP do over all their ranks.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class Sequences:
         group_size: int = 1,
         total_sequences: float | None = None,
         total_tokens: float | None = None,
+        cp_group: Any = None,
     ) -> None:
         cu = cu_seqlens.detach().to("cpu", torch.int64)
         offsets: list[int] = cu.tolist()
@@ -72,10 +81,14 @@ class Sequences:
         )
         self.rows = rows
         self.mask_shape = mask_shape
-        self._held = self.lengths
+        self._held, self.cp_group = self.lengths, cp_group
+        tokens = self.num_tokens
+        if cp_group is not None:
+            self.lengths = distributed.total_lengths(self._held, cp_group)
+            tokens = int(self.lengths.sum())
         self._set_totals(
             num_sequences if total_sequences is None else total_sequences,
-            self.num_tokens if total_tokens is None else total_tokens,
+            tokens if total_tokens is None else total_tokens,
         )
 
     def _set_totals(self, sequences: float, tokens: float) -> None:
@@ -87,25 +100,32 @@ class Sequences:
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: Tensor | Sequence[int], *, group_size: int = 1
+        cls, cu_seqlens: Tensor | Sequence[int], *, group_size: int = 1, cp_group: Any = None
     ) -> Sequences:
         """Sequences from ``(S + 1,)`` cumulative offsets ``[0, n_0, n_0 + n_1, ...]``."""
         cu = _integers("cu_seqlens", cu_seqlens)
-        return cls(cu, group_size=group_size)
+        return cls(cu, group_size=group_size, cp_group=cp_group)
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor | Sequence[int], *, group_size: int = 1) -> Sequences:
+    def from_lengths(
+        cls, lengths: Tensor | Sequence[int], *, group_size: int = 1, cp_group: Any = None
+    ) -> Sequences:
         """Sequences from their ``(S,)`` token counts."""
         n = _integers("lengths", lengths)
         if bool((n < 0).any()):
             raise ValueError(f"lengths must be >= 0, got {int(n.min())}")
         cu = torch.zeros(n.numel() + 1, dtype=torch.int64, device=n.device)
         torch.cumsum(n, 0, out=cu[1:])
-        return cls(cu, group_size=group_size)
+        return cls(cu, group_size=group_size, cp_group=cp_group)
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor, *, cu_seqlens: Tensor | None = None, group_size: int = 1
+        cls,
+        mask: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        group_size: int = 1,
+        cp_group: Any = None,
     ) -> Sequences:
         """One sequence a row of ``mask``. A mask on a GPU is waited for here.
 
@@ -114,11 +134,12 @@ class Sequences:
                 then ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
             cu_seqlens: ``(S + 1,)`` offsets of the S sequences that a mask ``(1, T)`` holds one
                 behind the other, in tokens, marked or not; those behind the last are padding.
-            group_size: see the class.
+            group_size, cp_group: see the class; with a group ``mask`` is of the rank's positions.
 
         Raises:
-            TypeError: a mask of floats; ValueError: another shape, integers besides 0 and 1, or
-                offsets that are none of this mask.
+            TypeError: a mask of floats; ValueError: another shape, integers besides 0 and 1,
+                offsets that are none of this mask, or ranks of ``cp_group`` with another number of
+                sequences.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a (B, T) bool tensor, got {type(mask).__name__}")
@@ -146,7 +167,8 @@ class Sequences:
                 raise ValueError(f"mask marks tokens behind cu_seqlens' last sequence, {ends[-1]}")
             cu = torch.nn.functional.pad(mask[0].cumsum(0), (1, 0))[offsets]
         rows = mask.flatten().nonzero().squeeze(1)
-        return cls(cu, rows=rows, mask_shape=tuple(mask.shape), group_size=group_size)
+        shape = tuple(mask.shape)
+        return cls(cu, rows=rows, mask_shape=shape, group_size=group_size, cp_group=cp_group)
 
     def with_totals(
         self, *, num_sequences: float | None = None, num_tokens: float | None = None
@@ -192,7 +214,7 @@ class Sequences:
         seq.num_sequences, seq.num_tokens = lengths.shape[0], token_to_sequence.shape[0]
         seq.group_size, seq.totals = group_size, totals
         seq.total_sequences, seq.total_tokens = totals.tolist()
-        seq.rows = seq.mask_shape = None
+        seq.rows = seq.mask_shape = seq.cp_group = None
         return seq
 
     def part(self, which: slice | list[int], rows: slice | Tensor, lengths: list[int]) -> Sequences:
@@ -215,7 +237,7 @@ class Sequences:
                 torch.arange(len(lengths), device=self.device), held, output_size=sum(lengths)
             )
         seq = Sequences._of(cu, whole, owner, self.group_size, self.totals)
-        seq._held = held
+        seq._held, seq.cp_group = held, self.cp_group
         return seq
 
     def for_autograd(self) -> Sequences:
@@ -250,6 +272,8 @@ class Sequences:
         self._check(x, self.num_tokens, "num_tokens")
         out = torch.zeros(self.num_sequences, dtype=torch.float64, device=x.device)
         out = out.index_add(0, self.token_to_sequence, x.double())
+        if self.cp_group is not None:
+            out = distributed.total(out, self.cp_group)
         return out.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def mean(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
@@ -257,7 +281,16 @@ class Sequences:
         return self.sum(x) / self.lengths.clamp(min=1)
 
     def following(self, x: Tensor) -> Tensor:  # (N,) -> (N,)
-        """Each token's value of the next token of its sequence; 0 at the last one."""
+        """Each token's value of the next token of its sequence; 0 at the last one.
+
+        Raises:
+            ValueError: with ``cp_group``, where the next token may stand on another rank.
+        """
+        if self.cp_group is not None:
+            raise ValueError(
+                "the next token may stand on another rank of cp_group: make what it says before "
+                "the sequences are split, and give it to an objective of your own"
+            )
         self._check(x, self.num_tokens, "num_tokens")
         last = torch.ones_like(self.token_to_sequence, dtype=torch.bool)
         last[:-1] = self.token_to_sequence[1:] != self.token_to_sequence[:-1]

@@ -161,6 +161,7 @@ SCALING_ROWS |= {
     "logit_scale is None": ({"logit_scale": None}, TYPE, "logit_scale"),
     "unknown backend": ({"backend": "fast"}, VALUE, "backend.*fast"),
     "backend of another device": ({"backend": "CPU"}, VALUE, "backend.*CPU"),
+    "tp_group is a number": ({"tp_group": 2}, TYPE, "tp_group.*process group"),
 }
 MASK = torch.ones(N, dtype=torch.bool)
 MASK_ROWS: dict[str, Row] = {

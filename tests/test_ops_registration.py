@@ -67,7 +67,7 @@ def test_opcheck_linear_logprob(sample: tuple[Any, ...], hold: bool) -> None:
     operand = f64 if f64 in sample else f32
     common = ((1.5, softcap, 0.8), backend, 3 * v * operand.itemsize, operand)
     need = [grad, grad, grad and hold]
-    arguments = (p.hidden, p.weight, p.labels, p.bias, *common, need, None)
+    arguments = (p.hidden, p.weight, p.labels, p.bias, False, *common, need, None)
     check(OPS.linear_logprob_v3.default, arguments)
 
     with torch.no_grad():
@@ -89,9 +89,10 @@ def test_opcheck_logprob(sample: tuple[Any, ...], inplace: bool) -> None:
     p, _ = tensors(sample)
     common = ((1.5, sample[7], 0.8), sample[8])
     logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    check(OPS.logprob_v2.default, (logits.requires_grad_(sample[-1]), p.labels, *common, inplace))
+    head = (logits.requires_grad_(sample[-1]), p.labels, False)
+    check(OPS.logprob_v3.default, (*head, *common, inplace))
     logits = logits.detach()
-    _, lse, _, _ = OPS.logprob_v2(logits, p.labels, *common, False)
+    _, lse, _, _ = OPS.logprob_v3(logits, p.labels, False, *common, False)
     abc = [torch.randn_like(lse) for _ in range(3)]
     op = OPS.logprob_gradient_v2_ if inplace else OPS.logprob_gradient_v2
     check(op.default, (abc, lse, logits, p.labels, *common))

@@ -28,7 +28,7 @@ from .a_lol import (
     warn_unlearned,
     wbc,
 )
-from .gradients import Evaluated, evaluate, loss_and_coef, weighted_loss_and_coef
+from .gradients import Evaluated, call, evaluate, loss_and_coef, weighted_loss_and_coef
 from .policy_gradient import grpo, gspo, ppo
 from .preference import dpo, ipo, kto, pro, simpo
 from .reductions import REDUCTIONS, aggregate, reduction_weights
@@ -73,6 +73,7 @@ __all__ = [
     "a_lol_ref_free",
     "a_lol_seq",
     "aggregate",
+    "call",
     "check_side",
     "clip_bounds",
     "defaults",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import size
 from ..sequences import Sequences
 from .reductions import reduction_weights
 from .registry import DIFFERENTIABLE, Objective, name_of, statistics
@@ -37,10 +38,10 @@ def evaluate(
         TypeError: a statistic that ``fn`` names is not in ``stats``.
         ValueError: the result is not ``(G,)`` losses, or ``(losses, {name: (G,) tensor})``.
     """
-    named, name = statistics(fn), name_of(fn)
+    named = statistics(fn)
     missing = [s for s in named if s not in stats]
     if missing:
-        raise TypeError(f"{missing[0]} is missing: objective {name} names it")
+        raise TypeError(f"{missing[0]} is missing: objective {name_of(fn)} names it")
     # Inference tensors cannot be saved for a backward; their clones out here can.
     with torch.inference_mode(False), torch.enable_grad():
         seq, weights = seq.for_autograd(), _leaf(weights, False)
@@ -48,12 +49,14 @@ def evaluate(
         inputs = {
             k: _leaf(v, v.requires_grad) if isinstance(v, Tensor) else v for k, v in side.items()
         }
-        seq_loss, metrics = _checked(fn(**given, seq=seq, **inputs), seq, name)
+        seq_loss, metrics = call(fn, given, seq, inputs)
         wanted = {k: t for k, t in {**given, **inputs}.items() if _wants_grad(t)}
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if seq_loss.requires_grad and wanted:
+            # Under context parallelism it is the sum of the ranks' equal losses that is derived.
+            upstream = weights.to(seq_loss.dtype) / size(seq.cp_group)
             found = torch.autograd.grad(
-                seq_loss, list(wanted.values()), weights.to(seq_loss.dtype), allow_unused=True
+                seq_loss, list(wanted.values()), upstream, allow_unused=True
             )
     grads = {
         k: torch.zeros_like(t) if g is None else g.detach()
@@ -76,8 +79,11 @@ def _wants_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _checked(result: Any, seq: Sequences, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+def call(
+    fn: Objective, stats: dict[str, Tensor], seq: Sequences, side: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses and metrics of an objective, or an error that says what it returned instead."""
+    result, name = fn(**stats, seq=seq, **side), name_of(fn)
     metrics: dict[str, Tensor] = {}
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
         result, metrics = result

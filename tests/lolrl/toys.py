@@ -79,7 +79,14 @@ TOKENIZERS = {
 }
 
 
-def make_llama(vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> Any:
+def make_llama(
+    vocab: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = True,
+    **kw: Any,
+) -> Any:
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
@@ -88,7 +95,7 @@ def make_llama(vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float32,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,

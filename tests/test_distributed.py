@@ -1,0 +1,49 @@
+"""Heads and sequences in parts, and engines that train in parallel, on gloo processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import ROOT
+
+from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
+from tests.ranks.harness import SCENARIOS
+
+CASES = [(n, name) for name, (_, worlds) in SCENARIOS.items() for n in worlds]
+
+
+def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """What each rank found, by torchrun as users start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "tests.ranks.worker", str(folder)]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    files = [folder / f"rank{rank}.json" for rank in range(ranks)]
+    assert all(f.exists() for f in files), done.stderr[-4000:]
+    return [json.loads(f.read_text()) for f in files]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ranks -> what they found, from one launch each."""
+    known: dict[int, list[dict[str, Any]]] = {}
+
+    def of(ranks: int) -> list[dict[str, Any]]:
+        if ranks not in known:
+            known[ranks] = launch(ranks, tmp_path_factory.mktemp(f"ranks{ranks}"))
+        return known[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_on_ranks(ranks: int, name: str, found: Any) -> None:
+    for rank, results in enumerate(found(ranks)):
+        assert name in results, f"rank {rank} never came to it: {list(results)[-1:]} stopped it"
+        problem, _ = results[name]
+        assert not problem, f"rank {rank}: {problem}"
