@@ -213,7 +213,7 @@ def _op(
     holds all rows dweight and dbias are left to the backward, which makes them of ``kept``.
     """
     deferred.raise_noted(hidden.device)
-    poison = deferred.check_labels(labels, weight.shape[0])
+    flags = deferred.label_flags(labels, weight.shape[0])
     c = lookup(call)
     for (name, _), value in zip(c.spec, side, strict=True):
         deferred.check_side(name, value)
@@ -225,7 +225,7 @@ def _op(
     head = need_weight or need_bias
     step = Step(c, side, need[3:], seq, weights)
     walk = make_walk(
-        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, poison
+        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, flags
     )
     hold = "entropy" in objectives.statistics(c.objective)
     most, dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
@@ -275,12 +275,13 @@ def _op(
     if later and coef is not None:
         both = torch.zeros_like(coef.a) if coef.both is None else coef.both
         torch.stack([coef.a, coef.b, both, stats.slope, stats.rest, stats.share], out=saved)
+    deferred.send(hidden.device)
     return [
         loss,
         step.seq_loss.to(walk.dtype),
         stats.logps,
         stats.lse,
-        stats.lse - stats.expected_logit,
+        stats.entropy,
         stats.max_logit,
         metrics.to(walk.dtype),
         dhidden,

@@ -10,6 +10,7 @@ import torch
 
 from .compiled import Compiled
 from .contract import Backend
+from .finish import add_labels, finish
 
 compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
 
@@ -35,4 +36,6 @@ BACKEND = Backend(
     exps_=compiled.exps_,
     dlogits_=compiled.dlogits_,
     sequence_coef=compiled.sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )

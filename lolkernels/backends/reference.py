@@ -6,7 +6,7 @@ tanh(x / cap):
     row_stats     target_logit = z[label]   lse = log sum exp z   expected_logit = sum softmax(z) z
                   max_logit = max z
     exps_         E = exp(z - anchor) dz/dx, the label's column 0, and the sums that make the same
-                  statistics of it (see ``contract.statistics``)
+                  statistics of it (see ``finish.statistics``)
     dlogits_      (a [v == label] + exp(z - lse) (b + c z)) dz/dx
     sequence_coef the A-LoL family's loss and d loss / d logp (see Family in objectives.py)
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .contract import REACH, SHIFT, Backend, Exps
+from .finish import add_labels, finish
 
 
 def row_stats(
@@ -180,4 +181,6 @@ BACKEND = Backend(
     exps_=exps_,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )
