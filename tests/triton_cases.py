@@ -134,7 +134,9 @@ def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
     outs = ("loss_ptr", "coef_ptr", "log_ratio_ptr", "clipped_ptr")
     signature = dict.fromkeys(("logps_ptr", "weight_ptr", *outs), "*fp32") | {"cu_ptr": "*i64"}
     signature |= dict.fromkeys(("log_low", "log_high", "beta"), "fp32")
+    signature |= {"scale_ptr": "*fp32", "flags_ptr": "*i32"}
     constexprs: dict[str, Any] = {"HAS_REF": ref, "RATIO": ratio, "HAS_BETA": True}
+    constexprs |= {"HAS_SCALE": True, "HAS_FLAGS": True}
     constexprs |= {"BLOCK": rows.SEQUENCE_BLOCK} | ({} if ref else {"ref_ptr": None})
     return Case(
         name=f"sequence_coef-sm{arch}-{ratio}{'-ref' * ref}",

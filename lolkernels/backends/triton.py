@@ -204,6 +204,8 @@ def sequence_coef(
     log_low: float,
     log_high: float,
     beta: float = 0.0,
+    scale: Tensor | None = None,  # (s,) float32
+    flags: Tensor | None = None,  # () int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family.
 
@@ -228,6 +230,10 @@ def sequence_coef(
                 float(log_low),
                 float(log_high),
                 float(beta),
+                scale,
+                flags,
+                HAS_SCALE=scale is not None,
+                HAS_FLAGS=flags is not None,
                 HAS_REF=ref_logps is not None,
                 RATIO=ratio,
                 HAS_BETA=beta != 0,

@@ -493,6 +493,10 @@ def sequence_coef(
     log_low,
     log_high,
     beta,
+    scale_ptr,  # (s,) fp32
+    flags_ptr,  # () int32
+    HAS_SCALE: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     HAS_REF: tl.constexpr,
     RATIO: tl.constexpr,  # 0 none, 1 of the sequence, 2 of each token
     HAS_BETA: tl.constexpr,
@@ -509,6 +513,10 @@ def sequence_coef(
     log_low = tl.full((), log_low, tl.float64)
     log_high = tl.full((), log_high, tl.float64)
     beta = tl.full((), beta, tl.float64)
+    scale = tl.full((), 1.0, tl.float64)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + s).to(tl.float64)
+    nans = tl.zeros([BLOCK], tl.int32)
     sum_d = tl.zeros([BLOCK], tl.float64)
     sum_wl = tl.zeros([BLOCK], tl.float64)
     outside = tl.zeros([BLOCK], tl.float64)
@@ -517,24 +525,27 @@ def sequence_coef(
         logp = tl.load(logps_ptr + t, mask=t < end, other=0.0).to(tl.float64)
         d = logp
         if HAS_REF:
-            d -= tl.load(ref_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+            ref = tl.load(ref_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+            nans += (ref != ref).to(tl.int32)
+            d -= ref
         sum_d += d
         w = tl.zeros([BLOCK], tl.float64) + 1.0
         if RATIO == 2:
             w = tl.exp(clamp(d, log_low, log_high))
-            tl.store(coef_ptr + t, (beta - weight * w).to(tl.float32), mask=t < end)
+            coef = scale * (beta - weight * w)
+            tl.store(coef_ptr + t, coef.to(tl.float32), mask=t < end)
             outside += tl.where((t < end) & ((d < log_low) | (d > log_high)), 1.0, 0.0)
         sum_wl += tl.where(t < end, w * logp, 0.0)
     log_ratio = tl.sum(sum_d, 0)
     total = tl.sum(sum_wl, 0)
     clipped = tl.sum(outside, 0) / tl.maximum((end - start).to(tl.float64), 1.0)
     if RATIO != 2:
-        coef = beta - weight
+        coef = scale * (beta - weight)
         if RATIO == 1:
             w_s = tl.exp(clamp(log_ratio, log_low, log_high))
             clipped += tl.where((log_ratio < log_low) | (log_ratio > log_high), 1.0, 0.0)
             total = w_s * total
-            coef = beta - weight * w_s
+            coef = scale * (beta - weight * w_s)
         for t0 in range(start, end, BLOCK):
             t = t0 + tl.arange(0, BLOCK)
             tl.store(
@@ -543,6 +554,8 @@ def sequence_coef(
     loss = -weight * total
     if HAS_BETA:
         loss += beta * log_ratio
+    if HAS_FLAGS:
+        tl.atomic_or(flags_ptr, 2, mask=(tl.sum(nans, 0) > 0) | (weight != weight))
     empty = end == start
     tl.store(loss_ptr + s, tl.where(empty, 0.0, loss).to(tl.float32))
     tl.store(log_ratio_ptr + s, log_ratio.to(tl.float32))
