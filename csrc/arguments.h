@@ -60,6 +60,26 @@ struct SpansArgs {
   float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
 };
 
+// Vectors of a GPU's rows are contiguous but for those with a stride.
+struct FinishArgs {
+  Vector<int64_t> labels;
+  int64_t vocab;
+  const float* sums[6];  // of ExpsArgs
+  float* out[8];         // logps, lse, entropy, max_logit, target_logit, slope, rest, share
+  int32_t* flags;        // a label outside [0, vocab) sets kBadLabel and spoils its row; or null
+  float* unit;           // (rows, table.cols), or null
+  int64_t unit_stride;
+  Matrix table;  // (vocab, D)
+};
+
+struct LabelsArgs {
+  Matrix table;  // (V, D), added to
+  Matrix rows;   // (n, D)
+  Vector<int64_t> labels;
+  Vector<float> a, both;  // both: null where it is zero
+  const float *logps, *rest, *slope;
+};
+
 struct SequencesArgs {
   Vector<float> logps;
   bool has_ref;  // without one the reference log-probs are 0
@@ -68,6 +88,10 @@ struct SequencesArgs {
   Vector<float> weight;
   SequenceRule rule;
   float *loss, *coef, *log_ratio, *clipped;
+  Vector<float> scale = {nullptr, 0};  // of the coefficients of a sequence; null: 1
+  int32_t* flags = nullptr;            // a nan among ref_logps and weight sets kNanInput; or null
 };
+
+constexpr int32_t kBadLabel = 1, kNanInput = 2;
 
 }  // namespace lolkernels

@@ -23,7 +23,8 @@ void define_row_functions(Library& m) {
   // -> loss (s,), coef (n,), log_ratio (s,), clipped (s,), all float32
   m.def(
       "sequence_coef(Tensor logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor weight, int ratio,"
-      " float log_low, float log_high, float beta) -> (Tensor, Tensor, Tensor, Tensor)");
+      " float log_low, float log_high, float beta, Tensor? scale=None, Tensor? flags=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace lolkernels

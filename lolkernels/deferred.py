@@ -1,8 +1,8 @@
 """Checks of values that stand on a GPU, without waiting for it.
 
-On a CPU a bad value raises at once. On a GPU the check is a kernel among the others: it spoils the
-row (nan) and sets a flag, which travels to the host behind the work and raises at the next call of
-this library on that device, or in :func:`check_errors`. ``LOLKERNELS_STRICT=1`` in the environment
+On a CPU a bad value raises at once. On a GPU the kernels that read it spoil the row (nan) and set a
+flag, which travels to the host behind the work and raises at the next call of this library on that
+device, or in :func:`check_errors`. ``LOLKERNELS_STRICT=1`` in the environment
 makes every check wait and raise at once.
 """
 
@@ -42,14 +42,20 @@ def readable(t: Tensor) -> bool:
     )
 
 
-def check_labels(labels: Tensor, vocab: int | Tensor) -> Tensor | None:
-    """Every label in [0, vocab): raises, or returns (N,) with nan where a label is outside."""
+def check_labels(labels: Tensor, vocab: int | Tensor) -> None:
+    """Every label in [0, vocab): raises, or notes that one is outside."""
     if immediate(labels.device):
         checks.label_values(labels, int(vocab))
+    else:
+        note(LABEL, (labels < 0) | (labels >= vocab))
+
+
+def label_flags(labels: Tensor, vocab: int) -> Tensor | None:
+    """As :func:`check_labels`, or the device's flags: whoever reads the labels sets LABEL there."""
+    if immediate(labels.device):
+        checks.label_values(labels, vocab)
         return None
-    bad = (labels < 0) | (labels >= vocab)
-    note(LABEL, bad)
-    return torch.zeros(labels.shape, device=labels.device).masked_fill_(bad, torch.nan)
+    return flags(labels.device)
 
 
 def check_side(name: str, value: Tensor) -> None:
@@ -61,9 +67,14 @@ def check_side(name: str, value: Tensor) -> None:
 
 def note(flag: int, bad: Tensor) -> None:
     """Sets a flag where anything is bad. Flags stay until they have been raised."""
-    there, here = _flags_of(bad.device)
-    there.bitwise_or_(bad.any().to(torch.int32) * flag)
-    here.copy_(there, non_blocking=True)
+    flags(bad.device).bitwise_or_(bad.any().to(torch.int32) * flag)
+
+
+def send(device: torch.device) -> None:
+    """The flags that work so far sets go to the host behind it."""
+    if device in _flags:
+        there, here = _flags[device]
+        here.copy_(there, non_blocking=True)
 
 
 def raise_noted(device: torch.device) -> None:
@@ -93,13 +104,15 @@ def check_errors() -> None:
         were nan.
     """
     for device in list(_flags):
+        send(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         raise_noted(device)
 
 
-def _flags_of(device: torch.device) -> tuple[Tensor, Tensor]:
+def flags(device: torch.device) -> Tensor:
+    """() int32 on the device: LABEL, NAN and BLOCKING are its bits."""
     if device not in _flags:
         here = torch.zeros((), dtype=torch.int32, pin_memory=device.type == "cuda")
         _flags[device] = torch.zeros((), dtype=torch.int32, device=device), here
-    return _flags[device]
+    return _flags[device][0]

@@ -85,12 +85,15 @@ def _op(
 ) -> list[Tensor]:
     """[logps, lse, entropy, max_logit], each (N,)."""
     deferred.raise_noted(logits.device)
-    poison = None if shard else deferred.check_labels(labels, logits.shape[1])
+    flags = None if shard else deferred.label_flags(labels, logits.shape[1])
     target, lse, expected, largest = backends.TABLE[backend].row_stats(
         logits, labels, **Scaling(*scaling)._asdict()
     )
-    if poison is not None:
-        lse = lse + poison
+    if flags is not None:
+        bad = (labels < 0) | (labels >= logits.shape[1])
+        flags.bitwise_or_(bad.any().to(flags.dtype))
+        lse = lse.masked_fill(bad, torch.nan)
+        deferred.send(logits.device)
     return [target - lse, lse, lse - expected, largest]
 
 
@@ -156,7 +159,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     }
     if not given:
         return (None,) * 6
-    coef = Coefficients.of(lse - entropy, given)
+    coef = Coefficients.of(lse, entropy, given)
     abc = [coef.a, coef.b, torch.zeros_like(lse) if coef.c is None else coef.c]
     if not ctx.inplace:
         return _gradient(abc, lse, logits, labels, *ctx.options), *(None,) * 5

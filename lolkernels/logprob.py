@@ -168,7 +168,11 @@ def whole_labels(labels: Tensor, rows: int, group: Any) -> tuple[distributed.Sha
         deferred.note(deferred.RANKS, ~where.agree)
     elif not bool(where.agree):
         raise ValueError(f"in this call {deferred.MEANING[deferred.RANKS]}")
-    return where, deferred.check_labels(labels, where.size)
+    deferred.check_labels(labels, where.size)
+    if deferred.immediate(labels.device):
+        return where, None
+    outside = (labels < 0) | (labels >= where.size)
+    return where, torch.zeros(labels.shape, device=labels.device).masked_fill_(outside, torch.nan)
 
 
 def operand(hidden: Tensor, weight: Tensor, backend: str) -> torch.dtype:
@@ -186,12 +190,12 @@ def make_walk(
     backend: str,
     operand: torch.dtype,
     memory_budget: int | None,
-    poison: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> Walk:
     record: Backend = backends.TABLE[backend]
     kind = PanelWalk if takes_panels(hidden, weight, record, operand) else RowWalk
     return kind(
-        hidden, weight, bias, labels, Scaling(*scaling), record, operand, memory_budget, poison
+        hidden, weight, bias, labels, Scaling(*scaling), record, operand, memory_budget, flags
     )
 
 
@@ -238,17 +242,17 @@ def _op(
     first rows; each is empty where it is not needed.
     """
     deferred.raise_noted(hidden.device)
-    poison = None if shard else deferred.check_labels(labels, weight.shape[0])
+    flags = None if shard else deferred.label_flags(labels, weight.shape[0])
     n, vocab = labels.shape[0], weight.shape[0]
-    walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget, poison)
+    walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget, flags)
     rows, dtype = rows_to_keep(n, hidden, weight, operand, memory_budget, need[2])
     kept = new_kept(hidden, rows if need[1] or need[2] else 0, vocab, dtype, backend)
     with_unit = need[0] and not need[2]
     unit = walk.empty(n if with_unit else 0, hidden.shape[1])
     with ieee_fp32():
         s = walk.sweep(kept[:, :vocab], unit if with_unit else None, hold=need[2])
-    entropy = s.lse - s.expected_logit
-    return [s.logps, s.lse, entropy, s.max_logit, s.slope, s.rest, s.share, unit, kept]
+    deferred.send(hidden.device)
+    return [s.logps, s.lse, s.entropy, s.max_logit, s.slope, s.rest, s.share, unit, kept]
 
 
 @_op.register_fake
@@ -436,7 +440,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return None, None, None, None, *nothing
     hidden, weight, labels, bias, *stats, unit, kept = ctx.saved_tensors
     logps, lse, entropy, slope, rest, share = stats
-    coef = Coefficients.of(lse - entropy, {k: g.to(lse.dtype) for k, g in given.items()})
+    coef = Coefficients.of(lse, entropy, {k: g.to(lse.dtype) for k, g in given.items()})
     again = coef.c is not None or ctx.need[2]  # there is no unit, or it does not do
     dhidden = dweight = dbias = None
     if needs[0] and not again:

@@ -286,7 +286,7 @@ def _op(
     makes them of ``kept`` and of the logits made again of other rows.
     """
     deferred.raise_noted(hidden.device)
-    poison = deferred.check_labels(labels, weight.shape[0])
+    flags = deferred.label_flags(labels, weight.shape[0])
     c = lookup(call)
     for (name, _), value in zip(c.spec, side, strict=True):
         deferred.check_side(name, value)
@@ -298,7 +298,7 @@ def _op(
     head = need_weight or need_bias
     step = Step(c, side, need[3:], seq, weights)
     walk = make_walk(
-        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, poison
+        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, flags
     )
     hold = "entropy" in objectives.statistics(c.objective)
     most, dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
@@ -349,12 +349,13 @@ def _op(
     loss = (step.seq_loss * weights).sum().to(walk.dtype)
     found = [reported[name] for name in c.metrics if reported]
     metrics = torch.stack(found) if found else step.seq_loss.new_empty(0, seq.num_groups)
+    deferred.send(hidden.device)
     return [
         loss,
         step.seq_loss.to(walk.dtype),
         stats.logps,
         stats.lse,
-        stats.lse - stats.expected_logit,
+        stats.entropy,
         stats.max_logit,
         metrics.to(walk.dtype),
         dhidden,

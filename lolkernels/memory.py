@@ -101,8 +101,7 @@ def padded(width: int) -> int:
     return -(-width // 16) * 16
 
 
-LABEL_ROWS = 2**23  # elements of the rows that are added to dweight's at a time
-GATHERED = 1024  # rows of the weight that are gathered at a time
+GATHERED = 1024  # rows of the weight that are gathered at a time on a CPU
 
 
 def extra_bytes(
@@ -136,14 +135,14 @@ def extra_bytes(
     backward         4 R V' + 4 N D + G + 4 R D + h N D + w, and 4 T P + w where rows were not kept
     blocks           4 R V' + 4 N D + 4 V D + 4 R D + h R D; at their end 4 N D + 4 V D + G
 
-    On a GPU, operands of e bytes, chunks of C rows (:func:`chunk_rows`), L = min(R D, 2^23):
+    On a GPU, operands of e bytes, chunks of C rows (:func:`chunk_rows`):
 
     forward          e R V' + 4 C V' (2 C V' with a GEMM of the backend's own, nothing where rows
-                     are kept in fp32 or by that GEMM) + 4 N D + 4 D min(N, 1024)
-    backward         e R V' + 4 N D + G + (4 + e) R D + 20 L; where rows were not kept also 4 C V'
-                     and, for half operands, fp32 sums of 4 V D in place of dweight
-    blocks           e R V' + 4 N D + 4 V D + the larger of the forward's chunk and (4 + e) R D +
-                     20 L; at their end as on a CPU
+                     are kept in fp32 or by that GEMM) + 4 N D
+    backward         e R V' + 4 N D + G + (4 + e) R D; where rows were not kept also 4 C V' and, for
+                     half operands, fp32 sums of 4 V D in place of dweight
+    blocks           e R V' + 4 N D + 4 V D + the larger of the forward's chunk and (4 + e) R D; at
+                     their end as on a CPU
 
     With ``accumulate_into`` G holds no dweight, and there are no blocks: rows that are not kept are
     gone through again. Of fp32 it also takes the sums' place.
@@ -164,7 +163,7 @@ def extra_bytes(
         largest = most if longest_block is None else longest_block
     kept = min(largest, most) if trained else 0
     unit = 4 * n * d if op != "score" else 0
-    gathered = 4 * d * min(n, GATHERED) if op != "score" else 0
+    gathered = 4 * d * min(n, GATHERED) if op != "score" and not gpu else 0
     dhidden = hidden_bytes * n * d if op != "score" else 0
     dweight = weight_bytes * v * d if trained and not into else 0
     held, sums, left = e * kept * columns, 4 * v * d, n - kept
@@ -173,7 +172,7 @@ def extra_bytes(
         chunk = (2 if gemm else 4) * min(size, n) * columns
         in_place = trained and (gemm or e == 4)
         sweep = 0 if in_place and not left else chunk
-        rows = (4 + e % 4) * kept * d + 20 * min(kept * d, LABEL_ROWS)
+        rows = (4 + e % 4) * kept * d
         forward = held + sweep + unit + gathered
         backward = held + unit + dhidden + dweight + rows
         if left:

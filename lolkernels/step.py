@@ -178,7 +178,8 @@ class Step:
             if name not in self.metrics:
                 self.metrics[name] = torch.zeros_like(self.seq_loss)
             self.metrics[name][group] += value
-        return Coefficients.of(stats.expected_logit, {k: g.to(dtype) for k, g in grads.items()})
+        grads = {k: g.to(dtype) for k, g in grads.items()}
+        return Coefficients.of(stats.lse, stats.entropy, grads)
 
     @property
     def whole(self) -> Block:
@@ -202,8 +203,7 @@ class Step:
     def read(self, stats: RowStats) -> dict[str, Tensor]:
         """The statistics that the objective names."""
         names = objectives.statistics(self.call.objective)
-        made = stats._asdict() | {"entropy": stats.lse - stats.expected_logit}
-        return {name: made[name] for name in names}
+        return {name: getattr(stats, name) for name in names}
 
     def check_blocking(self, stats: RowStats) -> None:
         """An objective that looks across groups has another value where it sees them all."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import Backend, RowStats
+from .backends.finish import gather_labels
 from .gemm import HALF, accumulation_dtype
 
 
@@ -40,30 +41,25 @@ class Coefficients(NamedTuple):
     both: Tensor | None = None
 
     @staticmethod
-    def of(expected_logit: Tensor, grads: dict[str, Tensor]) -> Coefficients:
+    def of(lse: Tensor, entropy: Tensor, grads: dict[str, Tensor]) -> Coefficients:
         """From d loss / d (logps, lse, entropy, target_logit), where they are there.
 
         logp = z_y - lse gives a = g, b = -g; dlse/dz_v = p_v; dH/dz_v = p_v (E[z] - z_v).
         """
-        zero = torch.zeros_like(expected_logit)
-        logps, entropy = grads.get("logps", zero), grads.get("entropy")
-        a, b, c, both = logps, -logps, None, None
-        if "lse" in grads or "target_logit" in grads:
-            lse, target = grads.get("lse", zero), grads.get("target_logit", zero)
-            a, b, both = a + target, b + lse, lse + target
-        if entropy is not None:
-            b, c = b + entropy * expected_logit, -entropy
+        a = grads["logps"] if "logps" in grads else torch.zeros_like(lse)
+        b, c, both = -a, None, None
+        for g in (grads[k] for k in ("lse", "target_logit") if k in grads):
+            both = g if both is None else both + g
+        if both is not None:
+            a = a + grads["target_logit"] if "target_logit" in grads else a
+            b = b + grads["lse"] if "lse" in grads else b
+        if "entropy" in grads:
+            c = -grads["entropy"]
+            b = b + c * (entropy - lse)
         return Coefficients(a, b, c, both)
 
     def at(self, rows: slice) -> Coefficients:
         return Coefficients(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
-
-    def at_label(self, stats: RowStats) -> Tensor:  # (n,)
-        """d loss / dx at the label: (a (1 - p) + (a + b) p) dz/dx, no digit lost for p near 1."""
-        value = self.a * stats.rest
-        if self.both is not None:
-            value = value + self.both * stats.logps.exp()
-        return value * stats.slope
 
 
 class Grads:
@@ -107,11 +103,11 @@ class Walk(ABC):
         backend: Backend,
         operand: torch.dtype,
         memory_budget: int | None = None,
-        poison: Tensor | None = None,  # (N,) zero, nan where a row is spoilt
+        flags: Tensor | None = None,  # () int32: labels are not checked yet, see ``finish``
     ) -> None:
         self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels
         self.options = scaling._asdict()
-        self.backend, self.operand, self.poison = backend, operand, poison
+        self.backend, self.operand, self.flags = backend, operand, flags
         self.budget = memory_budget
         self.dtype = accumulation_dtype(hidden, weight)
         self.vocab = weight.shape[0]
@@ -125,7 +121,6 @@ class Walk(ABC):
         """The same walk over the rows start:stop."""
         walk = copy.copy(self)
         walk.hidden, walk.labels = self.hidden[start:stop], self.labels[start:stop]
-        walk.poison = None if self.poison is None else self.poison[start:stop]
         return walk
 
     def rows(self, i: int, j: int) -> Tensor:
@@ -134,32 +129,14 @@ class Walk(ABC):
     def empty(self, *shape: int) -> Tensor:
         return self.hidden.new_empty(shape, dtype=self.dtype)
 
-    def spoil(self, stats: RowStats, i: int, j: int) -> RowStats:
-        """A spoilt row has nan for its statistics, and so for all its gradients."""
-        if self.poison is None:
-            return stats
-        nan = self.poison[i:j]
-        return stats._replace(logps=stats.logps + nan, lse=stats.lse + nan, share=stats.share + nan)
-
-    def at_labels(self, labels: Tensor) -> Tensor:
-        """W_y, (n, D) in the accumulation dtype."""
-        return self.table.index_select(0, labels.clamp(0, self.vocab - 1)).to(self.dtype)
-
-    def finish_unit(self, unit: Tensor, stats: RowStats, labels: Tensor) -> None:
-        """E W (n, D) -> d logp / d hidden = (1 - p) dz_y/dx W_y - share E W, in place."""
-        unit.mul_(-stats.share[:, None])
-        self.add_labels(unit, labels, stats.rest * stats.slope)
+    def empty_stats(self) -> RowStats:
+        return RowStats(*(self.empty(self.n) for _ in RowStats._fields))
 
     def dhidden(self, unit: Tensor, stats: RowStats, coef: Coefficients) -> None:
         """d logp / d hidden -> -b d logp / d hidden + (a + b) dz_y/dx W_y, in place; c is none."""
-        unit.mul_(-coef.b[:, None])
+        unit.mul_((coef.a if coef.both is None else -coef.b)[:, None])
         if coef.both is not None:
-            self.add_labels(unit, self.labels, coef.both * stats.slope)
-
-    def add_labels(self, rows: Tensor, labels: Tensor, factor: Tensor) -> None:
-        """rows += factor W_y."""
-        for i, j in blocks(0, labels.shape[0], 1024):
-            rows[i:j].addcmul_(self.at_labels(labels[i:j]), factor[i:j, None])
+            gather_labels(unit, self.labels, coef.both * stats.slope, self.table)
 
     @abstractmethod
     def sweep(

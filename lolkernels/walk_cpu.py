@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .backends.contract import Exps, RowStats, statistics
+from .backends.contract import Exps, RowStats
+from .backends.finish import at_label, finish
 from .gemm import matmul
 from .walk import Coefficients, Grads, Walk, blocks
 
@@ -56,20 +57,15 @@ class PanelWalk(Walk):
         k = 0 if kept is None else kept.shape[0]
         size = self.tile_rows()
         buffer = self.empty(min(size, n if hold else n - k), self.width)
-        parts = []
+        stats = self.empty_stats()
         for i, j in [*blocks(0, k, size), *blocks(k, n, size)]:
             h, labels = self.rows(i, j), self.labels[i:j]
             held = kept[i:j] if kept is not None and i < k else None
             into = None if unit is None else unit[i:j]
-            stats = self._sweep_tile(h, labels, held, buffer, into, hold)
-            parts.append(self.spoil(stats, i, j))
-            if into is not None:
-                self.finish_unit(into, parts[-1], labels)
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return RowStats(*(self.empty(0) for _ in RowStats._fields))
-        return RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            sums = self._sweep_tile(h, labels, held, buffer, into, hold)
+            here = stats.at(slice(i, j))
+            finish(sums, labels, self.vocab, here, self.flags, into, self.table)
+        return stats
 
     def _sweep_tile(
         self,
@@ -79,9 +75,12 @@ class PanelWalk(Walk):
         buffer: Tensor,
         unit: Tensor | None,  # (m, D)
         hold: bool,
-    ) -> RowStats:
-        """The anchor of a row is its maximum over the first panel, raised where a later panel
-        stands far above it: what has been summed and stored by then shrinks."""
+    ) -> Exps:
+        """The sums of whole rows, in fp64.
+
+        The anchor of a row is its maximum over the first panel, raised where a later panel stands
+        far above it: what has been summed and stored by then shrinks.
+        """
         m = labels.shape[0]
         anchor = h.new_full((m,), -torch.inf)  # the kernel takes the maximum then
         rest, deviation, slope = (h.new_zeros(m, dtype=torch.float64) for _ in range(3))
@@ -113,8 +112,7 @@ class PanelWalk(Walk):
                 matmul(x, w, unit, accumulate=v0 > 0)
         # Where no other column counts the label stands alone.
         anchor = torch.where((rest == 0) & target.isfinite(), target, sums.anchor).double()
-        whole = Exps(anchor, rest, deviation, largest.double(), target.double(), slope)
-        return RowStats(*(t.to(self.dtype) for t in statistics(whole)))
+        return Exps(anchor, rest, deviation, largest.double(), target.double(), slope)
 
     def gradients(
         self,
@@ -137,7 +135,7 @@ class PanelWalk(Walk):
         else:
             share = coef.b[:k] * stats.share[:k]
             scaled = h[:k] * share[:, None]
-            at_label, owners = coef.at_label(stats)[:k], labels[:k]
+            owners, own = labels[:k], at_label(coef.a, coef.both, stats)[:k]
         table = grads.weight
         rounded = table is not None and table.dtype != self.dtype
         dw = self.empty(self.width, h.shape[1]) if rounded else table
@@ -151,9 +149,9 @@ class PanelWalk(Walk):
                 columns = owners[mine] - v0
                 if into is not None:
                     matmul(x.T, scaled, into, accumulate=more)
-                    into.index_add_(0, columns, h[mine] * at_label[mine, None])
+                    into.index_add_(0, columns, h[mine] * own[mine, None])
                 if grads.bias is not None:
-                    total = (x.T @ share).index_add_(0, columns, at_label[mine])
+                    total = (x.T @ share).index_add_(0, columns, own[mine])
                     _put(grads.bias[v0:v1], total, more)
                 more = True
             for i, j in tiles:

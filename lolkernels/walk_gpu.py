@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .backends.contract import SHIFT, Exps, RowStats, statistics
+from .backends.contract import SHIFT, RowStats
+from .backends.finish import at_label
 from .gemm import matmul
 from .walk import Coefficients, Grads, Walk, blocks
 
@@ -46,7 +47,8 @@ class RowWalk(Walk):
 
     def anchors(self, h: Tensor, labels: Tensor) -> Tensor:
         """z_y + SHIFT by a product of its own, before the logits are made."""
-        x = (h.to(self.dtype) * self.at_labels(labels)).sum(1)
+        picked = self.table.index_select(0, labels.clamp(0, self.vocab - 1))
+        x = (h.to(self.dtype) * picked.to(self.dtype)).sum(1)
         if self.bias is not None:
             x = x + self.bias[labels.clamp(0, self.vocab - 1)]
         x = x * self.options["scale"]
@@ -64,33 +66,29 @@ class RowWalk(Walk):
         own = self.operand if self.gemm is not None and not hold else self.dtype
         in_place = kept is not None and kept.dtype == own and not hold  # no other chunk is needed
         buffer = self.empty_rows(min(size, n - k if in_place else n), own)
-        parts: list[Exps] = []
+        stats = self.empty_stats()
         for i, j in [*blocks(0, k, size), *blocks(k, n, size)]:
             h, labels = self.rows(i, j), self.labels[i:j]
             held = kept[i:j] if kept is not None and i < k else None
             if hold and held is not None:
                 self.logits(h, held)
                 e = self.narrow(buffer[: j - i])
-                parts.append(self.backend.exps_(held, labels, None, **self.options, out=e))
+                sums = self.backend.exps_(held, labels, None, **self.options, out=e)
             elif self.gemm is not None:
                 e = buffer[: j - i] if held is None else held
                 out = None if held is None and unit is None else e  # scoring writes none
                 anchor = self.anchors(h, labels)
                 sums = self.gemm(h, self.table, self.bias, labels, anchor, out, **self.options)
-                parts.append(sums)
             else:
                 x = held if held is not None and in_place else buffer[: j - i]
                 self.logits(h, x)
                 e = self.narrow(x) if held is None else held
-                parts.append(self.backend.exps_(x, labels, None, **self.options, out=e))
-            if unit is not None:
-                matmul(e, self.table, unit[i:j])
-        if not parts:
-            return RowStats(*(self.empty(0) for _ in RowStats._fields))
-        sums = Exps(*map(torch.cat, zip(*parts, strict=True)))  # tensors of their own, too
-        stats = self.spoil(statistics(sums), 0, n)
-        if unit is not None:
-            self.finish_unit(unit, stats, self.labels)
+                sums = self.backend.exps_(x, labels, None, **self.options, out=e)
+            into = None if unit is None else unit[i:j]
+            if into is not None:
+                matmul(e, self.table, into)
+            here = stats.at(slice(i, j))
+            self.backend.finish(sums, labels, self.vocab, here, self.flags, into, self.table)
         return stats
 
     def gradients(
@@ -108,14 +106,15 @@ class RowWalk(Walk):
         if k and not hold and kept is not None:
             h = self.rows(0, k)
             self.add(grads, kept, h, (coef.b * stats.share)[:k])
-            at_label = coef.at_label(stats)[:k]
-            at_label = at_label if grads.unit is None else at_label / grads.unit
+            a, both, here = coef.a[:k], coef.both, stats.at(slice(0, k))
+            both = None if both is None else both[:k]
+            if grads.unit is not None:
+                a, both = a / grads.unit, None if both is None else both / grads.unit
             if grads.weight is not None:
-                add_rows(grads.weight, labels[:k], h, at_label)
+                self.backend.add_labels(grads.weight, labels[:k], h, a, both, here)
             if grads.bias is not None:
-                grads.bias.index_put_(
-                    (labels[:k].clamp(0, self.vocab - 1),), at_label, accumulate=True
-                )
+                owners = labels[:k].clamp(0, self.vocab - 1)
+                grads.bias.index_put_((owners,), at_label(a, both, here), accumulate=True)
         size = self.chunk_rows(n)
         start = 0 if hold else k
         buffer = self.empty_rows(min(size, n - start), self.dtype)
@@ -129,10 +128,10 @@ class RowWalk(Walk):
             else:
                 self.logits(h, x)
             dx = self.narrow(buffer[: j - i])
-            here = [t[i:j] for t in abc]
+            some = [t[i:j] for t in abc]
             if largest is not None:  # each row in its own range, which its products leave again
-                here = [t / largest[i:j] for t in here]
-            self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *here, **self.options, out=dx)
+                some = [t / largest[i:j] for t in some]
+            self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *some, **self.options, out=dx)
             if dh is not None:
                 matmul(dx, self.table, dh[i:j])
                 if largest is not None:
@@ -173,21 +172,6 @@ class RowWalk(Walk):
         total = self.empty(self.vocab, 2)
         matmul(x.T, pair, total)
         return total.sum(1)
-
-
-def add_rows(table: Tensor, labels: Tensor, rows: Tensor, factor: Tensor) -> None:
-    """table[label] += factor row, in the order of the rows, rounded once: the same bits always."""
-    labels = labels.clamp(0, table.shape[0] - 1)  # a label outside has a factor of 0 or nan
-    owners, order = torch.sort(labels, stable=True)
-    new = torch.ones_like(owners)
-    new[1:] = owners.diff().ne(0)
-    group, factor = new.cumsum(0) - 1, factor[order, None]
-    for i, j in blocks(0, table.shape[1], max(64, memory.LABEL_ROWS // max(1, len(labels)))):
-        part = table[:, i:j]
-        added = rows[order, i:j] * factor
-        total = torch.zeros_like(added).index_put_((group,), added, accumulate=True)
-        summed = total[group].add_(part.index_select(0, owners))
-        part.index_copy_(0, owners, summed.to(table.dtype))
 
 
 def _power_of_two(size: Tensor) -> Tensor:

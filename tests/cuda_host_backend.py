@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lolkernels.backends import cuda, cuda_gemm
-from lolkernels.backends.contract import Exps
+from lolkernels.backends.contract import Exps, RowStats
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++")
@@ -84,6 +85,10 @@ def _narrower(logits: Tensor, out: Tensor) -> bool:
     return out.data_ptr() == logits.data_ptr() and out.element_size() < logits.element_size()
 
 
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
 def _address(t: Tensor) -> Any:
     return ctypes.c_void_p(t.data_ptr())
 
@@ -136,7 +141,7 @@ class Host:
                 _words(0, 0) if anchor is None else _vectors(n, torch.float32, anchor),
                 _scaling(**scaling),
                 int(_narrower(logits, target)),
-                (ctypes.c_void_p * 6)(*(t.data_ptr() for t in sums)),
+                _pointers(sums),
             )
             assert status == 0
         return sums
@@ -177,6 +182,8 @@ class Host:
         log_low: float,
         log_high: float,
         beta: float = 0.0,
+        scale: Tensor | None = None,
+        flags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, s, wide = len(logps), len(weight), torch.float32
         result = (torch.empty(s), torch.empty(n), torch.empty(s), torch.empty(s))
@@ -190,9 +197,54 @@ class Host:
                 ctypes.c_int64(ratio),
                 _numbers(log_low, log_high, beta),
                 *map(_address, result),
+                _words(0, 0) if scale is None else _vectors(s, wide, scale),
+                None if flags is None else _address(flags),
             )
             assert status == 0
         return result
+
+    def finish_rows(
+        self,
+        sums: Exps,
+        labels: Tensor,
+        vocab: int,
+        out: RowStats,
+        flags: Tensor | None = None,
+        unit: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> None:
+        n = len(labels)
+        for t in (*sums, *out):
+            _vectors(n, torch.float32, t)
+            assert t.is_contiguous()
+        if n:
+            status = self.kernels.host_finish(
+                *(_vectors(n, torch.int64, labels), ctypes.c_int64(n), ctypes.c_int64(vocab)),
+                *(_pointers(sums), _pointers(out), None if flags is None else _address(flags)),
+                None if unit is None else _address(unit),
+                ctypes.c_int64(0 if unit is None else unit.stride(0)),
+                None if unit is None or table is None else _matrix(table),
+            )
+            assert status == 0
+
+    def add_labels(
+        self,
+        table: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        a: Tensor,
+        both: Tensor | None,
+        stats: RowStats,
+    ) -> None:
+        n = len(labels)
+        if rows.numel():
+            own = (a.data_ptr(), a.stride(0))
+            more = (0, 0) if both is None else (both.data_ptr(), both.stride(0))
+            status = self.kernels.host_add_labels(
+                *(_matrix(table), _matrix(rows), _vectors(n, torch.int64, labels)),
+                *(_words(*own, *more), _pointers([stats.logps, stats.rest, stats.slope])),
+            )
+            assert status == 0
 
     def finish(
         self,
@@ -250,6 +302,8 @@ BACKEND = cuda.BACKEND._replace(
     exps_=exps_,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
+    finish=_host.finish_rows,
+    add_labels=_host.add_labels,
 )
 # With the epilogue of the GEMM for Hopper behind torch's product.
 GEMM_BACKEND = BACKEND._replace(

@@ -20,7 +20,8 @@ ARCHITECTURES = ("80", "90a", "100")
 THREADS, BLOCKS = 256, 3  # kMaxThreads and kMinBlocks of rows.cuh
 REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8  # they are handed out by eights
 SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor
-KERNELS = 12 + 44 + 44 + 3 + 1  # row_stats, exps, dlogits, sequence_coef, merge_spans
+# row_stats, exps, dlogits, sequence_coef, finish, add_labels, merge_spans
+KERNELS = 12 + 44 + 44 + 3 + 3 + 9 + 1
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 

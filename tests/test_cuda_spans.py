@@ -19,7 +19,8 @@ from test_cuda_host import NORESERVE, SANITIZE, fuzz_sanitized
 from torch import Tensor
 
 from lolkernels.backends import TABLE, cuda_gemm, reference
-from lolkernels.backends.contract import SHIFT, Exps, statistics
+from lolkernels.backends.contract import SHIFT, Exps
+from lolkernels.backends.finish import statistics
 
 BF16 = torch.bfloat16
 EPS = torch.finfo(BF16).eps

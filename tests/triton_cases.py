@@ -32,6 +32,8 @@ def compile_cases() -> list[Case]:
                 cases.append(dlogits_case(arch, x, out, 128256, cap))
                 cases.append(exps_case(arch, x, out, 50257 if cap else 128256, cap))
         cases += [sequence_case(arch, ratio, ref) for ratio in (0, 1, 2) for ref in (True, False)]
+        cases += [finish_case(arch, table, unit) for table in BYTES for unit in (True, False)]
+        cases += [labels_case(arch, x, both) for x in BYTES for both in (True, False)]
         cases += [one_column(stats_case(arch, "fp32", 1, False))]
         cases += [one_column(dlogits_case(arch, "fp32", "bf16", 1, True))]
         cases += [one_column(exps_case(arch, "fp32", "bf16", 1, False))]
@@ -132,7 +134,9 @@ def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
     outs = ("loss_ptr", "coef_ptr", "log_ratio_ptr", "clipped_ptr")
     signature = dict.fromkeys(("logps_ptr", "weight_ptr", *outs), "*fp32") | {"cu_ptr": "*i64"}
     signature |= dict.fromkeys(("log_low", "log_high", "beta"), "fp32")
+    signature |= {"scale_ptr": "*fp32", "flags_ptr": "*i32"}
     constexprs: dict[str, Any] = {"HAS_REF": ref, "RATIO": ratio, "HAS_BETA": True}
+    constexprs |= {"HAS_SCALE": True, "HAS_FLAGS": True}
     constexprs |= {"BLOCK": rows.SEQUENCE_BLOCK} | ({} if ref else {"ref_ptr": None})
     return Case(
         name=f"sequence_coef-sm{arch}-{ratio}{'-ref' * ref}",
@@ -142,4 +146,54 @@ def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
         arch=arch,
         num_warps=4,
         num_stages=rows.STAGES,
+    )
+
+
+def finish_case(arch: int, table: str, unit: bool) -> Case:
+    """With the flags of a GPU; scoring and existing logits have no unit."""
+    names = ["anchor_ptr", "rest_ptr", "deviation_ptr", "max_ptr", "target_ptr", "slope_ptr"]
+    names += [f"{name}_out" for name in ("logps", "lse", "entropy", "max", "target", "slope")]
+    vectors = dict.fromkeys([*names, "rest_out", "share_out"], "*fp32")
+    signature = {"labels_ptr": "*i64", "flags_ptr": "*i32", "V": "i32", **vectors}
+    constexprs: dict[str, Any] = {"labels_row": 1, "HAS_FLAGS": True, "HAS_UNIT": unit}
+    sizes = dict.fromkeys(("D", "unit_row", "table_row"), "i32")
+    sizes |= {"unit_ptr": "*fp32", "table_ptr": f"*{table}"}
+    if unit:
+        signature |= sizes
+        constexprs["table_col"] = 1
+    else:
+        nothing = {k: None if k.endswith("_ptr") else 0 for k in sizes}
+        constexprs |= {**nothing, "table_col": 0}
+    return Case(
+        name=f"finish-sm{arch}-{table}{'-unit' * unit}",
+        fn=triton_kernels.finish,
+        signature=signature,
+        constexprs=constexprs | {"BLOCK": rows.WIDTH},
+        arch=arch,
+        num_warps=4,
+        num_stages=1,
+        aligned=[k for k in signature if k.endswith(("_ptr", "_row")) or k == "D"],
+        vector_loads=unit,
+        vector_stores=unit,
+    )
+
+
+def labels_case(arch: int, x: str, both: bool) -> Case:
+    vectors = ("a_ptr", "logps_ptr", "rest_ptr", "slope_ptr", *(("both_ptr",) if both else ()))
+    signature = {"table_ptr": f"*{x}", "rows_ptr": f"*{x}", "labels_ptr": "*i64"}
+    signature |= dict.fromkeys(vectors, "*fp32")
+    signature |= dict.fromkeys(("n", "V", "D", "table_row", "rows_row"), "i32")
+    constexprs: dict[str, Any] = dict.fromkeys(("labels_row", "rows_col", "a_row"), 1)
+    constexprs |= {"both_row": 1} if both else {"both_ptr": None, "both_row": 0}
+    return Case(
+        name=f"add_labels-sm{arch}-{x}{'-both' * both}",
+        fn=triton_kernels.add_labels,
+        signature=signature,
+        constexprs=constexprs | {"HAS_BOTH": both, "SCAN": rows.WIDTH, "BLOCK": rows.WIDTH},
+        arch=arch,
+        num_warps=4,
+        num_stages=1,
+        aligned=[k for k in signature if k.endswith(("_ptr", "_row")) or k == "D"],
+        vector_loads=True,
+        vector_stores=True,
     )

@@ -93,7 +93,9 @@ void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, cons
 
 Four sequence_coef(const Tensor& logps, const std::optional<Tensor>& ref_logps,
                    const Tensor& cu_seqlens, const Tensor& weight, int64_t ratio, double log_low,
-                   double log_high, double beta) {
+                   double log_high, double beta, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& flags) {
+  STD_TORCH_CHECK(!flags, "flags are for a GPU: on a CPU the caller looks at the inputs");
   STD_TORCH_CHECK(logps.dim() == 1, "logps must have 1 dimension, not ", logps.dim());
   STD_TORCH_CHECK(weight.dim() == 1, "weight must have 1 dimension, not ", weight.dim());
   STD_TORCH_CHECK(ratio >= 0 && ratio <= 2, "ratio must be 0, 1 or 2, not ", ratio);
@@ -107,6 +109,7 @@ Four sequence_coef(const Tensor& logps, const std::optional<Tensor>& ref_logps,
   args.cu_seqlens = vector<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, s + 1, kCpu);
   args.weight = vector<float>(weight, "weight", ScalarType::Float, s, kCpu);
   args.rule = {static_cast<Ratio>(ratio), log_low, log_high, beta};
+  if (scale) args.scale = vector<float>(*scale, "scale", ScalarType::Float, s, kCpu);
   STD_TORCH_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[s] == n,
                   "cu_seqlens must start at 0 and end at the number of tokens, ", n);
   for (int64_t i = 0; i < s; ++i) {

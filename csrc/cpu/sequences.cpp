@@ -6,7 +6,7 @@ void sequence_coefficients(const SequencesArgs& args, int64_t begin, int64_t end
   const SequenceRule& rule = args.rule;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t first = args.cu_seqlens[s], last = args.cu_seqlens[s + 1];
-    const double weight = args.weight[s];
+    const double weight = args.weight[s], scale = args.scale.data ? args.scale[s] : 1.0f;
     const auto log_ratio_at = [&](int64_t t) {
       const double l = args.logps[t];
       return args.has_ref ? l - static_cast<double>(args.ref_logps[t]) : l;
@@ -28,7 +28,7 @@ void sequence_coefficients(const SequencesArgs& args, int64_t begin, int64_t end
         outside_count += outside(token_log_ratio, rule);
       }
       weighted += w * static_cast<double>(args.logps[t]);
-      args.coef[t] = static_cast<float>(sequence_coefficient(weight, w, rule));
+      args.coef[t] = static_cast<float>(scale * sequence_coefficient(weight, w, rule));
     }
 
     const bool empty = last == first;

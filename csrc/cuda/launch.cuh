@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "finish.cuh"
 #include "sequences.cuh"
 #include "span_rows.cuh"
 
@@ -140,6 +141,24 @@ inline cudaError_t sequence_coef(const SequencesArgs& args, int64_t sequences,
     case Ratio::token: return go(sequence_coef_kernel<Ratio::token>);
   }
   return cudaErrorInvalidValue;
+}
+
+inline cudaError_t finish(const FinishArgs& args, int64_t rows, cudaStream_t stream) {
+  return with_dtype(args.table.dtype, [&](auto table) {
+    return launch(finish_kernel<decltype(table)>, static_cast<unsigned>(rows), 1, kFinishThreads,
+                  stream, args);
+  });
+}
+
+inline cudaError_t add_labels(const LabelsArgs& args, cudaStream_t stream) {
+  constexpr int64_t kColumns = kFinishThreads * kFinishColumns;
+  const auto parts = static_cast<unsigned>((args.table.cols + kColumns - 1) / kColumns);
+  return with_dtype(args.table.dtype, [&](auto table) {
+    return with_dtype(args.rows.dtype, [&](auto x) {
+      return launch(add_labels_kernel<decltype(table), decltype(x)>,
+                    static_cast<unsigned>(args.rows.rows), parts, kFinishThreads, stream, args);
+    });
+  });
 }
 
 // span: the columns of one.

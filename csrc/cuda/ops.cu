@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <vector>
 
 #include "../schemas.h"
 #include "../tensors.h"
@@ -124,10 +125,20 @@ void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, c
   check_launch(dlogits(args, aliased, here.stream));
 }
 
+// () int32, or null.
+int32_t* flag_word(const std::optional<Tensor>& flags, int device) {
+  if (!flags) return nullptr;
+  check_device(*flags, "flags", device);
+  STD_TORCH_CHECK(flags->scalar_type() == ScalarType::Int && flags->numel() == 1,
+                  "flags must be one int32");
+  return static_cast<int32_t*>(flags->mutable_data_ptr());
+}
+
 // The values of cu_seqlens are not looked at: that would wait for the device.
 Four sequence_coef_op(const Tensor& logps, const std::optional<Tensor>& ref_logps,
                       const Tensor& cu_seqlens, const Tensor& weight, int64_t ratio, double log_low,
-                      double log_high, double beta) {
+                      double log_high, double beta, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& flags) {
   const Here here(logps);
   STD_TORCH_CHECK(logps.dim() == 1, "logps must have 1 dimension, not ", logps.dim());
   STD_TORCH_CHECK(weight.dim() == 1, "weight must have 1 dimension, not ", weight.dim());
@@ -144,6 +155,8 @@ Four sequence_coef_op(const Tensor& logps, const std::optional<Tensor>& ref_logp
   args.cu_seqlens = vector<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, s + 1, here.device);
   args.weight = floats_of(weight, "weight", s);
   args.rule = {static_cast<Ratio>(ratio), log_low, log_high, beta};
+  if (scale) args.scale = floats_of(*scale, "scale", s);
+  args.flags = flag_word(flags, here.device);
   Four result{new_float(logps, s), new_float(logps, n), new_float(logps, s), new_float(logps, s)};
   args.loss = floats(std::get<0>(result));
   args.coef = floats(std::get<1>(result));
@@ -152,6 +165,59 @@ Four sequence_coef_op(const Tensor& logps, const std::optional<Tensor>& ref_logp
   if (s == 0) return result;
   check_launch(sequence_coef(args, s, here.stream));
   return result;
+}
+
+float* row_floats(const Tensor& t, const char* name, int64_t n, int device) {
+  const Vector<float> v = vector<float>(t, name, ScalarType::Float, n, device);
+  STD_TORCH_CHECK(n < 2 || v.stride == 1, name, " must be contiguous");
+  return const_cast<float*>(v.data);
+}
+
+void finish_op(const Tensor& labels, int64_t vocab, const std::vector<Tensor>& sums,
+               const std::vector<Tensor>& out, const std::optional<Tensor>& flags,
+               const std::optional<Tensor>& unit, const std::optional<Tensor>& table) {
+  const Here here(labels);
+  STD_TORCH_CHECK(labels.dim() == 1, "labels must have 1 dimension, not ", labels.dim());
+  STD_TORCH_CHECK(sums.size() == 6 && out.size() == 8, "sums must be 6 tensors, and out 8");
+  const int64_t n = labels.size(0);
+  FinishArgs args = {};
+  args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  args.vocab = vocab;
+  for (int i = 0; i < 6; ++i) args.sums[i] = row_floats(sums[i], "sums", n, here.device);
+  for (int i = 0; i < 8; ++i) args.out[i] = row_floats(out[i], "out", n, here.device);
+  args.flags = flag_word(flags, here.device);
+  args.table.dtype = DType::f32;
+  if (unit) {
+    STD_TORCH_CHECK(table.has_value(), "unit needs the table");
+    const Matrix u = matrix(*unit, "unit", here.device);
+    args.table = matrix(*table, "table", here.device);
+    STD_TORCH_CHECK(u.dtype == DType::f32 && u.rows == n && u.cols == args.table.cols &&
+                        (u.cols < 2 || u.col_stride == 1) && writes_once(u),
+                    "unit must be (n, D) float32 with rows of adjacent elements");
+    STD_TORCH_CHECK(args.table.rows == vocab && vocab > 0, "table must be (vocab, D)");
+    args.unit = static_cast<float*>(u.data), args.unit_stride = u.row_stride;
+  }
+  if (n > 0) check_launch(finish(args, n, here.stream));
+}
+
+void add_labels_op(const Tensor& table, const Tensor& labels, const Tensor& rows, const Tensor& a,
+                   const std::optional<Tensor>& both, const Tensor& logps, const Tensor& rest,
+                   const Tensor& slope) {
+  const Here here(table);
+  LabelsArgs args = {};
+  args.table = matrix(table, "table", here.device);
+  args.rows = matrix(rows, "rows", here.device);
+  const int64_t n = args.rows.rows;
+  STD_TORCH_CHECK(args.rows.cols == args.table.cols, "rows (n, D) and table (V, D) must have one D");
+  STD_TORCH_CHECK(writes_once(args.table), "table must not hold two elements in one place");
+  check_size(args.rows);
+  args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  args.a = vector<float>(a, "a", ScalarType::Float, n, here.device);
+  if (both) args.both = vector<float>(*both, "both", ScalarType::Float, n, here.device);
+  args.logps = row_floats(logps, "logps", n, here.device);
+  args.rest = row_floats(rest, "rest", n, here.device);
+  args.slope = row_floats(slope, "slope", n, here.device);
+  if (n > 0 && args.rows.cols > 0) check_launch(add_labels(args, here.stream));
 }
 
 #if defined(LOLKERNELS_HOPPER)
@@ -223,6 +289,13 @@ Six linear_exps_op(const Tensor& hidden, const Tensor& weight, const std::option
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lolkernels_cuda, m) {
   lolkernels::define_row_functions(m);
+  // sums as exps gives them; out: the statistics, each (n,); see lolkernels/backends/finish.py
+  m.def(
+      "finish(Tensor labels, int vocab, Tensor[] sums, Tensor(a!)[] out, Tensor(b!)? flags,"
+      " Tensor(c!)? unit, Tensor? table) -> ()");
+  m.def(
+      "add_labels(Tensor(a!) table, Tensor labels, Tensor rows, Tensor a, Tensor? both,"
+      " Tensor logps, Tensor rest, Tensor slope) -> ()");
 #if defined(LOLKERNELS_HOPPER)
   // as exps; bias (ceil(V / S) S,) float32 with the tile's S columns, out (n, V) bfloat16
   m.def(
@@ -238,6 +311,8 @@ STABLE_TORCH_LIBRARY_IMPL(lolkernels_cuda, CUDA, m) {
   m.impl("exps", TORCH_BOX(&exps_op));
   m.impl("dlogits", TORCH_BOX(&dlogits_op));
   m.impl("sequence_coef", TORCH_BOX(&sequence_coef_op));
+  m.impl("finish", TORCH_BOX(&finish_op));
+  m.impl("add_labels", TORCH_BOX(&add_labels_op));
 #if defined(LOLKERNELS_HOPPER)
   m.impl("linear_exps", TORCH_BOX(&linear_exps_op));
 #endif

@@ -30,22 +30,25 @@ __global__ void __launch_bounds__(kSequenceThreads, 2)
   const SequenceRule& rule = args.rule;
   const int64_t s = blockIdx.x;
   const int64_t first = args.cu_seqlens[s], last = args.cu_seqlens[s + 1];
-  const double weight = args.weight[s];
+  const double weight = args.weight[s], scale = args.scale.data ? args.scale[s] : 1.0f;
+  bool missing = weight != weight;
 
   double log_ratio = 0.0, weighted = 0.0, clipped = 0.0;
   for (int64_t t = first + threadIdx.x; t < last; t += kSequenceThreads) {
     const double logp = args.logps[t];
-    const double d = args.has_ref ? logp - static_cast<double>(args.ref_logps[t]) : logp;
+    const double ref = args.has_ref ? args.ref_logps[t] : 0.0f, d = logp - ref;
+    missing = missing || ref != ref;
     log_ratio += d;
     if constexpr (kRatio == Ratio::token) {
       const double w = clipped_ratio(d, rule);
       weighted += w * logp;
       clipped += outside(d, rule) ? 1.0 : 0.0;
-      args.coef[t] = static_cast<float>(sequence_coefficient(weight, w, rule));
+      args.coef[t] = static_cast<float>(scale * sequence_coefficient(weight, w, rule));
     } else {
       weighted += logp;
     }
   }
+  if (missing && args.flags != nullptr) atomicOr(args.flags, kNanInput);
   log_ratio = sum_block(log_ratio);
   weighted = sum_block(weighted);
   if constexpr (kRatio == Ratio::token) {
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 2)
       clipped = outside(log_ratio, rule) ? 1.0 : 0.0;
     }
     weighted *= w;
-    const float coef = static_cast<float>(sequence_coefficient(weight, w, rule));
+    const float coef = static_cast<float>(scale * sequence_coefficient(weight, w, rule));
     for (int64_t t = first + threadIdx.x; t < last; t += kSequenceThreads) args.coef[t] = coef;
   }
   if (threadIdx.x != 0) return;

@@ -116,9 +116,11 @@ class Compiled:
         log_low: float,
         log_high: float,
         beta: float = 0.0,
+        scale: Tensor | None = None,  # (s,) float32
+        flags: Tensor | None = None,  # () int32, on a GPU
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family."""
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.sequence_coef(
-            logps, ref_logps, cu_seqlens, weight, ratio, log_low, log_high, beta
+            *(logps, ref_logps, cu_seqlens, weight, ratio, log_low, log_high, beta, scale, flags)
         )
         return result

@@ -17,7 +17,8 @@ class Backend(NamedTuple):
 
     Adding one is a module with a ``BACKEND`` and an entry in the table of ``backends``.
     ``gemm(hidden, weight, bias, labels, anchor, out, **scaling) -> Exps`` is a matrix product whose
-    epilogue does what ``exps_`` does, so that no logits are written.
+    epilogue does what ``exps_`` does, so that no logits are written. ``finish`` and ``add_labels``
+    are for whole rows; what they do is defined in ``backends.finish``.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Backend(NamedTuple):
     exps_: Callable[..., Exps]
     dlogits_: Callable[..., Tensor]
     sequence_coef: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    finish: Callable[..., None]
+    add_labels: Callable[..., None]
     gemm: Callable[..., Exps] | None = None
     gemm_dtypes: tuple[torch.dtype, ...] = ()  # of the operands
 
@@ -52,33 +55,12 @@ class RowStats(NamedTuple):
 
     logps: Tensor  # log softmax(z)[label], without cancellation where it is near 0
     lse: Tensor
-    expected_logit: Tensor
+    entropy: Tensor
     max_logit: Tensor
     target_logit: Tensor
     slope: Tensor  # dz/dx at the label
     rest: Tensor  # 1 - softmax(z)[label], without cancellation
     share: Tensor  # softmax(z)[v] dz/dx = share E[v] for v != label
 
-
-def statistics(sums: Exps) -> RowStats:
-    """What the sums over whole rows say of them."""
-    base = torch.maximum(sums.target_logit, sums.anchor)
-    mine, fall = (sums.target_logit - base).exp(), (sums.anchor - base).exp()
-    rest = sums.rest * fall
-    total = rest + mine
-    lse = base + total.log()
-    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
-    logps = torch.where(mine > rest, -torch.log1p(rest / mine), sums.target_logit - lse)
-    others = fall * (sums.deviation + sums.rest * (sums.anchor - base))
-    own = mine * (sums.target_logit - base)
-    deviation = torch.where(fall == 0, 0.0, others) + torch.where(mine == 0, 0.0, own)
-    return RowStats(
-        logps=logps + 0.0 * lse,  # nan where the row is spoilt
-        lse=lse,
-        expected_logit=base + deviation / total,
-        max_logit=sums.max_logit,
-        target_logit=sums.target_logit,
-        slope=sums.slope,
-        rest=rest / total,
-        share=fall / total,
-    )
+    def at(self, rows: slice) -> RowStats:
+        return RowStats(*(t[rows] for t in self))

@@ -8,6 +8,7 @@ import torch
 
 from .compiled import Compiled
 from .contract import Backend
+from .finish import add_labels, finish
 
 _compiled = Compiled("_C.abi3.so", "lolkernels", "compiled", "a C++ compiler")
 row_stats, exps_ = _compiled.row_stats, _compiled.exps_
@@ -35,4 +36,6 @@ BACKEND = Backend(
     exps_=exps_,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )

@@ -7,9 +7,10 @@ the device.
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from .compiled import Compiled
-from .contract import Backend
+from .contract import Backend, Exps, RowStats
 
 compiled = Compiled("_CUDA.abi3.so", "lolkernels_cuda", "CUDA", "nvcc")
 
@@ -25,6 +26,32 @@ def why_unavailable() -> str | None:
     return compiled.why_unavailable
 
 
+def finish(
+    sums: Exps,  # each (n,) float32
+    labels: Tensor,  # (n,) int64
+    vocab: int,
+    out: RowStats,  # each (n,) float32
+    flags: Tensor | None = None,  # () int32
+    unit: Tensor | None = None,  # (n, D) float32, rows of adjacent elements
+    table: Tensor | None = None,  # (V, D)
+) -> None:
+    """The statistics of whole rows into ``out``, and E W becomes d logp / d hidden. One launch."""
+    compiled.ops.finish(labels, vocab, list(sums), list(out), flags, unit, table)
+
+
+def add_labels(
+    table: Tensor,  # (V, D)
+    labels: Tensor,  # (n,) int64
+    rows: Tensor,  # (n, D)
+    a: Tensor,  # (n,) float32
+    both: Tensor | None,  # (n,) float32
+    stats: RowStats,  # each (n,) float32
+) -> None:
+    """``table[label] += at_label row``, in the order of the rows, rounded once. One launch."""
+    own = (stats.logps, stats.rest, stats.slope)
+    compiled.ops.add_labels(table, labels, rows, a, both, *own)
+
+
 BACKEND = Backend(
     name="cuda",
     devices=("cuda",),
@@ -35,4 +62,6 @@ BACKEND = Backend(
     exps_=compiled.exps_,
     dlogits_=compiled.dlogits_,
     sequence_coef=compiled.sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )

@@ -6,7 +6,7 @@ tanh(x / cap):
     row_stats     target_logit = z[label]   lse = log sum exp z   expected_logit = sum softmax(z) z
                   max_logit = max z
     exps_         E = exp(z - anchor) dz/dx, the label's column 0, and the sums that make the same
-                  statistics of it (see ``contract.statistics``)
+                  statistics of it (see ``finish.statistics``)
     dlogits_      (a [v == label] + exp(z - lse) (b + c z)) dz/dx
     sequence_coef the A-LoL family's loss and d loss / d logp (see Family in objectives.py)
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .contract import REACH, SHIFT, Backend, Exps
+from .finish import add_labels, finish
 
 
 def row_stats(
@@ -123,10 +124,14 @@ def sequence_coef(
     log_low: float,
     log_high: float,
     beta: float = 0.0,
+    scale: Tensor | None = None,  # (s,)
+    flags: Tensor | None = None,  # () int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (s,), coef (n,), log_ratio (s,), clipped (s,)
+    """Sequence s's coefficients come out times scale[s]. A nan input sets bit 2 of ``flags``."""
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     logps = logps.double()
-    d = logps if ref_logps is None else logps - ref_logps.double()
+    ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.double()
+    d = logps - ref
     cu = cu_seqlens.to(logps.device)
     lengths = cu[1:] - cu[:-1]
     owner = torch.repeat_interleave(lengths)
@@ -149,6 +154,11 @@ def sequence_coef(
     if beta:
         loss = loss + beta * log_ratio
     coef = beta - weight[owner] * w
+    if scale is not None:
+        coef = coef * scale[owner]
+    if flags is not None:
+        bad = weight.isnan().any() | ref.isnan().any()
+        flags.bitwise_or_(2 * bad.to(flags.dtype))
     empty = lengths == 0
     loss, clipped = loss.masked_fill(empty, 0.0), clipped.masked_fill(empty, 0.0)
     return loss.to(dtype), coef.to(dtype), log_ratio.to(dtype), clipped.to(dtype)
@@ -180,4 +190,6 @@ BACKEND = Backend(
     exps_=exps_,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import REACH, SHIFT, Backend, Exps
+from .contract import REACH, SHIFT, Backend, Exps, RowStats
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
+WIDTH = 1024  # columns of hidden, and labels, at a time
 STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
 
 
@@ -203,6 +204,8 @@ def sequence_coef(
     log_low: float,
     log_high: float,
     beta: float = 0.0,
+    scale: Tensor | None = None,  # (s,) float32
+    flags: Tensor | None = None,  # () int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family.
 
@@ -227,6 +230,10 @@ def sequence_coef(
                 float(log_low),
                 float(log_high),
                 float(beta),
+                scale,
+                flags,
+                HAS_SCALE=scale is not None,
+                HAS_FLAGS=flags is not None,
                 HAS_REF=ref_logps is not None,
                 RATIO=ratio,
                 HAS_BETA=beta != 0,
@@ -235,6 +242,83 @@ def sequence_coef(
                 num_stages=STAGES,
             )
     return loss, coef, log_ratio, clipped
+
+
+def finish(
+    sums: Exps,  # each (n,) float32
+    labels: Tensor,  # (n,) int64
+    vocab: int,
+    out: RowStats,  # each (n,) float32
+    flags: Tensor | None = None,  # () int32
+    unit: Tensor | None = None,  # (n, D) float32, rows of adjacent elements
+    table: Tensor | None = None,  # (V, D)
+) -> None:
+    """The statistics of whole rows into ``out``, and E W becomes d logp / d hidden.
+
+    One launch. Memory traffic: ``unit`` once each way, and the labels' rows of ``table``.
+    """
+    n = labels.shape[0]
+    if n:
+        width = 0 if unit is None else unit.shape[1]
+        with _device(labels):
+            _kernels().finish[(n,)](
+                labels,
+                *sums,
+                *out,
+                flags,
+                unit,
+                table if unit is not None else None,
+                vocab,
+                width,
+                labels.stride(0),
+                0 if unit is None else unit.stride(0),
+                *((0, 0) if unit is None or table is None else table.stride()),
+                HAS_FLAGS=flags is not None,
+                HAS_UNIT=unit is not None,
+                BLOCK=WIDTH,
+                num_warps=4,
+                num_stages=STAGES,
+            )
+
+
+def add_labels(
+    table: Tensor,  # (V, D), rows of adjacent elements
+    labels: Tensor,  # (n,) int64
+    rows: Tensor,  # (n, D)
+    a: Tensor,  # (n,) float32
+    both: Tensor | None,  # (n,) float32
+    stats: RowStats,  # each (n,) float32
+) -> None:
+    """``table[label] += at_label row``, in the order of the rows, rounded once.
+
+    One launch. Each row reads the labels of the others: 8 n^2 bytes, from cache.
+    """
+    n, width = rows.shape
+    if n and width:
+        with _device(labels):
+            _kernels().add_labels[(n, -(-width // WIDTH))](
+                table,
+                labels,
+                rows,
+                a,
+                both,
+                stats.logps,
+                stats.rest,
+                stats.slope,
+                n,
+                table.shape[0],
+                width,
+                table.stride(0),
+                labels.stride(0),
+                *rows.stride(),
+                a.stride(0),
+                0 if both is None else both.stride(0),
+                HAS_BOTH=both is not None,
+                SCAN=WIDTH,
+                BLOCK=WIDTH,
+                num_warps=4,
+                num_stages=STAGES,
+            )
 
 
 def _scaling(scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
@@ -273,4 +357,6 @@ BACKEND = Backend(
     exps_=exps_,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
+    finish=finish,
+    add_labels=add_labels,
 )

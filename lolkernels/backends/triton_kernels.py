@@ -257,6 +257,142 @@ def exps(
 
 
 @triton.jit
+def finish(
+    labels_ptr,  # (n,) int64
+    anchor_ptr,  # (n,) fp32: the sums of exps, and so are the next five
+    rest_ptr,
+    deviation_ptr,
+    max_ptr,
+    target_ptr,
+    slope_ptr,
+    logps_out,  # (n,) fp32: the statistics, and so are the next seven
+    lse_out,
+    entropy_out,
+    max_out,
+    target_out,
+    slope_out,
+    rest_out,
+    share_out,
+    flags_ptr,  # () int32
+    unit_ptr,  # (n, D) fp32
+    table_ptr,  # (V, D)
+    V,
+    D,
+    labels_row,
+    unit_row,
+    table_row,
+    table_col,
+    HAS_FLAGS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The statistics of a row, and E W becomes d logp / d hidden. Bytes per element of the row: a
+    read and a write of fp32, and a read of the label's row of the table.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * labels_row)
+    anchor = tl.load(anchor_ptr + row)
+    rest = tl.load(rest_ptr + row)
+    target = tl.load(target_ptr + row)
+    slope = tl.load(slope_ptr + row)
+    base = tl.maximum(target, anchor)
+    mine = tl.exp(target - base)
+    fall = tl.exp(anchor - base)
+    others = fall * (tl.load(deviation_ptr + row) + rest * (anchor - base))
+    dev = tl.where(fall == 0.0, 0.0, others) + tl.where(mine == 0.0, 0.0, mine * (target - base))
+    rest = rest * fall
+    total = rest + mine
+    lse = base + tl.log(total)
+    lse = tl.where(lse == POS_INF, NAN, lse)
+    share = fall / total
+    if HAS_FLAGS:
+        bad = (label < 0) | (label >= V)
+        lse = tl.where(bad, NAN, lse)
+        share = tl.where(bad, NAN, share)
+        tl.atomic_or(flags_ptr, 1, mask=bad)
+    logps = tl.where(mine > rest, -log_of_1_plus(rest / mine), target - lse)
+    spoilt = lse != lse
+    rest = rest / total
+    tl.store(logps_out + row, tl.where(spoilt, NAN, logps))
+    tl.store(lse_out + row, lse)
+    tl.store(entropy_out + row, tl.where(spoilt, NAN, tl.log(total) - dev / total))
+    tl.store(max_out + row, tl.load(max_ptr + row))
+    tl.store(target_out + row, target)
+    tl.store(slope_out + row, slope)
+    tl.store(rest_out + row, rest)
+    tl.store(share_out + row, share)
+    if HAS_UNIT:
+        own = rest * slope
+        label = tl.minimum(tl.maximum(label, 0), V - 1)
+        unit_ptr += row * unit_row
+        table_ptr += label * table_row
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            unit = tl.load(unit_ptr + d, mask=d < D, other=0.0)
+            picked = tl.load(table_ptr + d.to(tl.int64) * table_col, mask=d < D, other=0.0)
+            tl.store(unit_ptr + d, own * picked.to(tl.float32) - share * unit, mask=d < D)
+
+
+@triton.jit
+def add_labels(
+    table_ptr,  # (V, D)
+    labels_ptr,  # (n,) int64
+    rows_ptr,  # (n, D)
+    a_ptr,  # (n,) fp32, and so are the next four
+    both_ptr,
+    logps_ptr,
+    rest_ptr,
+    slope_ptr,
+    n,
+    V,
+    D,
+    table_row,
+    labels_row,
+    rows_row,
+    rows_col,
+    a_row,
+    both_row,
+    HAS_BOTH: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """table[label] += dx_label row, in the order of the rows, rounded once.
+
+    The program of the first row with a label adds up those of all its rows.
+    """
+    first = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(labels_ptr + first * labels_row)
+    alone = (label >= 0) & (label < V)
+    start = first * 0
+    while (start < first) & alone:
+        i = start + tl.arange(0, SCAN)
+        other = tl.load(labels_ptr + i * labels_row, mask=i < first, other=-1)
+        alone = tl.sum((other == label).to(tl.int32), 0) == 0
+        start += SCAN
+    if alone:
+        table_ptr += label * table_row
+        total = tl.load(table_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        row = first
+        while row < n:
+            own = tl.load(a_ptr + row * a_row) * tl.load(rest_ptr + row)
+            if HAS_BOTH:
+                own += tl.load(both_ptr + row * both_row) * tl.exp(tl.load(logps_ptr + row))
+            own *= tl.load(slope_ptr + row)
+            at = rows_ptr + row * rows_row + d.to(tl.int64) * rows_col
+            total += own * tl.load(at, mask=d < D, other=0.0).to(tl.float32)
+            # The next row with this label, or n.
+            start = row + 1
+            row = first * 0 + n
+            while start < row:
+                i = start + tl.arange(0, SCAN)
+                other = tl.load(labels_ptr + i * labels_row, mask=i < n, other=-1)
+                row = tl.min(tl.where((i < n) & (other == label), i, row), 0)
+                start += SCAN
+        tl.store(table_ptr + d, total.to(table_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP: tl.constexpr):
     """p (b + c z) dz/dx: a column that is not the label."""
     z, slope = transform(x, scale, softcap, inv_temperature, CAP)
@@ -357,6 +493,10 @@ def sequence_coef(
     log_low,
     log_high,
     beta,
+    scale_ptr,  # (s,) fp32
+    flags_ptr,  # () int32
+    HAS_SCALE: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     HAS_REF: tl.constexpr,
     RATIO: tl.constexpr,  # 0 none, 1 of the sequence, 2 of each token
     HAS_BETA: tl.constexpr,
@@ -373,6 +513,10 @@ def sequence_coef(
     log_low = tl.full((), log_low, tl.float64)
     log_high = tl.full((), log_high, tl.float64)
     beta = tl.full((), beta, tl.float64)
+    scale = tl.full((), 1.0, tl.float64)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + s).to(tl.float64)
+    nans = tl.zeros([BLOCK], tl.int32)
     sum_d = tl.zeros([BLOCK], tl.float64)
     sum_wl = tl.zeros([BLOCK], tl.float64)
     outside = tl.zeros([BLOCK], tl.float64)
@@ -381,24 +525,27 @@ def sequence_coef(
         logp = tl.load(logps_ptr + t, mask=t < end, other=0.0).to(tl.float64)
         d = logp
         if HAS_REF:
-            d -= tl.load(ref_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+            ref = tl.load(ref_ptr + t, mask=t < end, other=0.0).to(tl.float64)
+            nans += (ref != ref).to(tl.int32)
+            d -= ref
         sum_d += d
         w = tl.zeros([BLOCK], tl.float64) + 1.0
         if RATIO == 2:
             w = tl.exp(clamp(d, log_low, log_high))
-            tl.store(coef_ptr + t, (beta - weight * w).to(tl.float32), mask=t < end)
+            coef = scale * (beta - weight * w)
+            tl.store(coef_ptr + t, coef.to(tl.float32), mask=t < end)
             outside += tl.where((t < end) & ((d < log_low) | (d > log_high)), 1.0, 0.0)
         sum_wl += tl.where(t < end, w * logp, 0.0)
     log_ratio = tl.sum(sum_d, 0)
     total = tl.sum(sum_wl, 0)
     clipped = tl.sum(outside, 0) / tl.maximum((end - start).to(tl.float64), 1.0)
     if RATIO != 2:
-        coef = beta - weight
+        coef = scale * (beta - weight)
         if RATIO == 1:
             w_s = tl.exp(clamp(log_ratio, log_low, log_high))
             clipped += tl.where((log_ratio < log_low) | (log_ratio > log_high), 1.0, 0.0)
             total = w_s * total
-            coef = beta - weight * w_s
+            coef = scale * (beta - weight * w_s)
         for t0 in range(start, end, BLOCK):
             t = t0 + tl.arange(0, BLOCK)
             tl.store(
@@ -407,6 +554,8 @@ def sequence_coef(
     loss = -weight * total
     if HAS_BETA:
         loss += beta * log_ratio
+    if HAS_FLAGS:
+        tl.atomic_or(flags_ptr, 2, mask=(tl.sum(nans, 0) > 0) | (weight != weight))
     empty = end == start
     tl.store(loss_ptr + s, tl.where(empty, 0.0, loss).to(tl.float32))
     tl.store(log_ratio_ptr + s, log_ratio.to(tl.float32))

@@ -217,6 +217,12 @@ inline int __syncthreads_or(int vote) {
   return cuda_host::meet(cuda_host::block->all, static_cast<int>(blockDim.x), vote != 0);
 }
 
+inline int atomicOr(int* to, int bits) {
+  const int before = *to;
+  *to |= bits;
+  return before;
+}
+
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int step) {
   return cuda_host::shuffle(value, [=](int lane) { return lane + step; });

@@ -71,12 +71,35 @@ int host_dlogits(const int64_t* logits, const int64_t* out, const int64_t* label
 
 int host_sequence_coef(const int64_t* logps, const int64_t* ref, const int64_t* cu,
                        const int64_t* weight, int64_t sequences, int64_t ratio, const double* rule,
-                       float* loss, float* coef, float* log_ratio, float* clipped) {
+                       float* loss, float* coef, float* log_ratio, float* clipped,
+                       const int64_t* scale, int32_t* flags) {
   const SequenceRule family = {static_cast<Ratio>(ratio), rule[0], rule[1], rule[2]};
   return cuda::sequence_coef(
       {vector<float>(logps), ref[0] != 0, vector<float>(ref), vector<int64_t>(cu),
-       vector<float>(weight), family, loss, coef, log_ratio, clipped},
+       vector<float>(weight), family, loss, coef, log_ratio, clipped, vector<float>(scale), flags},
       sequences, nullptr);
+}
+
+// labels: address, stride. sums, out: rows of float32. table: null without unit.
+int host_finish(const int64_t* labels, int64_t rows, int64_t vocab, float* const* sums,
+                float* const* out, int32_t* flags, float* unit, int64_t unit_stride,
+                const int64_t* table) {
+  FinishArgs args = {};
+  args.labels = vector<int64_t>(labels), args.vocab = vocab, args.flags = flags;
+  for (int i = 0; i < 6; ++i) args.sums[i] = sums[i];
+  for (int i = 0; i < 8; ++i) args.out[i] = out[i];
+  args.unit = unit, args.unit_stride = unit_stride;
+  if (unit != nullptr) args.table = matrix(table);
+  return cuda::finish(args, rows, nullptr);
+}
+
+// vectors: a and both (address 0: none), address and stride each.
+int host_add_labels(const int64_t* table, const int64_t* rows, const int64_t* labels,
+                    const int64_t* vectors, float* const* stats) {
+  return cuda::add_labels(
+      {matrix(table), matrix(rows), vector<int64_t>(labels), vector<float>(vectors),
+       vector<float>(vectors + 2), stats[0], stats[1], stats[2]},
+      nullptr);
 }
 
 // The grid a row count, a width and a batch make, for tests of the table of launches.
