@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_lms import (
+from causal_lms import COMMON, (
     CONFIGURATIONS,
     NO_LEFT_PADDING,
     TOKENS,
