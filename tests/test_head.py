@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from causal_lms import COMMON, (
+from causal_lms import (
+    COMMON,
     CONFIGURATIONS,
     NO_LEFT_PADDING,
     TOKENS,
