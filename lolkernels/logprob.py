@@ -435,7 +435,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     names = ("logps", "lse", "entropy")
     given = {name: g for name, g in zip(names, upstream, strict=False) if g is not None}
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if not given or not any(needs):
         return None, None, None, None, *nothing
     hidden, weight, labels, bias, *stats, unit, kept = ctx.saved_tensors
