@@ -217,7 +217,8 @@ class ALoLConfig(LoLConfig):
         ConfigError: (a `ValueError`) for a value out of range, naming the field.
     """
 
-    report_to: str | list[str] = field(
+    # The order of these types is the one that TRL's parser needs.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers of the log lines, beside metrics.jsonl."}
     )
     # With None among its types argparse takes the text; a number it would want of "auto" too.
