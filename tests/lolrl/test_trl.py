@@ -411,7 +411,7 @@ def test_models_by_name_adapters_and_what_a_trl_trainer_left(tokenizer: Any, tmp
 def test_the_example_raises_the_reward(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Any
 ) -> None:
-    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--disable_tqdm"]
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--disable_tqdm", "True"]
     monkeypatch.setattr(sys, "argv", ["trl_alol.py", *flags])
     example = Path(__file__).resolve().parents[2] / "python" / "examples" / "trl_alol.py"
     runpy.run_path(str(example), run_name="__main__")
