@@ -16,7 +16,7 @@ model in a TRL trainer, whose own forward takes its place, and does no harm.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
 import os
 from collections import defaultdict
@@ -35,7 +35,7 @@ from trl.trainer import utils
 import lolkernels as lk
 from lolrl.annotate import RewardFuncs, call_reward_funcs, shared_columns
 from lolrl.config import ConfigError, LoLConfig
-from lolrl.data import Record, read_records
+from lolrl.data import Record, RecordList, read_records
 from lolrl.files import canonical_json
 from lolrl.prepare import check_reward_funcs
 from lolrl.tokens import LoLDataset
@@ -126,10 +126,9 @@ class use_lolkernels:  # noqa: N801
         if unknown:
             raise ValueError(f"outputs={sorted(unknown)} are not known; they are {OUTPUTS}")
         head = {"bias": bias, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
-        with _saved_without_copies(weight, bias):
-            out = lk.linear_logprob(
-                hidden, weight, targets, temperature=temperature, **head, **self.options
-            )
+        out = lk.linear_logprob(
+            hidden, weight, targets, temperature=temperature, **head, **self.options
+        )
         squares = means = top = None
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             logps, lse = out.logps.detach(), out.lse.detach()
@@ -204,27 +203,6 @@ def _tiles(
             )
 
 
-@contextlib.contextmanager
-def _saved_without_copies(*parameters: Tensor | None) -> Iterator[None]:
-    """Under ZeRO-3 the head is whole inside TRL's block only: gather it again for the backward."""
-    shards = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
-    if not shards:
-        yield
-        return
-
-    def pack(tensor: Tensor) -> Any:
-        return next((p for p in shards if p.data_ptr() == tensor.data_ptr()), tensor)
-
-    def unpack(kept: Any) -> Tensor:
-        if not any(kept is p for p in shards):
-            return kept
-        with utils.maybe_gather_lm_head_ctx(kept):
-            return kept.detach().clone()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
 _FIELDS = LoLConfig.__dataclass_fields__
 
 
@@ -239,7 +217,8 @@ class ALoLConfig(LoLConfig):
         ConfigError: (a `ValueError`) for a value out of range, naming the field.
     """
 
-    report_to: str | list[str] = field(
+    # The order of these types is the one that TRL's parser needs.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers of the log lines, beside metrics.jsonl."}
     )
     # With None among its types argparse takes the text; a number it would want of "auto" too.
@@ -338,9 +317,10 @@ class ALoLTrainer(LoLTrainer):
                 reward_weights=args.reward_weights,
                 on_bad=args.on_bad,
             )
-            _fill_in_rewards(records, reward_funcs, args)
-            _fill_in_values(records, args)
-            train_dataset = records
+            train_dataset = RecordList(map(copy.copy, records), source=records.source)
+            train_dataset.skipped = records.skipped
+            _fill_in_rewards(train_dataset, reward_funcs, args)
+            _fill_in_values(train_dataset, args)
         super().__init__(
             _loaded(model, args),
             _loaded(ref_model, args),

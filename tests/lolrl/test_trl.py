@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -404,12 +408,25 @@ def test_models_by_name_adapters_and_what_a_trl_trainer_left(tokenizer: Any, tmp
     assert left == pytest.approx(losses(read), rel=1e-6) and len(set(left)) == 4
 
 
+def test_the_example_raises_the_reward(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Any
+) -> None:
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--disable_tqdm", "True"]
+    monkeypatch.setattr(sys, "argv", ["trl_alol.py", *flags])
+    example = Path(__file__).resolve().parents[2] / "python" / "examples" / "trl_alol.py"
+    runpy.run_path(str(example), run_name="__main__")
+    before, after = map(float, re.findall(r"^reward \w+: (\S+)$", capsys.readouterr().out, re.M))
+    assert after > before + 0.3
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_trls_parser_reads_the_configuration(tmp_path: Any) -> None:
     parser = trl.TrlParser((trl.ScriptArguments, ALoLConfig, trl.ModelConfig))
     flags = {"output_dir": tmp_path, "objective": "a_lol_kl", "clip": 0.5, "beta": 0.2}
-    flags |= {"objective_args": '{"floor": 1}', "max_prompt_length": 9, "report_to": "none"}
+    flags |= {"objective_args": '{"floor": 1}', "max_prompt_length": 9}
     line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     _, config, _ = parser.parse_args_and_config([*line, "--use_cpu"])
     assert (config.clip, config.beta, config.max_prompt_length) == (0.5, 0.2, 9)
+    assert config.report_to == []
     assert config.objective_args == {"floor": 1}
     assert "--baseline" in parser.format_help()
