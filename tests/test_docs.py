@@ -204,6 +204,16 @@ def test_every_objective_is_in_the_table_with_what_it_takes() -> None:
     assert [(name, needs(name)) for name in REGISTRY] == rows
 
 
+def test_the_recipes_table_is_the_published_one() -> None:
+    def rows(text: str) -> dict[str, list[str]]:
+        cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+        return {row[0]: row[1:9] for row in cells if len(row) > 9 and row[0] in methods}
+
+    methods = {"sft", *REGISTRY}
+    published = (ROOT / "benchmarks" / "results" / "demo" / "results.md").read_text()
+    assert rows(TEXTS["docs/recipe.md"]) == rows(published) != {}
+
+
 def test_every_backend_and_only_those_is_in_the_table() -> None:
     section = TEXTS["docs/devices.md"].split("## Backends")[1].split("\n## ")[0]
     offered = set(lk.available_backends()) - {"cuda_host"}  # the tests' own
