@@ -87,8 +87,8 @@ def linear_loss(
             ``(S,)`` unreduced losses (one per group), each a function of its own group only, or
             ``(losses, {name: (S,) metric})``.
         hidden: float32, bfloat16, float16 or float64; any strides. Packed rows, one per token of
-            ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: rows outside
-            the mask are dropped first.
+            ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: masked ones are
+            dropped first.
         weight, labels, bias, temperature, softcap, logit_scale, backend, tp_group: as in
             :func:`linear_logprob`, but a label outside [0, V) is always an error: leave the token
             out of the mask.

@@ -60,7 +60,7 @@ def objective(**declared: Any) -> Callable[[Objective], Objective]:
 
     Raises:
         TypeError: a name that is not a trait.
-        ValueError: a trait that cannot be so, or another function has the name.
+        ValueError: a trait with an impossible value, or a name that another function has.
     """
     mark = Traits(**declared)
     if mark.sampling not in ("uniform", "advantage"):

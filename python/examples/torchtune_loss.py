@@ -29,7 +29,11 @@ class LinearALoLLoss(nn.Module):
 
     def set_model_output(self, model: Any) -> None:
         model.skip_output_layer = True
-        self.linear_projection = model.output
+        self.set_lm_head(model.output)
+
+    def set_lm_head(self, lm_head: nn.Linear) -> None:
+        """torchtitan's way, which hands over the layer."""
+        self.linear_projection = lm_head
 
     def forward(
         self,
