@@ -142,10 +142,6 @@ def test_the_gradient_of_special_rows(compiled: Host) -> None:
         )
 
 
-def test_labels_at_every_boundary_and_outside(host: Host) -> None:
-    rows.test_labels_at_every_boundary_and_outside(host)
-
-
 def test_offsets_beyond_two_to_the_31(compiled: Host) -> None:
     stride, v = 2**31 + 8, 40  # memory that is never touched costs nothing
     space = mmap.mmap(-1, 2 * (stride + v) + 256, flags=mmap.MAP_PRIVATE | NORESERVE)

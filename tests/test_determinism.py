@@ -33,15 +33,15 @@ def run(call: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
 @each_dtype
 @pytest.mark.parametrize("backend", [*OFTEN, pytest.param("cuda_host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_250_forwards_and_50_backwards_are_bit_equal(name, backend, dtype) -> None:
+def test_100_forwards_and_20_backwards_are_bit_equal(name, backend, dtype) -> None:
     call, leaves = calls(backend, dtype, n=20, d=8, v=130)[name]
     torch.set_num_threads(1)
     first = run(call, leaves)
     with torch.no_grad():
         silent = call()
-        for _ in range(250):
+        for _ in range(100):
             assert torch.equal(call(), silent)
-    for _ in range(50):
+    for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(call, leaves), first, strict=True))
     torch.set_num_threads(2)
     second = run(call, leaves)
@@ -64,11 +64,8 @@ def test_one_and_two_threads_agree(name: str, backend: str, dtype: torch.dtype) 
         if name == "logprob":  # no GEMM in it
             assert torch.equal(one, two)
         else:
-            scale = float(one.abs().max())
-            assert (
-                float((one - two).abs().max())
-                <= (2**-7 if one.dtype != torch.float32 else 2e-6) * scale
-            )
+            bound = 2**-7 if one.dtype != torch.float32 else 2e-6
+            assert float((one - two).abs().max()) <= bound * float(one.abs().max())
 
 
 @each_backend

@@ -26,16 +26,12 @@ CHECKS = (
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SAMPLES: list[tuple[Any, ...]] = [
     (6, 4, 11, f32, f32, True, True, 0.0, "cpu", True),
-    (6, 4, 11, f32, f32, False, False, 5.0, "cpu", True),
     (1, 1, 1, f32, f32, True, False, 0.0, "cpu", True),
     (9, 3, 2100, f32, f32, True, True, 0.0, "cpu", True),
     (5, 8, 40, bf16, bf16, True, True, 0.0, "cpu", True),
     (5, 8, 40, bf16, f32, False, True, 30.0, "cpu", True),
-    (5, 8, 40, f16, f16, True, False, 0.0, "cpu", True),
-    (5, 8, 40, f32, bf16, True, True, 0.0, "cpu", True),
     (6, 4, 11, f32, f32, True, True, 0.0, "cpu", False),
     (6, 4, 11, f64, f64, True, True, 5.0, "reference", True),
-    (6, 4, 11, f32, f32, True, True, 0.0, "reference", True),
     (5, 8, 40, bf16, bf16, False, True, 0.0, "reference", True),
     (3, 2, 2049, f64, f64, False, False, 0.0, "reference", True),
     (2, 16, 129, f16, f32, True, False, 2.0, "reference", True),

@@ -26,7 +26,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, triton_aot.Compiled | 
         if i.fspath == request.fspath and hasattr(i, "callspec")
     ]
     only = "sm90" if all(case.arch == 90 for case in chosen) else ""
-    return triton_aot.run("triton_cases:compile_cases", only)
+    return triton_aot.run(only)
 
 
 def test_the_names_differ() -> None:

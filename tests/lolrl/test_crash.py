@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
@@ -10,20 +11,43 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from lolrl.annotate import annotate
+from lolrl.checkpoints import CheckpointError, last_complete
+from lolrl.config import AnnotateConfig
+from tests.lolrl.toys import make_llama, make_rows, make_tokenizer, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def work(folder: Path) -> None:
+    """What is killed: the toy policy with a checkpoint after every update."""
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    config = AnnotateConfig(keep="all", cache_dir=str(folder / "cache"))
+    model = make_llama(len(tokenizer))
+    rows = annotate(model, tokenizer, make_rows(27), config=config, progress=False).dataset
+    settings = {"max_steps": 40, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "save_total_limit": 2, "save_best_and_last": True}
+    try:
+        last_complete(folder)
+        resume = True
+    except CheckpointError:
+        resume = False
+    trainer = run(folder, rows, tokenizer, model=model, resume=resume, **settings)
+    digest = hashlib.sha256()
+    for _, parameter in sorted(trainer.model.named_parameters()):
+        digest.update(parameter.detach().numpy().tobytes())
+    print("DONE", digest.hexdigest(), flush=True)
+
+
 def start(folder: Path) -> subprocess.Popen:
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "tests.lolrl.crash_worker", str(folder)]
-    return subprocess.Popen(
-        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.lolrl.test_crash", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=env, cwd=ROOT, **pipes)
 
 
 def outcome(process: subprocess.Popen) -> str | None:
@@ -34,7 +58,7 @@ def outcome(process: subprocess.Popen) -> str | None:
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_runs_end_with_the_same_bits(tmp_path) -> None:
     whole = outcome(start(tmp_path / "whole"))
     assert whole is not None
     rng, kills, final = random.Random(0), 0, None
@@ -58,3 +82,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
         kills += 1
     assert final == whole
     assert kills >= 3
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
