@@ -265,7 +265,7 @@ def check_packing(
         positions = torch.cat([torch.arange(len(p), device=p.device) for p in parts])[None]
         inputs = {"input_ids": row, "position_ids": positions, **defaults}
         hidden, _ = run(model, linear, where, lambda h: h.new_zeros(*h.shape[:-1], 1), inputs)
-        return hidden[0, -len(parts[-1]) :].double()
+        return hidden[0, -len(parts[-1]) :]
 
     with _undisturbed(model), torch.no_grad():
         first = _token_ids(model, linear)[0]
@@ -278,10 +278,10 @@ def check_packing(
     if not bool(alone.isfinite().all()):
         return
     size = float(alone.abs().max())
-    if float((found[0] - found[1]).abs().max()) > 1e-5 * size:
+    moved, leaked = (float((h.double() - found[0].double()).abs().max()) for h in (alone, found[1]))
+    if leaked > 1e-5 * size:
         raise _refused_packing("what it makes of a sequence depends on the one packed before it")
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    if float((found[0] - alone).abs().max()) > max(1e-4, eps) * size:
+    if moved > max(1e-4, torch.finfo(alone.dtype).eps) * size:
         raise _refused_packing("what it makes of a sequence is not what it makes of it alone")
 
 
