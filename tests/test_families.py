@@ -124,6 +124,7 @@ class Outcome(NamedTuple):
     name: str  # of the class
     kind: str  # exact, refused, wrong, not built
     reason: str = ""
+    packs: bool = False  # what fuse_lm_head says of sequences packed into one row
 
 
 def model_class(family: str) -> Any:
@@ -257,6 +258,17 @@ def judged(family: str) -> Outcome:
     off = float((got.double() - want).abs().max())
     if not off <= NATS:
         return Outcome(name, "wrong", f"log-probs are {off:.2g} nats off")
+    try:
+        row = (t.view(1, -1) for t in (ids, mask))
+        keywords = dict(zip(("input_ids", "completion_mask"), row, strict=True))
+        packed = model(**keywords, cu_seqlens=torch.tensor([0, 12, 24])).logps
+        off, packs = float((packed - got).abs().max()), True
+    except ValueError as error:
+        off, packs = 0.0, False
+        if "does not keep packed sequences apart" not in str(error):
+            return Outcome(name, "wrong", f"a packed row raises {error}")
+    if not off <= NATS:
+        return Outcome(name, "wrong", f"packed log-probs are {off:.2g} nats off")
     mine = gradients(model, got) if grads else {}
     largest = max((float(g.abs().max()) for g in grads.values()), default=0.0)
     for key, g in grads.items():
@@ -270,7 +282,9 @@ def judged(family: str) -> Outcome:
         return Outcome(name, "wrong", "unfused it gives other log-probs")
     if before != {key: set(vars(module)) for key, module in model.named_modules()}:
         return Outcome(name, "wrong", "attributes are left on the unfused model")
-    return Outcome(name, "exact", "" if grads else "scores (in eval mode it has no gradient)")
+    return Outcome(
+        name, "exact", "" if grads else "scores (in eval mode it has no gradient)", packs
+    )
 
 
 def in_short(error: Exception) -> str:
@@ -295,14 +309,17 @@ def page() -> str:
         f"{count['exact']} are exact (log-probs within 1e-3 nat of the model's own logits, equal "
         f"gradients), {count['refused']} are refused when fusing, {count['not built']} could not "
         "be built tiny from a configuration. No other class needs to be listed: fusing compares "
-        "any model with its own logits. Written by `python tests/test_families.py`.",
+        f"any model with its own logits. {sum(o.packs for o in rows)} keep the sequences of a "
+        "packed row (`cu_seqlens=`) apart: their log-probs are those of a padded batch; the others "
+        "are refused there. Written by `python tests/test_families.py`.",
         "",
-        "| class | model types | outcome |",
-        "|---|---|---|",
+        "| class | model types | outcome | packed rows |",
+        "|---|---|---|---|",
     ]
     for o in ordered:
         text = f"{o.kind}: {o.reason}" if o.reason else o.kind
-        lines.append(f"| {o.name} | {', '.join(rows[o])} | {text} |")
+        packed = ("kept apart" if o.packs else "refused") if o.kind == "exact" else ""
+        lines.append(f"| {o.name} | {', '.join(rows[o])} | {text} | {packed} |")
     return "\n".join(lines) + "\n"
 
 
@@ -367,5 +384,5 @@ if __name__ == "__main__":
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
     for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if "exact" not in line.rpartition("|")[0].rpartition("|")[2]:
+        if "| exact" not in line:
             sys.stdout.write(line + "\n")

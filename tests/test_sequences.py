@@ -11,6 +11,7 @@ def test_three_ways_to_say_the_same() -> None:
     built = [
         lk.Sequences.from_mask(mask),
         lk.Sequences.from_mask(mask.int()),
+        lk.Sequences.from_mask(mask.view(1, -1), cu_seqlens=torch.tensor([0, 4, 8, 12])),
         lk.Sequences.from_lengths([2, 0, 4]),
         lk.Sequences.from_lengths(torch.tensor([2, 0, 4], dtype=torch.int32)),
         lk.Sequences.from_cu_seqlens([0, 2, 2, 6]),

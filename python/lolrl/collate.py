@@ -76,7 +76,8 @@ class PackingCollator:
 
     A fused model (`lk.fuse_lm_head`) takes the batch as it is: attention keeps sequences apart
     whose positions start again, in flash attention's varlen kernels or a block-diagonal mask. The
-    first such call tries whether the model's does. There is no attention_mask, on purpose: with one
+    first such call tries whether the model's does. The mask of SDPA and eager attention is
+    (T, T). There is no attention_mask, on purpose: with one
     transformers would not look at the positions.
 
     Returns (when called with S rows of T tokens together) a dictionary:

@@ -78,8 +78,8 @@ class Meter:
         present, scored = seq.lengths > 0, ~torch.isnan(out.logps)
         self._add("loss", out.loss.detach().double())
         self._add("tokens", float(seq.num_tokens))
-        ids = inputs["input_ids"]
-        self._add("input_tokens", inputs.get("attention_mask", torch.ones_like(ids)).sum())
+        every = torch.ones_like(inputs["completion_mask"])  # of a packed row
+        self._add("input_tokens", inputs.get("attention_mask", every).sum())
         self._mean("logps/mean", out.logps, scored)
         self._mean("entropy", out.entropy, scored)
         # A sequence is scored as a whole or not at all.

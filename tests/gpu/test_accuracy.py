@@ -106,6 +106,34 @@ def test_a_lol(
 
 @each_backend
 @each_dtype
+@pytest.mark.parametrize("rows", [8, 1000], ids=["made again", "kept"])
+@pytest.mark.parametrize("wide", [False, True], ids=["weight's dtype", "float32"])
+def test_a_buffer_takes_the_gradient_of_weight(
+    wide: bool, rows: int, dtype: torch.dtype, backend: str
+) -> None:
+    n, v = size(130, 12), size(1025, 130)
+    p, (hidden, weight) = leaves(peaky(n, 64, v, dtype=dtype))
+    seq = lk.Sequences.from_lengths(split(n)).to(DEVICE)
+    budget = rows * v * 8
+
+    def loss(**more: Any) -> Tensor:
+        return lk.linear_loss(
+            objectives.nll, hidden, weight, p.labels, seq, backend=backend, **more
+        )
+
+    want = torch.autograd.grad(loss(), [hidden, weight])
+    buffer = torch.zeros_like(weight, dtype=torch.float32 if wide else dtype, requires_grad=False)
+    for times in (1, 2):
+        loss(accumulate_into=buffer, memory_budget=budget).backward()
+        for got, g in ((hidden.grad, want[0]), (buffer, want[1])):
+            off = (got.double() - times * g.double()).abs().max()
+            eps = max(torch.finfo(dtype).eps, torch.finfo(got.dtype).eps)
+            assert float(off) <= 8 * times * (eps + 1e-6) * float(g.abs().max())
+    assert weight.grad is None
+
+
+@each_backend
+@each_dtype
 @pytest.mark.parametrize("objective", [objectives.nll, objectives.a_lol_seq, objectives.a_lol_kl])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "sum"])
 def test_objectives_and_reductions(
