@@ -110,6 +110,20 @@ def test_adapters_are_switched_merged_and_added(name: str) -> None:
         same()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["LoRA in the body", "LoRA on the head"])
+def test_activation_checkpoints(name: str, reentrant: bool) -> None:
+    """Frozen embeddings need ``enable_input_require_grads`` where checkpoints are reentrant."""
+    plain, fused = adapted(name).train(), lk.fuse_lm_head(adapted(name)).train()
+    fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fused.enable_input_require_grads()
+    calls: list[int] = []
+    layer = fused.get_base_model().model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    judge(plain, fused, batch(), 1e-11)
+    assert len(calls) == 2  # once more in the backward
+
+
 class EveryOther(torch.nn.Module):
     """A dropout that is the same for every row, whatever their number."""
 
