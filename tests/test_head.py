@@ -17,6 +17,7 @@ from causal_lms import (
     batch,
     build,
     compare_gradients,
+    one_rank,
     own_logps,
     transformers,
 )
@@ -561,10 +562,8 @@ def test_meta_weights_are_checked_in_the_first_call() -> None:
 
 @pytest.fixture
 def alone() -> Any:
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+    with one_rank() as mesh:
+        yield mesh
 
 
 @pytest.mark.parametrize("own_head", [False, True])
