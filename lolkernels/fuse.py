@@ -273,9 +273,9 @@ def _scored(
     virtual = 0  # positions before the first token, of prompt tuning
     if "inputs_embeds" in kwargs and isinstance(completion_mask, Tensor):
         virtual = max(0, labels.shape[1] - completion_mask.shape[-1])
-    tokens = labels[:, virtual:]
+    tokens = labels[:, virtual:] if virtual else labels
     mask = _checked(completion_mask, tokens, ahead and not virtual)
-    if bool((tokens[mask] < 0).any()):
+    if tokens is not kwargs.get("input_ids") and bool(((tokens < 0) & mask).any()):
         raise ValueError("completion_mask marks a token whose label is negative: leave it out")
     mask, labels = (_at_predictors(t, virtual, ahead) for t in (mask, tokens))
     seq = Sequences.from_mask(mask, cu_seqlens=cu_seqlens, group_size=group_size)

@@ -157,6 +157,11 @@ def operands(layer: Any, hidden: Tensor) -> Operands:
 
 def _with_lora(layer: Any, active: list[str], base: Operands) -> Operands:
     x, weight, bias = base
+    if not is_materialised(weight):
+        raise ValueError(
+            "the head's weight is not gathered beneath its adapter (as in ZeRO-3): take lm_head "
+            "out of target_modules, or shard with FSDP2"
+        )
     inputs, columns = [x], [weight]
     for name in active:
         a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]

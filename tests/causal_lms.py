@@ -1,5 +1,7 @@
 """Tiny random causal LMs, a batch for them, and what their own logits say of it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +65,15 @@ def batch(name: str = "") -> dict[str, Tensor]:
         "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
         "completion_mask": completion,
     }
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
 
 
 def own_logps(model: Any, inputs: dict[str, Tensor], temperature: float = 1.0) -> Tensor:

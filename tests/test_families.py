@@ -378,6 +378,24 @@ def test_the_loss_of_a_router_is_added_as_the_models_own(family: str) -> None:
             )
 
 
+def test_an_image_is_part_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VISION, "llava", "")
+    model = build("llava", image_token_index=96)
+    text = ids_and_mask()[0]
+    ids = torch.cat([torch.full((2, 49), 96), text], 1)  # as many tokens as patches
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 52:] = True
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 224, 224)}
+    logps = model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    want = gradients(model, logps[mask[:, 1:]])
+    out = lk.fuse_lm_head(model)(**inputs, completion_mask=mask)
+    assert float((out.logps - logps[mask[:, 1:]]).detach().abs().max()) <= 1e-5
+    got = gradients(model, out.logps)
+    assert want.keys() == got.keys() and any("vision" in name for name in want)
+    for name, g in want.items():
+        assert float((got[name] - g).abs().max()) <= 1e-5 * max(1.0, float(g.abs().max())), name
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

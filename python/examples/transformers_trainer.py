@@ -3,8 +3,9 @@
     python python/examples/transformers_trainer.py OUTPUT_FOLDER
 
 `fuse_lm_head` alone changes no Trainer: what it is asked for does. Both ways need
-`remove_unused_columns=False`, which keeps `completion_mask` and the side inputs, and both divide by
-the whole update's sequences or tokens, so that accumulating gradients changes nothing.
+`remove_unused_columns=False`, which keeps `completion_mask` and the side inputs, and for evaluation
+`prediction_loss_only=True` and `label_names`. Both divide by the whole update's sequences or
+tokens, so that accumulating gradients changes nothing.
 """
 
 import sys
@@ -75,7 +76,7 @@ def random_rows(count, side):
     """Prompts of three tokens and completions of 4 to 11; with ``side`` A-LoL's inputs."""
     rows = []
     for i in range(count):
-        ids = torch.randint(3, 97, (7 + i % 8,))
+        ids = torch.randint(3, 20, (7 + i % 8,))  # of 97: something to learn
         row = {"input_ids": ids, "completion_mask": torch.arange(len(ids)) >= 3}
         if side:
             row |= {"ref_logps": torch.full((len(ids),), -4.6), "advantages": torch.rand(())}
@@ -87,6 +88,7 @@ def arguments(folder, **options):
     return TrainingArguments(
         output_dir=str(folder),
         remove_unused_columns=False,
+        prediction_loss_only=True,
         learning_rate=1e-2,
         report_to="none",
         save_strategy="no",
@@ -98,26 +100,23 @@ def arguments(folder, **options):
 
 def main(folder):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 5}
-    trainer = Trainer(
-        model=tiny_model(),
-        args=arguments(folder, **options),
-        train_dataset=random_rows(32, side=False),
-        data_collator=collate,
-        compute_loss_func=nll,
-    )
-    sft = trainer.train().training_loss
-    trainer = ALoLTrainer(
-        model=trainer.model,
-        args=arguments(folder, prediction_loss_only=True, label_names=["advantages"], **options),
-        train_dataset=random_rows(32, side=True),
-        eval_dataset=random_rows(8, side=True),
-        data_collator=collate,
-    )
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    sys.stdout.write(
-        f"nll {sft:.3f}; A-LoL {before:.3f} -> {trainer.evaluate()['eval_loss']:.3f}\n"
-    )
+    model = tiny_model()
+    for side, kind, more in (
+        (False, Trainer, {"compute_loss_func": nll}),
+        (True, ALoLTrainer, {}),
+    ):
+        trainer = kind(
+            model=model,
+            args=arguments(folder, label_names=["advantages" if side else "labels"], **options),
+            train_dataset=random_rows(32, side),
+            eval_dataset=random_rows(8, side),
+            data_collator=collate,
+            **more,
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        sys.stdout.write(f"{kind.__name__}: {before:.3f} -> {after:.3f}\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_lms import batch, build, own_logps, transformers
+from causal_lms import batch, build, one_rank, own_logps, transformers
 from torch import Tensor
 
 import lolkernels as lk
@@ -27,6 +27,10 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA on the head": ("llama", {"target_modules": HEAD, "use_dora": True}),
     "DoRA on a bias": ("phi bias", {"target_modules": HEAD, "use_dora": True}),
     "modules_to_save": ("llama", {"target_modules": BODY, "modules_to_save": ["lm_head"]}),
+    "LoRA on a tied head": (
+        "llama tied",
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
     "tokens of a tied head": (
         "llama tied",
         {"target_modules": BODY, "trainable_token_indices": {"embed_tokens": [3, 5, 20]}},
@@ -110,6 +114,56 @@ def test_adapters_are_switched_merged_and_added(name: str) -> None:
         same()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["LoRA in the body", "LoRA on the head"])
+def test_activation_checkpoints(name: str, reentrant: bool) -> None:
+    """Frozen embeddings need ``enable_input_require_grads`` where checkpoints are reentrant."""
+    plain, fused = adapted(name).train(), lk.fuse_lm_head(adapted(name)).train()
+    fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fused.enable_input_require_grads()
+    calls: list[int] = []
+    layer = fused.get_base_model().model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    judge(plain, fused, batch(), 1e-11)
+    assert len(calls) == 2  # once more in the backward
+
+
+ON_THE_HEAD = ["LoRA on the head", "DoRA on the head", "modules_to_save", "tokens of a tied head"]
+
+
+@pytest.mark.parametrize("name", ON_THE_HEAD)
+def test_adapters_of_a_fused_model_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
+    model = lk.fuse_lm_head(adapted(name))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build(ADAPTERS[name][0]), tmp_path).double()
+    with torch.no_grad():
+        want = model(**batch()).logps
+        assert float((own_logps(loaded, batch()) - want).abs().max()) <= 1e-10
+        merged = model.merge_and_unload()
+        assert float((own_logps(merged, batch()) - want).abs().max()) <= 1e-10
+        assert float((lk.fuse_lm_head(merged)(**batch()).logps - want).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ON_THE_HEAD)
+def test_adapters_on_a_sharded_head(name: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    plain, model = (adapted(name, torch.float32) for _ in range(2))
+    lk.fuse_lm_head(plain)
+    with one_rank() as mesh:
+        base = model.get_base_model()
+        own = [] if "tied" in name else [base.lm_head]
+        for part in (*base.model.layers, *own, model):
+            fully_shard(part, mesh=mesh)
+        lk.fuse_lm_head(model)
+        losses = [m(**batch(), objective=objectives.nll).loss for m in (plain, model)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+            assert not a.requires_grad or torch.equal(a.grad, b.grad.full_tensor())
+
+
 class EveryOther(torch.nn.Module):
     """A dropout that is the same for every row, whatever their number."""
 
@@ -172,6 +226,10 @@ def test_what_lora_on_the_head_cannot_do_is_refused() -> None:
     mixed = lk.fuse_lm_head(adapted("LoRA on the head"))
     with pytest.raises(ValueError, match="adapter_names"):
         mixed(**inputs, adapter_names=["default", "default", "__base__"])
+    partitioned = lk.fuse_lm_head(adapted("LoRA on the head"), check=False)
+    partitioned.get_base_model().lm_head.base_layer.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="not gathered beneath its adapter"):
+        partitioned(**inputs)
 
 
 def test_lora_put_on_the_head_afterwards_needs_fusing_again() -> None:

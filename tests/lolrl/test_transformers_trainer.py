@@ -1,6 +1,7 @@
 """A plain transformers Trainer around a fused model, as the example has it."""
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def test_accumulated_micro_batches_are_one_large_batch(a_lol: bool, tmp_path: Pa
             assert float((q - p - step).detach().abs().max()) <= 1e-6
 
 
-def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_and_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example.main(tmp_path)
-    assert "nll 4." in capsys.readouterr().out
+    found = re.findall(r"^(\w+): ([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["Trainer", "ALoLTrainer"]
+    assert all(float(after) < float(before) for _, before, after in found)
 
 
 def test_labels_alone_give_the_models_own_loss_and_a_warning(tmp_path: Path) -> None:
