@@ -21,7 +21,7 @@ def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "tests.ranks.worker", str(folder)]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     assert all(f.exists() for f in files), done.stderr[-4000:]

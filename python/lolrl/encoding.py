@@ -134,7 +134,10 @@ completion_text = prompt_text
 def head_rows(model: Any) -> int:
     """Rows of the model's output head: ids must be below it."""
     head = model.get_output_embeddings()
-    return int(head.weight.shape[0]) if head is not None else int(model.config.vocab_size)
+    if head is None:
+        return int(model.config.vocab_size)
+    # Partitioned by ZeRO-3 a weight is empty, and its shape stands elsewhere.
+    return int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
 
 
 def model_eos_ids(model: Any) -> list[int]:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lolkernels as lk
+from lolkernels.testing import peaky
 from tests.lolrl.toys import make_llama
 from tests.ranks.harness import close, scenario
 from tests.ranks.vocabulary import F64
@@ -237,3 +239,136 @@ def fsdp2_resumes_on_more_ranks() -> None:
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     train(model, range(STEPS // 2, STEPS), optimizer=optimizer, **ranks())
     equal(model, want)
+
+
+@scenario(4)
+def fsdp2_over_a_sharded_vocabulary() -> None:
+    """Two by two: pairs share a batch and a head in two parts, whose rows FSDP2 shards again."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    problem = peaky(24, 16, 41, dtype=F64)
+    found = []
+    for parallel in (False, True):
+        head = Head(problem)
+        if parallel:
+            head.weight = nn.Parameter(distribute_tensor(head.weight, mesh["tp"], [Shard(0)]))
+            fully_shard(head, mesh=mesh["dp"])
+        rank, world = (mesh["dp"].get_local_rank(), 2) if parallel else (0, 1)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+        for _ in range(STEPS):
+            (head(rank, world) * world).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(state(head))
+    close(found[1], found[0], 1e-10)
+
+
+class Head(nn.Module):
+    """Something trained before a head, and the loss of this rank's share of six sequences."""
+
+    def __init__(self, problem: Any) -> None:
+        super().__init__()
+        self.problem = problem
+        self.weight = nn.Parameter(problem.weight.clone())
+        self.scale = nn.Parameter(torch.ones(problem.hidden.shape[1], dtype=F64))
+
+    def forward(self, rank: int, world: int) -> Tensor:
+        rows = slice(24 * rank // world, 24 * (rank + 1) // world)
+        lengths = torch.tensor([5, 1, 6, 2, 7, 3]).chunk(world)[rank]
+        seq = lk.Sequences.from_lengths(lengths)
+        hidden = self.problem.hidden[rows] * self.scale
+        return lk.linear_loss(
+            lk.objectives.nll, hidden, self.weight, self.problem.labels[rows],
+            seq.with_totals(num_sequences=6, num_tokens=24),
+        )  # fmt: skip
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+@scenario(2)
+def compiled() -> None:
+    """The head's two calls traced whole, under DDP and as a unit of FSDP2."""
+    for loss in (head_loss, head_logprobs):
+        want = compiled_run(loss, lambda m: m, compile_it=False)
+        for wrap in (DistributedDataParallel, lambda m: fully_shard(m, mesh=everyone())):
+            close(compiled_run(loss, wrap, compile_it=True), want, 1e-10)
+
+
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, seq: lk.Sequences) -> Tensor:
+    return lk.linear_loss(lk.objectives.nll, hidden, weight, labels, seq)
+
+
+def head_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, seq: lk.Sequences) -> Tensor:
+    out = lk.linear_logprob(hidden, weight, labels)
+    return -(out.logps + 0.1 * out.lse).sum() / seq.total_sequences
+
+
+class Compiled(nn.Module):
+    def __init__(self, problem: Any, call: Any) -> None:
+        super().__init__()
+        self.problem, self.call = problem, call
+        self.linear = nn.Linear(16, 41, bias=False, dtype=F64)
+        self.linear.weight.data.copy_(problem.weight)
+
+    def forward(self, which: Tensor, seq: lk.Sequences) -> Tensor:
+        p = self.problem
+        return self.call(p.hidden[which], self.linear.weight, p.labels[which], seq)
+
+
+def compiled_run(loss: Any, wrap: Any, *, compile_it: bool) -> dict[str, Tensor]:
+    call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compile_it else loss
+    model = wrap(Compiled(peaky(24, 16, 41, dtype=F64), call))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if compile_it else (0, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        lengths = torch.tensor([3 + step % 3, 1, 4, 0, 2, 5])
+        seq = lk.Sequences.from_lengths(lengths.chunk(world)[rank]).with_totals(num_sequences=6)
+        which = torch.randperm(24, generator=torch.Generator().manual_seed(step))[: lengths.sum()]
+        own = which.split([int(c.sum()) for c in lengths.chunk(world)])[rank]
+        (model(own, seq) * world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model)
+
+
+# --- ZeRO-3 ---------------------------------------------------------------------------------------
+
+
+@scenario(2)
+def zero3() -> None:
+    """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "gradient_clipping": 0.0,  # 1.0 where nothing is said
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    for tied in (True, False):
+        alone = lk.fuse_lm_head(build(tied).float())
+        start = {k: v.clone() for k, v in state(alone).items()}
+        train(alone, range(STEPS), optimizer=torch.optim.SGD(alone.parameters(), lr=1e-3))
+        want = state(alone)
+        for moment in ("before", "after", "born"):
+            model = build(tied).float()
+            if moment == "before":
+                lk.fuse_lm_head(model)
+            elif moment == "born":
+                deepspeed.zero.Init(module=model, config_dict_or_path=config)
+                lk.fuse_lm_head(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            assert engine.module.lm_head.weight.numel() == 0
+            lk.fuse_lm_head(engine.module)
+            for step in range(STEPS):
+                whole = update(step)
+                totals = ROWS, int(whole["completion_mask"].sum())
+                rows = {k: t.chunk(engine.world_size)[dist.get_rank()] for k, t in whole.items()}
+                engine.backward(fused(engine, rows, totals) * engine.world_size)
+                engine.step()
+            with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+                moved = {k: v - start[k] for k, v in state(engine.module).items()}
+            close(moved, {k: v - start[k] for k, v in want.items()}, 1e-3)
+            engine.destroy()
