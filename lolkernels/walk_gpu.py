@@ -115,8 +115,10 @@ class RowWalk(Walk):
             if grads.bias is not None:
                 owners = labels[:k].clamp(0, self.vocab - 1)
                 grads.bias.index_put_((owners,), at_label(a, both, here), accumulate=True)
-        size = self.chunk_rows(n)
-        start = 0 if hold else k
+        size, start = self.chunk_rows(n), 0 if hold else k
+        grads.written = grads.written or n > 0
+        if start == n:
+            return
         buffer = self.empty_rows(min(size, n - start), self.dtype)
         abc = (coef.a, coef.b, torch.zeros_like(coef.a) if coef.c is None else coef.c)
         largest = _power_of_two(torch.stack(abc).abs().amax(0)) if self.half_range else None
@@ -156,7 +158,9 @@ class RowWalk(Walk):
                         t.mul_(grads.unit / unit)
             grads.unit, factor = unit, factor / unit
         if grads.weight is not None:
-            rows = h if factor is None else (h * factor[:, None]).to(self.operand)
+            rows = h if factor is None else torch.empty_like(h)
+            if factor is not None:
+                torch.mul(h, factor[:, None], out=rows)
             matmul(x.T, rows, grads.weight, accumulate=grads.written)
         if grads.bias is not None:
             total = self._column_sums(x, factor)
