@@ -107,7 +107,7 @@ SIGNATURES = {
     "linear_logprob": "hidden, weight, labels, *, bias=None, mask=None, temperature=1.0, "
     "softcap=None, logit_scale=1.0, entropy_grad=False, backend=None, memory_budget=None",
     "logprob": "logits, labels, *, temperature=1.0, softcap=None, logit_scale=1.0, backend=None, "
-    "inplace_backward=False",
+    "inplace=False",
     "linear_loss": "objective, hidden, weight, labels, seq, *, reduction='seq-mean', bias=None, "
     "temperature=1.0, softcap=None, logit_scale=1.0, backend=None, memory_budget=None, "
     "return_outputs=False, **side",
