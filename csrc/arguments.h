@@ -33,7 +33,7 @@ struct RowStatsArgs {
 
 struct ExpsArgs {
   Matrix logits;
-  Matrix out;  // as in DlogitsArgs
+  Matrix out;  // as in DlogitsArgs, or without data: the sums only
   Vector<int64_t> labels;
   Vector<float> anchor;  // null: the label's own logit + kShift
   LogitMap map;
@@ -46,6 +46,7 @@ struct DlogitsArgs {
   Vector<int64_t> labels;
   Vector<float> lse, a, b, c;
   LogitMap map;
+  Vector<float> logps = {nullptr, 0};  // null: z - lse at the label, without digits for p near 1
 };
 
 // What exps leaves, made by a GEMM: x = hidden weight^T + bias in spans of columns, E of bfloat16.

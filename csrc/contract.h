@@ -61,10 +61,9 @@ LOL_INLINE V dlogit(V p, V z, S b, S c) {
 
 // At the label, rearranged so that p near 1 costs no digits: a + p * (b + c * z) is
 // a * (1 - p) + p * (a + b + c * z), and for b == -a, c == 0 the second term is exactly 0.
-LOL_INLINE float dlogit_at_label(float z, float lse, float a, float b, float c) {
-  const double t = static_cast<double>(z) - static_cast<double>(lse);
-  const float one_minus_p = static_cast<float>(-std::expm1(t));
-  const float p = static_cast<float>(std::exp(t));
+LOL_INLINE float dlogit_at_label(float z, double logp, float a, float b, float c) {
+  const float one_minus_p = static_cast<float>(-std::expm1(logp));
+  const float p = static_cast<float>(std::exp(logp));
   return a * one_minus_p + dlogit(p, z, a + b, c);
 }
 

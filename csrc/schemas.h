@@ -11,15 +11,16 @@ void define_row_functions(Library& m) {
       "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be
-  // logits itself: the exponentials then take its place.
+  // logits itself: the exponentials then take its place; without one they are not written.
   m.def(
       "exps(Tensor logits, Tensor labels, Tensor? anchor, float scale, float softcap,"
-      " float temperature, *, Tensor(a!) out)"
+      " float temperature, *, Tensor(a!)? out)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // out may be logits itself: the gradient then takes its place.
   m.def(
       "dlogits(Tensor logits, Tensor labels, Tensor lse, Tensor a, Tensor b, Tensor c,"
-      " float scale, float softcap, float temperature, *, Tensor(a!) out) -> ()");
+      " float scale, float softcap, float temperature, *, Tensor(a!) out, Tensor? logps=None)"
+      " -> ()");
   // -> loss (s,), coef (n,), log_ratio (s,), clipped (s,), all float32
   m.def(
       "sequence_coef(Tensor logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor weight, int ratio,"

@@ -58,10 +58,13 @@ def label_flags(labels: Tensor, vocab: int) -> Tensor | None:
     return flags(labels.device)
 
 
-def check_side(name: str, value: Tensor) -> None:
-    """No side input may be nan; what stands on a CPU is checked as objectives.check_side does."""
+def check_side(name: str, value: Tensor, *, seen: bool = False) -> None:
+    """No side input may be nan; what stands on a CPU is checked as objectives.check_side does.
+
+    seen: the kernel that reads it sets NAN.
+    """
     check_values(name, value)
-    if not immediate(value.device):
+    if not (seen or immediate(value.device)):
         note(NAN, value.isnan())
 
 

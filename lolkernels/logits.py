@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import backends, checks, deferred, distributed
+from .backends.contract import Exps, RowStats
+from .backends.finish import at_label
 from .gemm import accumulation_dtype
 from .logprob import LogprobOutput, no_second_derivative, whole_labels
 from .walk import Coefficients, Scaling
@@ -23,7 +25,7 @@ def logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
-    inplace_backward: bool = False,
+    inplace: bool = False,
     tp_group: Any = None,
 ) -> LogprobOutput:
     """The statistics of :func:`linear_logprob` from logits that are already there.
@@ -35,14 +37,17 @@ def logprob(
         logits: float32, bfloat16, float16 or float64; any strides.
         labels: int64 token ids in [0, V); there is no ignored label: select the rows first.
         temperature, softcap, logit_scale, backend: as in :func:`linear_logprob`.
-        inplace_backward: the backward writes the gradient over ``logits`` and allocates nothing.
-            Whoever needs the logits after that meets autograd's error, as does a second backward.
+        inplace: the call takes the logits' memory where they require a gradient: it leaves their
+            exponentials there, which the backward only multiplies, and allocates nothing. Do not
+            read ``logits`` after it. Whoever needs them in a backward meets autograd's error, as
+            does a second backward; the entropy has no gradient then.
         tp_group: vocab-parallel: a process group whose ranks hold consecutive columns, in their
-            order; the results are the same on all.
+            order; the results are the same on all. Not with ``inplace``.
 
     Raises:
         ValueError, TypeError: name the argument and what to change.
-        NotImplementedError: a second derivative, or forward-mode differentiation.
+        NotImplementedError: a second derivative, forward-mode differentiation, or the gradient of
+            the entropy with ``inplace``.
     """
     checks.floating("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] == 0:
@@ -54,59 +59,83 @@ def logprob(
     distributed.check_group("tp_group", tp_group)
     checks.no_forward_mode(logits=logits)
     scaling = checks.scaling(temperature, softcap, logit_scale)
-    checks.flag("inplace_backward", inplace_backward)
+    checks.flag("inplace", inplace)
     name = backends.pick(backend, logits.device, logits.dtype)
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    if inplace_backward and any(
+    if inplace and any(
         step == 0 and size > 1 for step, size in zip(rows.stride(), rows.shape, strict=True)
     ):
         raise ValueError(
-            "inplace_backward needs logits of their own memory, but these are expanded; pass "
-            "logits.contiguous() or inplace_backward=False"
+            "inplace needs logits of their own memory, but these are expanded; pass "
+            "logits.contiguous() or inplace=False"
         )
     ids, where = labels.reshape(-1).long(), None
     if tp_group is not None:
+        if inplace:
+            raise ValueError("inplace=True is for a whole vocabulary: leave it out with tp_group")
         where, poison = whole_labels(ids, rows.shape[1], tp_group)
         ids = where.labels
-    out = _op(rows, ids, where is not None, scaling, name, inplace_backward)
+    taken = inplace and logits.requires_grad and torch.is_grad_enabled()
+    sums = [*_exps_(rows.detach(), ids, scaling, name)] if taken else []
+    out = _op(rows, ids, where is not None, sums, scaling, name)[:4]
     if where is not None:
         out = distributed.combine(out, where, poison)
     return LogprobOutput(*(t.view(labels.shape) for t in out))
 
 
-@custom_op("lolkernels::logprob_v3", mutates_args=())
-def _op(
-    logits: Tensor,  # (N, V)
+@custom_op("lolkernels::logprob_exps_v3_", mutates_args=("logits",))
+def _exps_(
+    logits: Tensor,  # (N, V), overwritten by their exponentials
     labels: Tensor,  # (N,)
-    shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
     scaling: Sequence[float],  # scale, softcap, temperature
     backend: str,
-    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Exps, each (N,)."""
+    deferred.label_flags(labels, logits.shape[1])
+    made: Exps = backends.TABLE[backend].exps_(logits, labels, **Scaling(*scaling)._asdict())
+    return tuple(made)  # type: ignore[return-value]
+
+
+@_exps_.register_fake
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(_vectors(logits, len(Exps._fields)))
+
+
+def _vectors(logits: Tensor, count: int) -> list[Tensor]:
+    dtype = accumulation_dtype(logits)
+    return [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(count)]
+
+
+@custom_op("lolkernels::logprob_v3", mutates_args=())
+def _op(
+    logits: Tensor,  # (N, V); their exponentials, where there are sums
+    labels: Tensor,  # (N,)
+    shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
+    sums: Sequence[Tensor],  # of :func:`_exps_`, or none
+    scaling: Sequence[float],
+    backend: str,
 ) -> list[Tensor]:
-    """[logps, lse, entropy, max_logit], each (N,)."""
+    """[logps, lse, entropy, max_logit, slope, rest, share], each (N,)."""
     deferred.raise_noted(logits.device)
     flags = None if shard else deferred.label_flags(labels, logits.shape[1])
-    target, lse, expected, largest = backends.TABLE[backend].row_stats(
-        logits, labels, **Scaling(*scaling)._asdict()
-    )
-    if flags is not None:
-        bad = (labels < 0) | (labels >= logits.shape[1])
-        flags.bitwise_or_(bad.any().to(flags.dtype))
-        lse = lse.masked_fill(bad, torch.nan)
-        deferred.send(logits.device)
-    return [target - lse, lse, lse - expected, largest]
+    record, options = backends.TABLE[backend], Scaling(*scaling)._asdict()
+    made = Exps(*sums) if sums else record.sums(logits, labels, **options)
+    stats = RowStats(*_vectors(logits, len(RowStats._fields)))
+    record.finish(made, labels, logits.shape[1], stats, flags)
+    deferred.send(logits.device)
+    return [*stats[:4], stats.slope, stats.rest, stats.share]
 
 
 @_op.register_fake
-def _(logits: Tensor, labels: Tensor, *_: Any) -> list[Tensor]:
-    dtype = accumulation_dtype(logits)
-    return [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4)]
+def _(logits: Tensor, *_: Any) -> list[Tensor]:
+    return _vectors(logits, 7)
 
 
-@custom_op("lolkernels::logprob_gradient_v2", mutates_args=())
+@custom_op("lolkernels::logprob_gradient_v3", mutates_args=())
 def _gradient(
     abc: Sequence[Tensor],  # each (N,)
     lse: Tensor,
+    logps: Tensor,
     logits: Tensor,
     labels: Tensor,
     scaling: Sequence[float],
@@ -114,25 +143,25 @@ def _gradient(
 ) -> Tensor:  # (N, V) in the logits' dtype
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     options = Scaling(*scaling)._asdict()
-    return backends.TABLE[backend].dlogits_(logits, labels, lse, *abc, **options, out=out)
+    dlogits_ = backends.TABLE[backend].dlogits_
+    return dlogits_(logits, labels, lse, *abc, **options, out=out, logps=logps)
 
 
 @_gradient.register_fake
-def _(abc: Any, lse: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _(abc: Any, lse: Tensor, logps: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@custom_op("lolkernels::logprob_gradient_v2_", mutates_args=("logits",))
+@custom_op("lolkernels::logprob_gradient_v3_", mutates_args=("exps",))
 def _gradient_(
-    abc: Sequence[Tensor],
-    lse: Tensor,
-    logits: Tensor,  # overwritten by its gradient
-    labels: Tensor,
-    scaling: Sequence[float],
-    backend: str,
+    exps: Tensor,  # (N, V), overwritten by the gradient
+    labels: Tensor,  # (N,)
+    factor: Tensor,  # (N,)
+    own: Tensor,  # (N,) the gradient at the label
 ) -> None:
-    options = Scaling(*scaling)._asdict()
-    backends.TABLE[backend].dlogits_(logits, labels, lse, *abc, **options, out=logits)
+    exps.mul_(factor[:, None])
+    columns = labels.clamp(0, exps.shape[1] - 1)[:, None]  # a bad label has a row of nan
+    exps.scatter_(1, columns, own[:, None].to(exps.dtype))
 
 
 @_gradient_.register_fake
@@ -144,30 +173,38 @@ _gradient.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    logits, labels, _, *ctx.options, ctx.inplace = inputs
-    _, lse, entropy, max_logit = output
-    ctx.mark_non_differentiable(max_logit)
+    logits, labels, _, sums, *ctx.options = inputs
+    logps, lse, entropy, _, slope, rest, share = output
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(lse, entropy, logits, labels)
+    ctx.taken = bool(sums)
+    ctx.num_sums = len(sums)
+    ctx.save_for_backward(logits, labels, logps, lse, entropy, slope, rest, share)
 
 
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    lse, entropy, logits, labels = ctx.saved_tensors
-    names = ("logps", "lse", "entropy")
+    logits, labels, logps, lse, entropy, slope, rest, share = ctx.saved_tensors
+    names, nothing = ("logps", "lse", "entropy"), (None, None, [None] * ctx.num_sums, None, None)
     given = {
         name: g.to(lse.dtype) for name, g in zip(names, upstream, strict=False) if g is not None
     }
     if not given:
-        return (None,) * 6
+        return None, *nothing
     coef = Coefficients.of(lse, entropy, given)
-    abc = [coef.a, coef.b, torch.zeros_like(lse) if coef.c is None else coef.c]
-    if not ctx.inplace:
-        return _gradient(abc, lse, logits, labels, *ctx.options), *(None,) * 5
+    if not ctx.taken:
+        abc = [coef.a, coef.b, torch.zeros_like(lse) if coef.c is None else coef.c]
+        return _gradient(abc, lse, logps, logits, labels, *ctx.options), *nothing
     if torch.is_grad_enabled():
         no_second_derivative()
+    if coef.c is not None:
+        raise NotImplementedError(
+            "the entropy has no gradient with inplace=True, which keeps exponentials instead of "
+            "logits: pass inplace=False"
+        )
+    stats = RowStats(logps, lse, entropy, lse, lse, slope, rest, share)
     own = logits.detach()
-    _gradient_(abc, lse, own, labels, *ctx.options)
-    return own, *(None,) * 5
+    _gradient_(own, labels, coef.b * share, at_label(coef.a, coef.both, stats))
+    return own, *nothing
 
 
 _op.register_autograd(_backward, setup_context=_setup)

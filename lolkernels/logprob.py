@@ -126,7 +126,8 @@ def linear_logprob(
             picked = kept.nonzero().squeeze(1)
             rows, ids = rows.index_select(0, picked), ids[picked]
     else:
-        rows, ids = rows.masked_fill(~kept[:, None], 0), ids.masked_fill(~kept, 0)
+        left_out = ~kept
+        rows, ids = rows.masked_fill(left_out[:, None], 0), ids.masked_fill(left_out, 0)
     where = None
     if tp_group is not None:
         where, poison = whole_labels(ids, weight.shape[0], tp_group)
@@ -151,7 +152,7 @@ def linear_logprob(
         zeros = rows.new_zeros(kept.shape, dtype=out[0].dtype)
         out = [zeros.index_copy(0, picked, t) for t in out[:4]]
     elif not look:
-        out = [t.masked_fill(~kept, 0) for t in out[:4]]
+        out = [t.masked_fill(left_out, 0) for t in out[:4]]
     # FSDP warns of a module that returns views, and rightly.
     shaped = (t if t.shape == labels.shape else t.view(labels.shape) for t in out[:4])
     return LogprobOutput(*shaped)
@@ -444,7 +445,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     again = coef.c is not None or ctx.need[2]  # there is no unit, or it does not do
     dhidden = dweight = dbias = None
     if needs[0] and not again:
-        dhidden = unit * -coef.b[:, None]
+        dhidden = unit * (coef.a if coef.both is None else -coef.b)[:, None]
         if coef.both is not None:
             rows = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1))
             rows = rows.to(ctx.options[-1])  # as they were multiplied

@@ -139,7 +139,7 @@ def linear_loss(
     dtype = accumulation_dtype(hidden, weight)
     name = backends.pick(backend, hidden.device, dtype)
     inputs, options = side_tensors(needed, side, seq, hidden.device, dtype)
-    weights = reduction_weights(seq, reduction)
+    weights = reduction_weights(seq, reduction, dtype)
     labels, whole = labels.long(), seq
     picked = None if torch.compiler.is_compiling() else active_rows(objective, inputs, options, seq)
     ranks = tp_group is not None or seq.cp_group is not None
@@ -288,8 +288,6 @@ def _op(
     deferred.raise_noted(hidden.device)
     flags = deferred.label_flags(labels, weight.shape[0])
     c = lookup(call)
-    for (name, _), value in zip(c.spec, side, strict=True):
-        deferred.check_side(name, value)
     cu_seqlens, lengths, owners, totals = sequences
     group_size = lengths.shape[0] // max(1, weights.shape[0])
     seq = Sequences._of(cu_seqlens, lengths, owners, max(1, group_size), totals)
@@ -297,6 +295,8 @@ def _op(
     need_hidden, need_weight, need_bias = need[:3]
     head = need_weight or need_bias
     step = Step(c, side, need[3:], seq, weights)
+    for (name, _), value in zip(c.spec, side, strict=True):
+        deferred.check_side(name, value, seen=step.fused)
     walk = make_walk(
         hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, flags
     )
@@ -346,13 +346,14 @@ def _op(
     reported = step.reported()
     if not c.metrics:
         c.metrics.extend(reported)
-    loss = (step.seq_loss * weights).sum().to(walk.dtype)
+    seq_loss = step.seq_loss.to(walk.dtype)
+    loss = torch.dot(seq_loss, weights.to(walk.dtype))
     found = [reported[name] for name in c.metrics if reported]
-    metrics = torch.stack(found) if found else step.seq_loss.new_empty(0, seq.num_groups)
+    metrics = torch.stack(found) if found else seq_loss.new_empty(0, seq.num_groups)
     deferred.send(hidden.device)
     return [
         loss,
-        step.seq_loss.to(walk.dtype),
+        seq_loss,
         stats.logps,
         stats.lse,
         stats.entropy,

@@ -90,6 +90,8 @@ def active_rows(
             f"group_size=1, not {seq.group_size}"
         )
     values = {name: value.detach() for name, (_, value) in inputs.items()}
+    if not any(deferred.readable(t) for t in (seq.lengths, *values.values())):
+        return None
     fam = family(seq=seq, **values, **objectives.defaults(objective) | dict(options))
     if deferred.readable(fam.weight):
         objectives.warn_unlearned(objective, fam)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, deferred, objectives
 from .backends.contract import RowStats
-from .objectives import NO_RATIO, Objective
+from .objectives import NO_RATIO, Family, Objective
 from .packing import Block
 from .sequences import Sequences
 from .walk import Coefficients
@@ -92,6 +92,9 @@ class _Recording(torch._C._ForceDispatchKeyGuard):
         )
 
 
+LOSS = "seq_loss"  # no metric has the name of an output
+
+
 class Step:
     """The objective on blocks of rows: their statistics -> coefficients; it sums up the rest."""
 
@@ -112,8 +115,19 @@ class Step:
         self.side_grads = {
             name: torch.zeros_like(value) for name, (_, value, need) in self.inputs.items() if need
         }
-        self.seq_loss = torch.zeros(seq.num_groups, dtype=torch.float64, device=seq.device)
-        self.metrics: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor] = {}  # the losses and metrics, each (G,)
+        self.family: Family | None = None
+        if self.traits.family is not None:
+            self.family = self.traits.family(seq=seq, **self.side(self.whole))
+
+    @property
+    def fused(self) -> bool:
+        """Whether ``sequence_coef`` does the work of the objective's own body.
+
+        A side input's gradient comes from that body, and so does everything on the reference
+        backend, which the kernels are tested against.
+        """
+        return self.family is not None and self.call.backend != "reference" and not self.side_grads
 
     def side(self, block: Block) -> dict[str, Any]:
         pick: dict[str, Any] = {
@@ -130,31 +144,29 @@ class Step:
         """d (reduced loss) / d statistics of the block's rows."""
         size = self.seq.group_size
         group = slice(block.first // size, block.last // size)
-        here = self.part(block)
+        here, family = self.part(block), self.family
         weight, dtype = self.weights[group].to(stats.lse.dtype), stats.lse.dtype
-        record = backends.TABLE[self.call.backend]
-        family = self.traits.family
-        # A side input's gradient comes from the objective's own body, and so does everything on the
-        # reference backend, which the kernels are tested against.
-        if family is not None and self.call.backend != "reference" and not self.side_grads:
-            side = self.side(block)
-            fam = family(seq=here, **side)
-            ref = side.get("ref_logps") if fam.uses_ref else None
-            if ref is None and fam.ratio != NO_RATIO and fam.uses_ref:
+        if family is not None and self.fused:
+            ref = self.side(block).get("ref_logps") if family.uses_ref else None
+            if ref is None and family.ratio != NO_RATIO and family.uses_ref:
                 raise ValueError("a ratio to the reference needs ref_logps")
-            loss, coef, log_ratio, clipped = record.sequence_coef(
+            lazy = not deferred.immediate(weight.device)
+            loss, coef, log_ratio, clipped = backends.TABLE[self.call.backend].sequence_coef(
                 stats.logps,
                 ref,
                 here.offsets,
-                fam.weight.to(dtype),
-                ratio=fam.ratio,
-                log_low=fam.log_low,
-                log_high=fam.log_high,
-                beta=fam.beta,
+                family.weight[group].to(dtype),
+                ratio=family.ratio,
+                log_low=family.log_low,
+                log_high=family.log_high,
+                beta=family.beta,
+                scale=weight,
+                flags=deferred.flags(weight.device) if lazy else None,
             )
-            grads = {"logps": coef * here.expand(weight)}
-            share = here.offsets.diff() / here.lengths.clamp(min=1)  # of a sequence that is cut
-            metrics = {"log_ratio": log_ratio, "clipped": clipped * share}
+            grads = {"logps": coef}
+            if block != self.whole:  # of a sequence that is cut
+                clipped = clipped * (here.offsets.diff() / here.lengths.clamp(min=1))
+            metrics = {"log_ratio": log_ratio, "clipped": clipped}
         else:
             with _Recording(), torch.inference_mode(False):
                 values = {name: t.clone() for name, t in self.read(stats).items()}
@@ -163,9 +175,8 @@ class Step:
                 )
             loss, grads, metrics = found.seq_loss, found.grads, found.metrics
             if family is not None:
-                side = self.side(block)
-                fam, ref = family(seq=here, **side), side.get("ref_logps")
-                metrics = objectives.family_metrics(fam, stats.logps, ref, here)
+                ref = self.side(block).get("ref_logps")
+                metrics = objectives.family_metrics(family, stats.logps, ref, here)
             for name, g in found.side_grads.items():
                 kind = self.inputs[name][0]
                 where = {
@@ -173,11 +184,14 @@ class Step:
                     "sequence": slice(block.first, block.last),
                 }
                 self.side_grads[name][where.get(kind, ...)] += g
-        self.seq_loss[group] += loss
-        for name, value in metrics.items():
-            if name not in self.metrics:
-                self.metrics[name] = torch.zeros_like(self.seq_loss)
-            self.metrics[name][group] += value
+        for name, value in ((LOSS, loss), *metrics.items()):
+            if block == self.whole:
+                self.made[name] = value
+                continue
+            if name not in self.made:
+                groups = self.seq.num_groups
+                self.made[name] = value.new_zeros(groups, dtype=torch.float64)
+            self.made[name][group] += value
         grads = {k: g.to(dtype) for k, g in grads.items()}
         return Coefficients.of(stats.lse, stats.entropy, grads)
 
@@ -185,13 +199,17 @@ class Step:
     def whole(self) -> Block:
         return Block(0, self.seq.num_tokens, 0, self.seq.num_sequences)
 
+    @property
+    def seq_loss(self) -> Tensor:  # (G,)
+        return self.made[LOSS]
+
     def reported(self) -> dict[str, Tensor]:
         """What goes with the loss, each (G,)."""
-        if self.traits.family is None or not self.metrics:
-            return self.metrics
-        fam = self.traits.family(seq=self.seq, **self.side(self.whole))
-        ratio, clipped = self.metrics["log_ratio"], self.metrics["clipped"]
-        return objectives.family_report(self.traits, fam, ratio, clipped)
+        metrics = {name: value for name, value in self.made.items() if name != LOSS}
+        if self.family is None or not metrics:
+            return metrics
+        ratio, clipped = metrics["log_ratio"], metrics["clipped"]
+        return objectives.family_report(self.traits, self.family, ratio, clipped)
 
     def part(self, block: Block) -> Sequences:
         if block == self.whole:

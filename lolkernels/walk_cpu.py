@@ -161,8 +161,9 @@ class PanelWalk(Walk):
                 else:
                     x = out
                     self.logits(h[i:j], w, v0, out)
-                lse, abc_here = stats.lse[i:j], (t[i:j] for t in abc)
-                self.backend.dlogits_(x, labels[i:j] - v0, lse, *abc_here, **self.options, out=out)
+                vectors = (t[i:j] for t in (stats.lse, *abc))
+                options = {**self.options, "logps": stats.logps[i:j]}
+                self.backend.dlogits_(x, labels[i:j] - v0, *vectors, **options, out=out)
                 if dh is not None:
                     matmul(out, w, dh[i:j], accumulate=v0 > 0)
                 if into is not None:

@@ -70,10 +70,10 @@ class RowWalk(Walk):
         for i, j in [*blocks(0, k, size), *blocks(k, n, size)]:
             h, labels = self.rows(i, j), self.labels[i:j]
             held = kept[i:j] if kept is not None and i < k else None
-            if hold and held is not None:
-                self.logits(h, held)
-                e = self.narrow(buffer[: j - i])
-                sums = self.backend.exps_(held, labels, None, **self.options, out=e)
+            if hold or (held is None and unit is None and self.gemm is None):  # nothing is written
+                x = buffer[: j - i] if held is None else held
+                self.logits(h, x)
+                sums = self.backend.sums(x, labels, **self.options)
             elif self.gemm is not None:
                 e = buffer[: j - i] if held is None else held
                 out = None if held is None and unit is None else e  # scoring writes none
@@ -115,8 +115,9 @@ class RowWalk(Walk):
             if grads.bias is not None:
                 owners = labels[:k].clamp(0, self.vocab - 1)
                 grads.bias.index_put_((owners,), at_label(a, both, here), accumulate=True)
-        size = self.chunk_rows(n)
-        start = 0 if hold else k
+        size, start = self.chunk_rows(n), 0 if hold else k
+        if start == n:
+            return
         buffer = self.empty_rows(min(size, n - start), self.dtype)
         abc = (coef.a, coef.b, torch.zeros_like(coef.a) if coef.c is None else coef.c)
         largest = _power_of_two(torch.stack(abc).abs().amax(0)) if self.half_range else None
@@ -131,13 +132,13 @@ class RowWalk(Walk):
             some = [t[i:j] for t in abc]
             if largest is not None:  # each row in its own range, which its products leave again
                 some = [t / largest[i:j] for t in some]
-            self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *some, **self.options, out=dx)
+            options = {**self.options, "logps": stats.logps[i:j]}
+            self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *some, **options, out=dx)
             if dh is not None:
                 matmul(dx, self.table, dh[i:j])
                 if largest is not None:
                     dh[i:j] *= largest[i:j, None]
             self.add(grads, dx, h, None if largest is None else largest[i:j])
-        grads.written = grads.written or n > 0
 
     @property
     def half_range(self) -> bool:
@@ -156,7 +157,9 @@ class RowWalk(Walk):
                         t.mul_(grads.unit / unit)
             grads.unit, factor = unit, factor / unit
         if grads.weight is not None:
-            rows = h if factor is None else (h * factor[:, None]).to(self.operand)
+            rows = h if factor is None else torch.empty_like(h)
+            if factor is not None:
+                torch.mul(h, factor[:, None], out=rows)
             matmul(x.T, rows, grads.weight, accumulate=grads.written)
         if grads.bias is not None:
             total = self._column_sums(x, factor)

@@ -133,14 +133,28 @@ class Host:
         out: Tensor | None = None,
         **scaling: float,
     ) -> Exps:
-        target, n = logits if out is None else out, len(logits)
+        return self.sweep(logits, labels, anchor, logits if out is None else out, **scaling)
+
+    def sums(self, logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
+        return self.sweep(logits, labels, None, None, **scaling)
+
+    def sweep(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        anchor: Tensor | None,
+        target: Tensor | None,
+        **scaling: float,
+    ) -> Exps:
+        n = len(logits)
         sums = Exps(*(torch.empty(n) for _ in Exps._fields))
         if n:
             status = self.kernels.host_exps(
-                *(_matrix(logits), _matrix(target), _vectors(n, torch.int64, labels)),
+                *(_matrix(logits), _words(*[0] * 6) if target is None else _matrix(target)),
+                _vectors(n, torch.int64, labels),
                 _words(0, 0) if anchor is None else _vectors(n, torch.float32, anchor),
                 _scaling(**scaling),
-                int(_narrower(logits, target)),
+                int(target is not None and _narrower(logits, target)),
                 _pointers(sums),
             )
             assert status == 0
@@ -156,6 +170,7 @@ class Host:
         c: Tensor,
         *,
         out: Tensor | None = None,
+        logps: Tensor | None = None,
         **scaling: float,
     ) -> Tensor:
         target, n = logits if out is None else out, len(logits)
@@ -167,6 +182,7 @@ class Host:
                 _vectors(n, torch.float32, lse, a, b, c),
                 _scaling(**scaling),
                 int(_narrower(logits, target)),
+                _words(0, 0) if logps is None else _vectors(n, torch.float32, logps),
             )
             assert status == 0
         return target
@@ -300,6 +316,7 @@ BACKEND = cuda.BACKEND._replace(
     why_unavailable=why_unavailable,
     row_stats=row_stats,
     exps_=exps_,
+    sums=_host.sums,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
     finish=_host.finish_rows,

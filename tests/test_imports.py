@@ -108,7 +108,7 @@ SIGNATURES = {
     "softcap=None, logit_scale=1.0, entropy_grad=False, backend=None, memory_budget=None, "
     "accumulate_into=None, tp_group=None",
     "logprob": "logits, labels, *, temperature=1.0, softcap=None, logit_scale=1.0, backend=None, "
-    "inplace_backward=False, tp_group=None",
+    "inplace=False, tp_group=None",
     "linear_loss": "objective, hidden, weight, labels, seq, *, reduction='seq-mean', bias=None, "
     "temperature=1.0, softcap=None, logit_scale=1.0, backend=None, memory_budget=None, "
     "tp_group=None, return_outputs=False, accumulate_into=None, **side",

@@ -541,6 +541,7 @@ def test_the_memory_formula(
     stand_in = TABLE["reference"]._replace(
         panels=device == "cpu",
         exps_=sums,
+        sums=sums,
         dlogits_=dlogits,
         finish=lambda *args: None,
         add_labels=lambda *args: None,

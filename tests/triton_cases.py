@@ -84,16 +84,17 @@ def stats_case(arch: int, x: str, vocab: int, cap: bool) -> Case:
 
 def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
     block, warps = rows.dlogits_block(vocab, cap)
-    vectors = ("lse_ptr", "a_ptr", "b_ptr", "c_ptr")
+    vectors = ("lse_ptr", "a_ptr", "b_ptr", "c_ptr", "logps_ptr")
     signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64", "out_ptr": f"*{out}"}
     signature |= dict.fromkeys(vectors, "*fp32")
     signature |= dict.fromkeys(("V", "parts", "span", "x_row", "out_row"), "i32") | SCALARS
-    ones = ("x_col", "out_col", "labels_row", "lse_row", "a_row", "b_row", "c_row")
+    ones = ("x_col", "out_col", "labels_row", "lse_row", "a_row", "b_row", "c_row", "logps_row")
     return Case(
         name=f"dlogits-sm{arch}-{x}-{out}{'-cap' * cap}",
         fn=triton_kernels.dlogits,
         signature=signature,
-        constexprs=dict.fromkeys(ones, 1) | {"CAP": cap, "ALIASED": x != out, "BLOCK": block},
+        constexprs=dict.fromkeys(ones, 1)
+        | {"CAP": cap, "HAS_LOGPS": True, "ALIASED": x != out, "BLOCK": block},
         arch=arch,
         num_warps=warps,
         num_stages=rows.STAGES,
@@ -115,6 +116,7 @@ def exps_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
     constexprs: dict[str, Any] = dict.fromkeys(("x_col", "out_col", "labels_row"), 1)
     constexprs |= {"anchor_row": 1} if given else {"anchor_ptr": None}
     constexprs |= {"HAS_ANCHOR": given, "CAP": cap, "AT_TOP": out == "fp16", "BLOCK": block}
+    constexprs |= {"WRITE": True}
     aligned = ["x_ptr", "labels_ptr", "out_ptr", *sums, "x_row", "out_row"]
     return Case(
         name=f"exps-sm{arch}-{x}-{out}-{vocab}{'-cap' * cap}",

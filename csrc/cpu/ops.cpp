@@ -50,12 +50,12 @@ Matrix matrix_like(const Matrix& x, const Tensor& out) {
 }
 
 Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
-         double scale, double softcap, double temperature, Tensor out) {
+         double scale, double softcap, double temperature, const std::optional<Tensor>& out) {
   const Matrix x = matrix(logits, "logits", kCpu);
   const int64_t n = x.rows;
   ExpsArgs args{};
   args.logits = x;
-  args.out = matrix_like(x, out);
+  if (out) args.out = matrix_like(x, *out);
   args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu);
   if (anchor) args.anchor = vector<float>(*anchor, "anchor", ScalarType::Float, n, kCpu);
   args.map = logit_map(scale, softcap, temperature);
@@ -75,10 +75,10 @@ Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>
 
 void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
              const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
-             Tensor out) {
+             Tensor out, const std::optional<Tensor>& logps) {
   const Matrix x = matrix(logits, "logits", kCpu);
   const int64_t n = x.rows;
-  const DlogitsArgs args{x,
+  DlogitsArgs args{x,
                          matrix_like(x, out),
                          vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu),
                          vector<float>(lse, "lse", ScalarType::Float, n, kCpu),
@@ -86,6 +86,7 @@ void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, cons
                          vector<float>(b, "b", ScalarType::Float, n, kCpu),
                          vector<float>(c, "c", ScalarType::Float, n, kCpu),
                          logit_map(scale, softcap, temperature)};
+  if (logps) args.logps = vector<float>(*logps, "logps", ScalarType::Float, n, kCpu);
   torch::stable::parallel_for(0, n, grain(n, n * x.cols), [&](int64_t begin, int64_t end) {
     row_kernels().dlogits(args, begin, end);
   });

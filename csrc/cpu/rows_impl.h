@@ -16,6 +16,7 @@ namespace {
 // How a dtype is stored; kLowest is its -inf; kNarrow: its range does not hold e^kReach.
 struct Float32 {
   using Word = float;
+  static constexpr bool kWritten = true;
   static constexpr float kLowest = -kInf;
   static constexpr bool kNarrow = false;
   static F32 read(const float* p) { return load<F32>(p); }
@@ -23,6 +24,7 @@ struct Float32 {
 };
 struct Bf16 {
   using Word = uint16_t;
+  static constexpr bool kWritten = true;
   static constexpr uint16_t kLowest = 0xff80;
   static constexpr bool kNarrow = false;
   static F32 read(const uint16_t* p) { return widen_bf16(load<U16>(p)); }
@@ -30,10 +32,14 @@ struct Bf16 {
 };
 struct Fp16 {
   using Word = uint16_t;
+  static constexpr bool kWritten = true;
   static constexpr uint16_t kLowest = 0xfc00;
   static constexpr bool kNarrow = true;
   static F32 read(const uint16_t* p) { return widen_fp16(load<U16>(p)); }
   static void write(uint16_t* p, F32 v) { store(p, narrow_fp16(v)); }
+};
+struct Nowhere : Float32 {
+  static constexpr bool kWritten = false;
 };
 
 // A row of a matrix. Loops over a row take its whole vectors first and then the partial one at its
@@ -267,7 +273,7 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
         top = rest > top ? rest : top;
         const double shift = static_cast<double>(anchor) - static_cast<double>(top);
         const double f = std::exp(shift);
-        rescale(out, col, static_cast<float>(std::exp(0.5 * shift)));
+        if constexpr (Out::kWritten) rescale(out, col, static_cast<float>(std::exp(0.5 * shift)));
         sum = {f * sum.p, f * (sum.pz + sum.p * shift)};
         anchor = top;
       }
@@ -283,7 +289,7 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
       };
       const int64_t left = row.cols - col < kBlock ? row.cols - col : kBlock;
       int64_t i = 0;
-      if (out.stride == 1) {
+      if (Out::kWritten && out.stride == 1) {
         for (; i + kStep <= left; i += kStep) {
           for (int u = 0; u < kUnroll; ++u) {
             const int64_t at = i + u * kLanes;
@@ -298,7 +304,9 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
           store(block.z + at, exponential(at, u));
         }
       }
-      for (i = done; i < left; i += kLanes) scatter(out, col + i, load<F32>(block.z + i));
+      for (i = done; i < left && Out::kWritten; i += kLanes) {
+        scatter(out, col + i, load<F32>(block.z + i));
+      }
       sum.p += static_cast<double>(total((p[0] + p[1]) + (p[2] + p[3])));
       sum.pz += static_cast<double>(total((pz[0] + pz[1]) + (pz[2] + pz[3])));
     }
@@ -328,7 +336,8 @@ void dlogits(const DlogitsArgs& args, int64_t begin, int64_t end) {
     float at_label = 0.0f;
     if (row.holds(label)) {  // before the sweep: out may be the logits
       const Logit y = logit<kCapped>(gather(row, label), map);
-      at_label = dlogit_at_label(y.z[0], lse, a, b, c) * y.slope[0];
+      const double z = y.z[0], logp = args.logps.data ? args.logps[r] : z - lse;
+      at_label = dlogit_at_label(y.z[0], logp, a, b, c) * y.slope[0];
     }
     int64_t col = 0;
     if (row.stride == 1 && out.stride == 1) {
@@ -385,6 +394,15 @@ void write_from(const Args& args, int64_t begin, int64_t end) {
 
 template <typename Args>
 void write_any(const Args& args, int64_t begin, int64_t end) {
+  if constexpr (requires { args.anchor; }) {
+    if (args.out.data == nullptr) {
+      switch (args.logits.dtype) {
+        case DType::f32: return write_of<Float32, Nowhere>(args, begin, end);
+        case DType::bf16: return write_of<Bf16, Nowhere>(args, begin, end);
+        case DType::f16: return write_of<Fp16, Nowhere>(args, begin, end);
+      }
+    }
+  }
   switch (args.logits.dtype) {
     case DType::f32: return write_from<Float32>(args, begin, end);
     case DType::bf16: return write_from<Bf16>(args, begin, end);

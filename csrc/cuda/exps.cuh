@@ -48,6 +48,10 @@ __device__ __forceinline__ float max_logit(Running others, float target) {
   return spoilt ? others.rest : fmaxf(others.m, target);
 }
 
+struct Nowhere {};
+__device__ __forceinline__ float widen(Nowhere) { return 0.0f; }
+__device__ __forceinline__ void narrow(float, Nowhere*) {}
+
 // Bytes per logit: one read, one write. Where a logit stands out of the anchor's reach, its thread
 // stops writing and only looks for the maximum; float16, whose range is small, starts that way.
 // What was written is then scaled down, and the rest of the row read once more: no logit is lost
@@ -56,8 +60,11 @@ __device__ __forceinline__ float max_logit(Running others, float target) {
 // kAliased: out's rows start where those of logits do, with narrower elements. A write then lands
 // only on columns that have been read, provided that all threads have read a batch before any
 // writes, and that all stop at the same one.
+//
+// Out is Nowhere where only the sums are wanted.
 template <typename In, typename Out, bool kCapped, bool kContiguous, bool kAliased>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const ExpsArgs args) {
+  constexpr bool kWritten = !std::is_same_v<Out, Nowhere>;
   constexpr int kPack = kPackOf<In, kContiguous>, kBatch = kExps<In, kCapped, kContiguous>;
   const int64_t row = blockIdx.x;
   const In* x = static_cast<const In*>(args.logits.data) + row * args.logits.row_stride;
@@ -126,7 +133,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
           dev += one * depth(v[u][i].z, anchor);
           narrow(one * v[u][i].slope, &e.lane[i]);
         }
-        *reinterpret_cast<Pack<Out, kPack>*>(out + column(u) * out_stride) = e;
+        if constexpr (kWritten) {
+          *reinterpret_cast<Pack<Out, kPack>*>(out + column(u) * out_stride) = e;
+        }
       }
       s.rest += rest;
       s.dev += dev;
@@ -140,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
         const float one = fast_exp(v.z - anchor);
         s.rest += one;
         s.dev += one * depth(v.z, anchor);
-        narrow(one * v.slope, out + at.edge(thread));
+        if (kWritten) narrow(one * v.slope, out + at.edge(thread));
       }
     }
 
@@ -152,14 +161,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
     const float top = own_anchor(top_of_row, target.z);
     const Fall fall(limit == -HUGE_VALF ? top : anchor, top);
     fall.move(s);
-    for (int pack = thread; pack < done && pack < at.packs; pack += threads) {
+    for (int pack = thread; kWritten && pack < done && pack < at.packs; pack += threads) {
       Out* written = out + at.column(pack) * out_stride;
       Pack<Out, kPack> e = *reinterpret_cast<Pack<Out, kPack>*>(written);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) narrow(fall(widen(e.lane[i])), &e.lane[i]);
       *reinterpret_cast<Pack<Out, kPack>*>(written) = e;
     }
-    if (edge_done && has_edge) {
+    if (kWritten && edge_done && has_edge) {
       narrow(fall(widen(out[at.edge(thread)])), out + at.edge(thread));
     }
     anchor = top, limit = HUGE_VALF, writing = true;

@@ -95,17 +95,25 @@ inline cudaError_t row_stats(const RowStatsArgs& args, cudaStream_t stream) {
 
 // aliased: out's rows start where those of logits do, with narrower elements.
 inline cudaError_t exps(const ExpsArgs& args, bool aliased, cudaStream_t stream) {
-  return with_rows(
-      args.logits, args.out, args.map.capped, aliased,
-      [&](auto in, auto to, auto capped, auto contiguous, auto shared) {
-        using In = decltype(in);
-        constexpr bool kCapped = decltype(capped)::value;
-        constexpr bool kContiguous = decltype(contiguous)::value;
-        constexpr int kBatch = kPackOf<In, kContiguous> * kExps<In, kCapped, kContiguous>;
-        return launch(exps_kernel<In, decltype(to), kCapped, kContiguous, decltype(shared)::value>,
-                      static_cast<unsigned>(args.logits.rows), 1,
-                      block_threads(args.logits.cols, kBatch), stream, args);
+  const auto go = [&](auto in, auto to, auto capped, auto contiguous, auto shared) {
+    using In = decltype(in);
+    constexpr bool kCapped = decltype(capped)::value;
+    constexpr bool kContiguous = decltype(contiguous)::value;
+    constexpr int kBatch = kPackOf<In, kContiguous> * kExps<In, kCapped, kContiguous>;
+    return launch(exps_kernel<In, decltype(to), kCapped, kContiguous, decltype(shared)::value>,
+                  static_cast<unsigned>(args.logits.rows), 1,
+                  block_threads(args.logits.cols, kBatch), stream, args);
+  };
+  if (args.out.data != nullptr) {
+    return with_rows(args.logits, args.out, args.map.capped, aliased, go);
+  }
+  return with_dtype(args.logits.dtype, [&](auto in) {
+    return with_flag(args.map.capped, [&](auto capped) {
+      return with_flag(args.logits.col_stride == 1, [&](auto contiguous) {
+        return go(in, Nowhere{}, capped, contiguous, std::false_type{});
       });
+    });
+  });
 }
 
 inline cudaError_t dlogits(const DlogitsArgs& args, bool aliased, cudaStream_t stream) {

@@ -80,11 +80,13 @@ bool check_out(const Matrix& x, const Matrix& out) {
 }
 
 Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
-            double scale, double softcap, double temperature, Tensor out) {
+            double scale, double softcap, double temperature, const std::optional<Tensor>& out) {
   const Here here(logits);
   const Matrix x = matrix(logits, "logits", here.device);
-  const Matrix e = matrix(out, "out", here.device);
-  const bool aliased = check_out(x, e);
+  Matrix e = {};
+  check_size(x);
+  if (out) e = matrix(*out, "out", here.device);
+  const bool aliased = out && check_out(x, e);
   const int64_t n = x.rows;
   const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
   Vector<float> given = {nullptr, 0};
@@ -104,7 +106,7 @@ Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tens
 
 void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
                 const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
-                Tensor out) {
+                Tensor out, const std::optional<Tensor>& logps) {
   const Here here(logits);
   const Matrix x = matrix(logits, "logits", here.device);
   const Matrix g = matrix(out, "out", here.device);
@@ -113,14 +115,15 @@ void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, c
   const auto floats_of = [&](const Tensor& t, const char* name) {
     return vector<float>(t, name, ScalarType::Float, n, here.device);
   };
-  const DlogitsArgs args{x,
-                         g,
-                         vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device),
-                         floats_of(lse, "lse"),
-                         floats_of(a, "a"),
-                         floats_of(b, "b"),
-                         floats_of(c, "c"),
-                         logit_map(scale, softcap, temperature)};
+  DlogitsArgs args{x,
+                   g,
+                   vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device),
+                   floats_of(lse, "lse"),
+                   floats_of(a, "a"),
+                   floats_of(b, "b"),
+                   floats_of(c, "c"),
+                   logit_map(scale, softcap, temperature)};
+  if (logps) args.logps = floats_of(*logps, "logps");
   if (n == 0 || x.cols == 0) return;
   check_launch(dlogits(args, aliased, here.stream));
 }

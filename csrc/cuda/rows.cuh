@@ -294,7 +294,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   }
   if (mine) {
     const Logit y = logit<kCapped>(widen(x_label), args.map);
-    narrow(dlogit_at_label(y.z, lse, a, b, c) * y.slope, out + label * out_stride);
+    const double z = y.z, logp = args.logps.data == nullptr ? z - lse : args.logps[row];
+    narrow(dlogit_at_label(y.z, logp, a, b, c) * y.slope, out + label * out_stride);
   }
 }
 

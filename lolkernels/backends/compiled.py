@@ -81,6 +81,21 @@ class Compiled:
         target = logits if out is None else out
         return Exps(*self.ops.exps(logits, labels, anchor, scale, softcap, temperature, out=target))
 
+    def sums(
+        self,
+        logits: Tensor,  # (n, V)
+        labels: Tensor,  # (n,) int64
+        *,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> Exps:
+        """The sums of :meth:`exps_`; nothing is written.
+
+        Memory traffic: each logit is read once; twice in rows that reach too far above their label.
+        """
+        return Exps(*self.ops.exps(logits, labels, None, scale, softcap, temperature, out=None))
+
     def dlogits_(
         self,
         logits: Tensor,  # (n, V)
@@ -94,15 +109,17 @@ class Compiled:
         softcap: float = 0.0,
         temperature: float = 1.0,
         out: Tensor | None = None,  # (n, V)
+        logps: Tensor | None = None,  # (n,) float32
     ) -> Tensor:
         """`(a [v == y] + exp(z - lse) (b + c z)) dz/dx`, written over `logits` or into `out`.
 
         `out` may have another dtype and other strides, but shares no memory with `logits` unless it
         is the same view; on a GPU also where its rows begin where those of `logits` do, with
-        narrower elements. Memory traffic: each logit is read once, each gradient written once.
+        narrower elements. ``logps`` has the digits of 1 - p that z - lse at the label has lost.
+        Memory traffic: each logit is read once, each gradient written once.
         """
-        target = logits if out is None else out
-        self.ops.dlogits(logits, labels, lse, a, b, c, scale, softcap, temperature, out=target)
+        target, scaling = logits if out is None else out, (scale, softcap, temperature)
+        self.ops.dlogits(logits, labels, lse, a, b, c, *scaling, out=target, logps=logps)
         return target
 
     def sequence_coef(

@@ -28,6 +28,7 @@ class Backend(NamedTuple):
     why_unavailable: Callable[[], str | None]  # None where it can be used, else why and what to do
     row_stats: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     exps_: Callable[..., Exps]
+    sums: Callable[..., Exps]  # of exps_, which are not written
     dlogits_: Callable[..., Tensor]
     sequence_coef: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     finish: Callable[..., None]

@@ -60,6 +60,7 @@ BACKEND = Backend(
     why_unavailable=why_unavailable,
     row_stats=compiled.row_stats,
     exps_=compiled.exps_,
+    sums=compiled.sums,
     dlogits_=compiled.dlogits_,
     sequence_coef=compiled.sequence_coef,
     finish=finish,

@@ -16,6 +16,8 @@ columns: its target_logit is -inf and it gets no ``a`` term. p = 0 times z = -in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,12 @@ def exps_(
     return Exps(anchor, e.sum(1), deviation, largest, z_y, slope_y)
 
 
+def sums(logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
+    """Those of :func:`exps_`."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return exps_(wide, labels, None, out=torch.empty_like(wide), **scaling)
+
+
 def dlogits_(
     logits: Tensor,  # (n, V)
     labels: Tensor,  # (n,)
@@ -97,6 +105,7 @@ def dlogits_(
     softcap: float = 0.0,
     temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
+    logps: Tensor | None = None,  # (n,); None: z - lse at the label, without digits for p near 1
 ) -> Tensor:
     z, dz_dx = _transform(logits, scale, softcap, temperature)
     log_p = z - lse[:, None]
@@ -104,7 +113,7 @@ def dlogits_(
     dz = torch.where(p == 0, 0.0, p * (b[:, None] + c[:, None] * z))
     has_target, index = _target(labels, z.shape[1])
     # a + b p as a (1 - p) + (a + b) p, with 1 - p from expm1: for p near 1 no digit is lost.
-    log_p_y = log_p.gather(1, index[:, None]).squeeze(1)
+    log_p_y = log_p.gather(1, index[:, None]).squeeze(1) if logps is None else logps
     p_y = log_p_y.exp()
     z_y = z.gather(1, index[:, None]).squeeze(1)
     rest = torch.where(p_y == 0, 0.0, p_y * ((a + b) + c * z_y))
@@ -188,6 +197,7 @@ BACKEND = Backend(
     why_unavailable=lambda: None,
     row_stats=row_stats,
     exps_=exps_,
+    sums=sums,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
     finish=finish,

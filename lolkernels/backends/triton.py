@@ -109,6 +109,33 @@ def exps_(
     written once; twice in rows that reach too far above their anchor, and in float16.
     """
     target = logits if out is None else out
+    return _sweep(logits, labels, anchor, target, scale, softcap, temperature)
+
+
+def sums(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> Exps:
+    """The sums of :func:`exps_`; nothing is written.
+
+    Memory traffic: each logit is read once; twice in rows that reach too far above their label.
+    """
+    return _sweep(logits, labels, None, None, scale, softcap, temperature)
+
+
+def _sweep(
+    logits: Tensor,
+    labels: Tensor,
+    anchor: Tensor | None,
+    target: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+) -> Exps:
     n, vocab = logits.shape
     sums = Exps(*(logits.new_empty(n, dtype=torch.float32) for _ in Exps._fields))
     if n:
@@ -122,7 +149,7 @@ def exps_(
                 *sums,
                 vocab,
                 *logits.stride(),
-                *target.stride(),
+                *((0, 0) if target is None else target.stride()),
                 labels.stride(0),
                 0 if anchor is None else anchor.stride(0),
                 *_scaling(scale, softcap, temperature),
@@ -130,7 +157,8 @@ def exps_(
                 REACH,
                 HAS_ANCHOR=anchor is not None,
                 CAP=softcap != 0,
-                AT_TOP=target.dtype == torch.float16,
+                AT_TOP=target is not None and target.dtype == torch.float16,
+                WRITE=target is not None,
                 BLOCK=block,
                 num_warps=warps,
                 num_stages=STAGES,
@@ -150,13 +178,14 @@ def dlogits_(
     softcap: float = 0.0,
     temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
+    logps: Tensor | None = None,  # (n,) float32
 ) -> Tensor:
     """`(a * [v == y] + exp(z - lse) * (b + c * z)) * dz/dx`, written over `logits` or into `out`.
 
     `out` may have another dtype and other strides. It shares no memory with `logits` unless it is
     the same view, or its rows begin where those of `logits` do, with narrower elements: bfloat16
-    gradients over float32 logits. Memory traffic: each logit is read once, each gradient written
-    once.
+    gradients over float32 logits. ``logps`` has the digits of 1 - p that z - lse at the label has
+    lost. Memory traffic: each logit is read once, each gradient written once.
     """
     target = logits if out is None else out
     n, vocab = logits.shape
@@ -177,6 +206,7 @@ def dlogits_(
             a,
             b,
             c,
+            logps,
             target,
             vocab,
             parts,
@@ -184,8 +214,10 @@ def dlogits_(
             *logits.stride(),
             *target.stride(),
             *(t.stride(0) for t in (labels, lse, a, b, c)),
+            0 if logps is None else logps.stride(0),
             *_scaling(scale, softcap, temperature),
             CAP=softcap != 0,
+            HAS_LOGPS=logps is not None,
             ALIASED=aliased,
             BLOCK=block,
             num_warps=warps,
@@ -355,6 +387,7 @@ BACKEND = Backend(
     why_unavailable=why_unavailable,
     row_stats=row_stats,
     exps_=exps_,
+    sums=sums,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
     finish=finish,

@@ -174,6 +174,7 @@ def exps(
     HAS_ANCHOR: tl.constexpr,
     CAP: tl.constexpr,
     AT_TOP: tl.constexpr,  # anchor every row at its maximum
+    WRITE: tl.constexpr,  # else the sums only: out_ptr is none
     BLOCK: tl.constexpr,
 ):
     """E = e^(z - anchor) dz/dx, 0 at the label, and its sums. Bytes per logit: one read, one write.
@@ -185,7 +186,8 @@ def exps(
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row
-    out_ptr += row * out_row
+    if WRITE:
+        out_ptr += row * out_row
     label = tl.load(labels_ptr + row * labels_row)
     has_target = (label >= 0) & (label < V)
     column = tl.where(has_target, label, -1).to(tl.int32)
@@ -227,11 +229,12 @@ def exps(
                 e = tl.exp(d)
                 total += e
                 dev += tl.where(e == 0.0, 0.0, e * d)
-                e = (e * slope).to(out_ptr.dtype.element_ty)
-                if block < V // BLOCK:
-                    tl.store(out_ptr + v.to(tl.int64) * out_col, e)
-                else:
-                    tl.store(out_ptr + v.to(tl.int64) * out_col, e, mask=v < V)
+                if WRITE:
+                    e = (e * slope).to(out_ptr.dtype.element_ty)
+                    if block < V // BLOCK:
+                        tl.store(out_ptr + v.to(tl.int64) * out_col, e)
+                    else:
+                        tl.store(out_ptr + v.to(tl.int64) * out_col, e, mask=v < V)
                 done = block + 1
         if done < blocks:
             # Where no other column counts, the label's own logit.
@@ -240,11 +243,12 @@ def exps(
             half = tl.exp(0.5 * fall)  # its square may be too small for a float
             dev = (dev + total * fall) * half * half
             total = total * half * half
-            tl.debug_barrier()
-            for block in range(done):
-                at = out_ptr + (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * out_col
-                e = tl.load(at).to(tl.float32) * half * half
-                tl.store(at, e.to(out_ptr.dtype.element_ty))
+            if WRITE:
+                tl.debug_barrier()
+                for block in range(done):
+                    at = out_ptr + (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * out_col
+                    e = tl.load(at).to(tl.float32) * half * half
+                    tl.store(at, e.to(out_ptr.dtype.element_ty))
             anchor = base
             limit = POS_INF
             writing = tl.full((), True, tl.int1)
@@ -409,6 +413,7 @@ def dlogits(
     a_ptr,
     b_ptr,
     c_ptr,
+    logps_ptr,
     out_ptr,  # (n, V)
     V,
     parts,  # programs a row
@@ -422,10 +427,12 @@ def dlogits(
     a_row,
     b_row,
     c_row,
+    logps_row,
     scale,
     softcap,
     inv_temperature,
     CAP: tl.constexpr,
+    HAS_LOGPS: tl.constexpr,
     ALIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -451,8 +458,11 @@ def dlogits(
     mine = (label >= first) & (label < end)
     x_y = tl.load(x_ptr + label * x_col, mask=mine, other=0.0).to(tl.float32)
     z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
-    p_y = tl.exp(z_y - lse)
-    dx_y = tl.where(p_y == 0.0, 0.0, p_y * (a + b + c * z_y)) + a * one_minus_exp(z_y - lse)
+    logp = z_y - lse
+    if HAS_LOGPS:
+        logp = tl.load(logps_ptr + row * logps_row)
+    p_y = tl.exp(logp)
+    dx_y = tl.where(p_y == 0.0, 0.0, p_y * (a + b + c * z_y)) + a * one_minus_exp(logp)
     dx_y = dx_y * slope_y
     column = tl.where(mine, label, -1).to(tl.int32)
     full = first + (end - first) // BLOCK * BLOCK

@@ -236,9 +236,11 @@ def family_report(
     ``log_ratio`` and ``clipped`` are those of :func:`family_metrics`; ``unlearned`` is 1 where the
     loss pushes a sequence's likelihood down without a bound (weight < beta).
     """
-    unlearned = (fam.weight < fam.beta).to(log_ratio.dtype)
-    every = {"log_ratio": log_ratio, "clipped": clipped, "unlearned": unlearned}
-    return {name: every[name] for name in mark.metrics}
+    known = {"log_ratio": log_ratio, "clipped": clipped}
+    return {
+        name: (fam.weight < fam.beta).to(log_ratio.dtype) if name == "unlearned" else known[name]
+        for name in mark.metrics
+    }
 
 
 _warned: set[str] = set()

@@ -10,20 +10,18 @@ from ..sequences import Sequences
 REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
 
 
-def reduction_weights(seq: Sequences, reduction: str) -> Tensor:  # (num_groups,)
+def reduction_weights(
+    seq: Sequences, reduction: str, dtype: torch.dtype = torch.float64
+) -> Tensor:  # (num_groups,)
     """The factor of each loss value: ``aggregate(loss) = sum_g weight_g loss_g``."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    ones = torch.ones(seq.num_groups, device=seq.device, dtype=torch.float64)
-    if reduction == "sum":
-        return ones
-    if reduction == "token-mean":
-        return ones / seq.total_tokens
     groups = max(1.0, seq.total_sequences / seq.group_size)
-    if reduction == "seq-mean":
-        return ones / groups
-    tokens = seq.lengths.view(seq.num_groups, seq.group_size).sum(1).clamp(min=1)
-    return ones / groups / tokens
+    total = {"sum": 1.0, "token-mean": seq.total_tokens}.get(reduction, groups)
+    weights = torch.full((seq.num_groups,), 1.0 / total, device=seq.device, dtype=dtype)
+    if reduction != "seq-mean-token-mean":
+        return weights
+    return weights / seq.lengths.view(seq.num_groups, seq.group_size).sum(1).clamp(min=1)
 
 
 def aggregate(loss: Tensor, seq: Sequences, reduction: str = "seq-mean") -> Tensor:

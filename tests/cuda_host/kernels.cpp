@@ -61,11 +61,11 @@ int host_exps(const int64_t* logits, const int64_t* out, const int64_t* labels,
 }
 
 int host_dlogits(const int64_t* logits, const int64_t* out, const int64_t* labels,
-                 const int64_t* vectors, const double* map, int aliased) {
+                 const int64_t* vectors, const double* map, int aliased, const int64_t* logps) {
   return cuda::dlogits(
       {matrix(logits), matrix(out), vector<int64_t>(labels), vector<float>(vectors),
        vector<float>(vectors + 2), vector<float>(vectors + 4), vector<float>(vectors + 6),
-       make_logit_map(map[0], map[1], map[2])},
+       make_logit_map(map[0], map[1], map[2]), vector<float>(logps)},
       aliased != 0, nullptr);
 }
 
