@@ -17,6 +17,8 @@ from on_device import (
     accept_gradient,
     each_backend,
     each_dtype,
+    gradients,
+    judge,
     leaves,
     loss_inputs,
     peaky,
@@ -57,20 +59,6 @@ CASES += [((size(130, 12), 64, size(1025, 130)), o) for o in OPTIONS]
 each_case = pytest.mark.parametrize(
     ("shape", "options"), CASES, ids=lambda x: "x".join(map(str, x)) or "plain"
 )
-
-
-def judge(p: Problem, got: list[Tensor], frozen: bool, upstream: dict[str, Tensor]) -> None:
-    """Gradients for the upstream gradients of logps, lse and entropy, beside eager's."""
-    exact, exact_leaves = leaves(p.double(), frozen)
-    eager, eager_leaves = leaves(p, frozen)
-    results = []
-    for q, wanted in ((exact, exact_leaves), (eager, eager_leaves)):
-        out = testing.eager(q)
-        total = sum((getattr(out, k).double() * g.double()).sum() for k, g in upstream.items())
-        results.append(torch.autograd.grad(total, wanted))
-    sizes = testing.gradient_sizes(p, upstream).values()
-    for grad, truth, peer, bound in zip(got, *results, sizes, strict=False):
-        accept_gradient(grad, peer, truth, bound)
 
 
 def judge_loss(
@@ -132,8 +120,7 @@ def test_linear_logprob(
         bound = factor * 2e-5 * max(1.0, float(want.abs().max()) / 30)
         assert float((getattr(out, name) - want).detach().abs().max()) <= bound, name
     upstream = {k: torch.randn(shape[0], device=DEVICE) for k in ("logps", "lse", "entropy")}
-    total = sum((getattr(out, k) * g).sum() for k, g in upstream.items())
-    judge(p, list(torch.autograd.grad(total, wanted)), False, upstream)
+    judge(p, gradients(out, wanted, upstream), False, upstream)
 
 
 @each_backend
@@ -179,9 +166,6 @@ def test_logprob(shape: tuple[int, ...], options: Any, dtype: torch.dtype, backe
     terms = 2 * g["logps"].abs() + g["lse"].abs() + g["entropy"].abs() * z
     slope = p.logit_scale / p.temperature
     accept_gradient(*grads, size=slope * float(terms.detach().max()))
-
-
-# --- budgets: many chunks, groups longer than one, sequences cut ----------------------------------
 
 
 @each_backend
@@ -234,9 +218,6 @@ def test_the_error_of_dweight_does_not_grow_with_chunks(dtype: torch.dtype, back
     one, many = error(4 * v * n), error(4 * v)
     # In fp32 the two differ by the order of a sum.
     assert many <= max(1.1 * one, 0 if dtype in HALF else 2e-6), (one, many)
-
-
-# --- the sum over a long sequence -----------------------------------------------------------------
 
 
 @each_backend
