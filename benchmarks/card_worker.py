@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -170,6 +170,8 @@ def parts_tasks(sizes: Sizes, backends: list[str], device: Device) -> list[Task]
     for b in backends[-1:] if sizes.few else backends:
         add(f"overhead {b}", f"Host time, {b}", 15, parts.overhead, b, device)
     add("truncation", "Truncation", 25, parts.truncation, sizes.terms, backends, device)
+    if importlib.util.find_spec("predict") is not None:
+        add("prediction", "Predicted by counting", 20, parts.prediction, *sizes.product)
     beside = (*sizes.product, device, rounds, True)
     add("quack", "Matrix products beside QuACK", 40, parts.products, *beside)
     return found

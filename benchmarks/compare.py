@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import CLIP, DTYPES, Inputs, Shape, make_inputs
+from shapes import CLIP, Inputs, Shape, make_inputs, parse_shape
 from torch import Tensor
 
 import lolkernels as lk  # in a worker, the version's own
@@ -351,17 +351,6 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def shape_of(text: str) -> Shape:
-    sizes = text.split(",")
-    dtype = sizes.pop() if sizes[-1] in DTYPES else "fp32"
-    try:
-        return Shape(*map(int, sizes), dtype=dtype)  # type: ignore[misc]
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"give T,D,V,seq_len[,dtype]; got {text!r} ({error})"
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     import report  # a worker has no need of it
 
@@ -369,10 +358,14 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("base", help="the commit to compare the working tree with")
     add("--ops", nargs="+", choices=OPS, default=list(OPS))
-    add("--shapes", nargs="+", type=shape_of, metavar="T,D,V,L", help="or T,D,V,L,bf16")
+    add("--shapes", nargs="+", help="T,D,V,L, or T,D,V,L,bf16, or a name as in run.py")
     add("--margin", type=float, default=0.01, help="a smaller difference is not called (0.01)")
     add("--fail-above", type=float, metavar="RATIO", help="exit 1 if an interval lies above it")
     given = report.parse(parser, sys.argv[1:] if argv is None else argv, fewest_rounds())
+    try:
+        given.shapes = [parse_shape(text) for text in given.shapes or []]
+    except ValueError as error:
+        parser.error(str(error))
     given.threads = torch.get_num_threads()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     try:

@@ -93,13 +93,9 @@ class Cpu:
     device = torch.device("cpu")
 
     def sync(self) -> None:
-        pass
+        """Nothing runs behind the host, and nothing is held for timing."""
 
-    def fill(self) -> None:
-        pass
-
-    def free(self) -> None:
-        pass
+    fill = free = sync
 
     def time_ms(self, call: Callable[[], Any]) -> float:
         gc.collect()
@@ -244,36 +240,9 @@ def measure(
     """Fills the rows, in order: each checked, on a GPU its memory, then all timed in rounds."""
     sound: dict[str, Contestant] = {}
     for row, make in build:
-        box = min(BOX, max(1.0, (until - time.monotonic()) / 3))
-        try:
-            with time_box(box):
-                c = make()
-                check = c.check()
-                device.sync()
-        except (UnavailableError, NotImplementedError) as error:
-            row.skipped = str(error)
-            continue
-        except Exception as error:
-            device.sync()  # raises where the device itself has failed: nothing can follow then
-            row.error = short(error)
-            continue
-        row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
-        row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
-        row.missed = check.missed
-        row.formula_bytes = c.formula
-        if check.faults:
-            row.wrong = check.faults
-            continue
-        if peers.only_interpreted(row.contestant, device.kind):
-            row.skipped = "correct in Triton's interpreter, where a time means nothing"
-            continue
-        try:
-            row.extra_bytes = device.extra_bytes(c)  # warms it, too
-        except Exception as error:
-            device.sync()
-            row.error = short(error)
-            continue
-        sound[row.label] = c
+        found = ready(row, make, device, min(BOX, max(1.0, (until - time.monotonic()) / 3)))
+        if found is not None:
+            sound[row.label] = found
     gc.collect()
     gc.freeze()  # so that a collection before each call looks at what the calls left, and no more
     try:
@@ -285,6 +254,32 @@ def measure(
             row.times_ms = times[row.label]
             row.median_ms = statistics.median(row.times_ms)
     return [row for row, _ in build]
+
+
+def ready(
+    row: Row, make: Callable[[], Contestant], device: Device, box: float
+) -> Contestant | None:
+    """A contestant whose check, within ``box`` seconds, fills its row; None: not to be timed."""
+    try:
+        with time_box(box):
+            c = make()
+            check = c.check()
+            device.sync()
+        row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
+        row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
+        row.wrong, row.missed, row.formula_bytes = check.faults, check.missed, c.formula
+        if peers.only_interpreted(row.contestant, device.kind) and not check.faults:
+            row.skipped = "correct in Triton's interpreter, where a time means nothing"
+        if row.wrong or row.skipped:
+            return None
+        row.extra_bytes = device.extra_bytes(c)  # warms it, too
+        return c
+    except (UnavailableError, NotImplementedError) as error:
+        row.skipped = str(error)
+    except Exception as error:
+        device.sync()  # raises where the device itself has failed: nothing can follow then
+        row.error = short(error)
+    return None
 
 
 def short(error: BaseException) -> str:
@@ -407,16 +402,11 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
                 return call.backward(state)
         return call.backward(state)
 
-    steps: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
-        "both": (timed, None),
-        "forward": (call.forward, None),
-        "backward": (lambda: call.backward(state.pop()), prepare),
-    }
-    step, before = steps[entry.phase]
+    steps = {"both": timed, "forward": call.forward}
     return Contestant(
-        step,
+        steps.get(entry.phase, lambda: call.backward(state.pop())),
         check,
-        before,
+        prepare if entry.phase == "backward" else None,
         flops=flops,
         work=work,
         returned=_gradient_bytes,
@@ -459,18 +449,13 @@ QUIET_MALLOC = {
 
 
 def peak_memory(entry: Entry) -> int:
-    """Peak resident bytes of one call above its inputs and the gradients it returns.
-
-    Bytes that a contestant keeps between calls (a second model's head) count as its own.
-
-    Raises:
-        RuntimeError: the call failed in its process.
-    """
+    """Of an entry; what it keeps between calls (a second model's head) counts as its own."""
     return peak_in_process("measure", entry.label, asdict(entry))
 
 
 def peak_in_process(module: str, what: str, request: dict[str, Any]) -> int:
-    """:func:`_peak_here` of the contestant that `module.from_request` makes, in a new process.
+    """Peak resident bytes of a call above its inputs and the gradients it returns, in a new process
+    and of the contestant that `module.from_request` makes there.
 
     Raises:
         RuntimeError: it failed there.

@@ -178,3 +178,27 @@ def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> C
 def overhead(backend: str, device: Device) -> Case:
     facts = rowwise.overhead(backend, device)
     return report.case(f"What a call costs beside its kernels, {backend}", [], [], facts=facts)
+
+
+def prediction(rows: int, hidden: int, vocab: int) -> Case:
+    """What predict.py counts for a call, to stand beside what is measured."""
+    predict, facts = importlib.import_module("predict"), list[dict[str, Any]]()
+    for op, frozen in (
+        ("a_lol", False),
+        ("a_lol", True),
+        ("linear_logprob", False),
+        ("score", True),
+    ):
+        both = predict.count(op, rows, hidden, vocab, frozen=frozen)
+        gemms = sum(map(sum, (part.products for part in both))) / (2 * rows * vocab * hidden)
+        counted = {
+            "launches": (sum(part.launches for part in both), ""),
+            "bytes a logit": (sum(part.logit_bytes for part in both) / rows / vocab, ""),
+            "products of 2 N V D": (gemms, ""),
+            "time": (1e3 * sum(part.seconds() for part in both), "ms"),
+            "host time": (predict.host_microseconds(op, frozen=frozen), "us"),
+        }
+        name = f"{op}{', frozen head' if frozen else ''}"
+        facts += [{"label": f"{name}: {k}", "value": v, "unit": u} for k, (v, u) in counted.items()]
+    title = f"Predicted by counting, N={rows} D={hidden} V={vocab} bf16"
+    return report.case(title, [], [], facts=facts)

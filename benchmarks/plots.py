@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = [RESULTS / "cpu.json", RESULTS / "cpu-scaling.json"]
 SUM_NAT = 1e-3  # the contract's limit for the error of a summed log-prob
+RUN = "run `python benchmarks/run.py --suite cpu --out ...` and give its JSON"
 LONGEST_BAR = 3.0  # x the floor; a longer bar is cut and says so
 WIDTH, LEFT, TITLE, BODY, SMALL = 380, 12, 15, 11.5, 10.5  # points
 OURS, FLOOR, EAGER = "lolkernels", "gemms", "eager"
@@ -117,22 +118,20 @@ def read(paths: list[Path]) -> list[Record]:
     """
     records: list[Record] = []
     for path in paths:
-        try:
-            record = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not path.exists():
             mode = "scaling" if "scaling" in path.stem else "--suite cpu"
             command = f"python benchmarks/run.py {mode} --out {path.with_suffix('')}"
-            raise PlotError(f"{path} does not exist: {command} writes it") from None
+            raise PlotError(f"{path} does not exist: {command} writes it")
+        try:
+            records.append(json.loads(path.read_text()))
         except json.JSONDecodeError as error:
             raise PlotError(f"{path} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not {"environment", "cases"} <= set(record):
+        if not isinstance(records[-1], dict) or not {"environment", "cases"} <= set(records[-1]):
             raise PlotError(f"{path} is no record of a benchmark (no 'environment' or 'cases')")
-        records.append(record)
     devices = sorted({record["environment"]["device"] for record in records})
     if len(devices) != 1:
-        raise PlotError(
-            f"the records are of several devices ({', '.join(devices)}): draw each alone"
-        )
+        names = ", ".join(devices)
+        raise PlotError(f"the records are of several devices ({names}): draw each alone")
     return records
 
 
@@ -195,8 +194,7 @@ def peers_case(
                 best, most = (rows, where(record)), len(peers)
     if best is None:
         raise PlotError(
-            f"no case of linear_loss has lolkernels and another contestant with {what}: run "
-            "`python benchmarks/run.py --suite cpu --out ...` and give its JSON"
+            f"no case of linear_loss has lolkernels and another contestant with {what}: {RUN}"
         )
     return best
 
@@ -347,8 +345,7 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
     rows, device = peers_case(records, lambda row: True, "a time")
     if rows[0]["floor_ms"] is None:
         raise PlotError(
-            f"no row of the bare GEMMs stands beside {rows[0]['label']}, {rows[0]['shape']}: run "
-            "`python benchmarks/run.py --suite cpu --out ...` and give its JSON"
+            f"no row of the bare GEMMs stands beside {rows[0]['label']}, {rows[0]['shape']}: {RUN}"
         )
     rows = [
         {**row, "ratio": median(map(truediv, row["times_ms"], row["floor_ms"]))}
@@ -360,20 +357,18 @@ def floor_plot(records: list[Record], theme: Theme) -> Plot:
     other = next((row for row in rows if not _is(row, OURS)), None)
     if other is None:
         raise PlotError("no peer has a time beside lolkernels and the bare GEMMs: measure one")
-    title = (
-        f"lolkernels takes {ours['ratio']:.2f}x the bare matrix products, "
-        f"{name_text(other)} {other['ratio']:.2f}x"
-    )
+    title = f"lolkernels takes {ours['ratio']:.2f}x the bare matrix products, "
+    title += f"{name_text(other)} {other['ratio']:.2f}x"
     subtitle = f"A-LoL loss, forward + backward, {sizes(ours['shape'])}; {device}"
     figure, axes = ranked(rows, "ratio", lambda v: f"{v:.2f}x", (title, subtitle), theme)
     end = min(LONGEST_BAR, max(1.2, rows[-1]["ratio"]))
     axes.set_xlim(0, end * 1.2)
     ticks = range(int(end) + 1)
     axes.set_xticks(ticks, [f"{t}x" + ("\nbare GEMMs" if t == 1 else "") for t in ticks])
-    # A bar that is cut has a gap near its end.
-    cut = [place for place, row in enumerate(rows) if row["ratio"] > end]
-    axes.barh([*cut, *cut], [end * 0.012] * len(cut) + [end] * len(cut), 0.62, color=theme.paper,
-              left=[end * 0.93] * len(cut) + [end] * len(cut))  # fmt: skip
+    for place, row in enumerate(rows):
+        if row["ratio"] > end:  # cut, with a gap near its end
+            gaps = {"left": [end * 0.93, end], "color": theme.paper}
+            axes.barh([place] * 2, [end * 0.012, row["ratio"]], 0.62, **gaps)
     axes.axvline(1, color=theme.ink, linewidth=1.4, linestyle=(0, (3, 2)))
     return Plot(figure, title)
 

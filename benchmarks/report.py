@@ -293,7 +293,7 @@ def table(case: dict[str, Any]) -> str:
         parts.append(f"Not measured: {case['error']}")
     if case.get("facts"):
         facts = ([f["label"], f"{f['value']:.4g} {f['unit']}"] for f in case["facts"])
-        parts.append(grid(["", "measured"], facts))
+        parts.append(grid(["", "value"], facts))
     if rows := rows_of(case):
         shapes = len({row["shape"] for row in rows}) > 1
         by_label = {row["label"]: row for row in rows}

@@ -7,6 +7,8 @@ its kernels and tests/cuda_host for those in CUDA C++.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -89,7 +91,7 @@ def loss_inputs(n: int, lengths: list[int], truth: Tensor) -> tuple[lk.Sequences
     generator = torch.Generator().manual_seed(n)
     noise = 0.05 * torch.randn(n, generator=generator)
     advantages = torch.rand(len(lengths), generator=generator) + 0.1
-    ref = truth.detach().float() + noise.to(DEVICE)
+    ref = (truth.detach().float() + noise.to(DEVICE)).clamp(max=0)
     seq = lk.Sequences.from_lengths(lengths).to(DEVICE)
     return seq, {"ref_logps": ref, "advantages": advantages.to(DEVICE)}
 
@@ -118,6 +120,19 @@ def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0
         assert not faults, "; ".join(faults)
     else:
         testing.accept_gradient(grad, peer, truth, size)
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Whatever waits for the device raises."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def gradients(out: Any, wanted: list[Tensor], upstream: dict[str, Tensor]) -> list[Tensor]:

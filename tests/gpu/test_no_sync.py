@@ -18,6 +18,7 @@ from on_device import (
     each_budget,
     each_dtype,
     needs_gpu,
+    no_sync,
     peaky,
     same,
     score,
@@ -37,9 +38,9 @@ users.__annotations__["advantages"] = objectives.PerSequence
 
 
 @needs_gpu
-def test_the_judgement_notices_a_wait(no_sync: Any) -> None:
+def test_the_judgement_notices_a_wait() -> None:
     x = torch.ones(3, device=DEVICE)
-    with no_sync, pytest.raises(RuntimeError, match="synchronizing"):
+    with no_sync(), pytest.raises(RuntimeError, match="synchronizing"):
         x.sum().item()
 
 
@@ -53,17 +54,11 @@ OPS |= {op: (op, None) for op in ("linear_logprob", "logprob")}
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize(("op", "objective"), OPS.values(), ids=OPS)
 def test_forward_and_backward(
-    op: str,
-    objective: Any,
-    frozen: bool,
-    budget: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    no_sync: Any,
+    op: str, objective: Any, frozen: bool, budget: int | None, dtype: torch.dtype, backend: str
 ) -> None:
     step = Step(op, backend, dtype, budget, frozen=frozen, objective=objective)
     step()  # compiles
-    with no_sync:
+    with no_sync():
         found = step()
         if op == "linear_logprob":
             with torch.no_grad():
@@ -76,7 +71,7 @@ def test_forward_and_backward(
 @pytest.mark.parametrize("pinned", [False, True])
 @each_budget
 def test_advantages_on_the_host_skip_what_they_can(
-    budget: int | None, pinned: bool, backend: str, no_sync: Any
+    budget: int | None, pinned: bool, backend: str
 ) -> None:
     """They are known without waiting: sequences with none above zero enter no product."""
     step, on_host = (Step("linear_loss", backend, torch.float32, budget) for _ in range(2))
@@ -93,7 +88,7 @@ def test_advantages_on_the_host_skip_what_they_can(
 
     want, want_grads = run(step)
     run(on_host)
-    with no_sync:
+    with no_sync():
         out, grads = run(on_host)
     assert torch.equal(out.logps.isnan(), skipped)
     torch.testing.assert_close(out.logps[~skipped], want.logps[~skipped], rtol=0, atol=2e-5)
@@ -105,7 +100,7 @@ def test_advantages_on_the_host_skip_what_they_can(
 
 
 @each_backend
-def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
+def test_a_mask_and_padded_rows_do_not_wait(backend: str) -> None:
     """Sequences.from_mask waits, once; everything after it does not."""
     mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [0], [12]], device=DEVICE)
     seq = lk.Sequences.from_mask(mask)
@@ -118,6 +113,6 @@ def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, hidden)]
 
     want = run()
-    with no_sync:
+    with no_sync():
         got = run()
     same(got, want)
