@@ -67,9 +67,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# --- making it ------------------------------------------------------------------------------------
-
-
 def make(out: Path, *, wheels: bool) -> dict[str, Any]:
     """Raises BundleError where something of it cannot be made."""
     shutil.rmtree(out, ignore_errors=True)
@@ -163,9 +160,6 @@ def unpack(path: Path, folder: Path) -> None:
         shutil.copyfileobj(file, plain, 2**20)
         with zipfile.ZipFile(plain) as archive:
             archive.extractall(folder)
-
-
-# --- using it -------------------------------------------------------------------------------------
 
 
 def place(bundle: Path, wheels: Path, journal: Journal, *, building: bool, compiler: bool) -> None:

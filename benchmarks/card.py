@@ -3,7 +3,7 @@
     python3 benchmarks/card.py --out card
     python3 benchmarks/card.py --out card --stages tests      goes on in the same folder
     python3 benchmarks/card.py --out dry --device cpu         a dry run: tiny shapes
-    python3 benchmarks/report.py card --publish --docs      the page, plots, the docs' section
+    python benchmarks/report.py card --publish --docs         the page, plots, the docs' section
 
 prepare    the compiled kernels: carried in --bundle (see bundle.py), or built, told by hash
 smoke      is it right (every op, dtype and backend against float64), and how fast are the parts
@@ -77,8 +77,6 @@ class Card:
         # Not in the folder that is to travel back.
         self.wheels = Path(tempfile.gettempdir()) / f"wheels-{self.journal.run}"
 
-    # --- a process ----------------------------------------------------------------------------
-
     def end(self, *_: Any) -> None:
         """Ends what runs, and goes on to the page."""
         self.until = 0.0
@@ -99,7 +97,7 @@ class Card:
             found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return found
 
-    def worker(self, *what: str, until: float) -> list[str]:
+    def worker(self, *what: str, until: float) -> Job:
         g = self.given
         command = [sys.executable, "-c", "import card_worker; card_worker.main()", *what]
         command += ["--out", str(self.out), "--run", self.journal.run, "--device", g.device]
@@ -108,7 +106,11 @@ class Card:
         for name in ("plugin", "only", "rounds", "backends"):
             if getattr(g, name) is not None:
                 command += [f"--{name}", str(getattr(g, name))]
-        return command
+        return Job(" ".join(what), command)
+
+    def go_all(self, jobs: list[Job], until: float, at_once: int) -> None:
+        with ThreadPoolExecutor(max(1, at_once)) as pool:
+            list(pool.map(lambda job: self.go(job, until), jobs))
 
     def go(self, job: Job, until: float) -> None:
         """Runs the job to its end, with a new process after each loss, until the time is up."""
@@ -127,17 +129,17 @@ class Card:
                 )
                 reason = self.watch(process, job, until)
                 words = self.keep(log, job)
+            task, status = self.open_task(job), process.returncode
             if reason == TIME_IS_UP:
-                self.journal.write("left", job=job.name, why=f"{self.open_task(job)} was cut short")
+                self.journal.write("left", job=job.name, why=f"{task} was cut short")
                 return
-            if process.returncode in job.good and reason is None:
+            if status in job.good and reason is None:
                 return
-            task = self.open_task(job)
-            if task is not None or reason or process.returncode != DEVICE_LOST:
-                why = reason or ended(process.returncode)
-                task = task or job.name
-                self.journal.write("fault", job=job.name, task=task, reason=why, text=words)
-                print(f"{task}: {why}", file=sys.stderr, flush=True)
+            if task is not None or reason or status != DEVICE_LOST:
+                why = reason or (f"exit status {status}" if status >= 0 else died(-status))
+                fault = {"job": job.name, "task": task or job.name, "reason": why, "text": words}
+                self.journal.write("fault", **fault)
+                print(f"{fault['task']}: {why}", file=sys.stderr, flush=True)
             idle = 0 if len(self.said_by(job)) > before + 1 else idle + 1
 
     def keep(self, log: IO[bytes], job: Job) -> str:
@@ -166,30 +168,23 @@ class Card:
 
     def watch(self, process: subprocess.Popen[bytes], job: Job, until: float) -> str | None:
         """Waits for the process. Says why, where it had to be stopped."""
-        started, reason = time.time(), None
-        while reason is None:
-            try:
+        started, patience = time.time(), START[self.given.device]
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
                 return None
-            except subprocess.TimeoutExpired:
-                pass
+            now = time.time()
             here = [x for x in self.said_by(job) if x["at"] >= started - 0.01]
-            now, last = time.time(), here[-1] if here else None
-            if now > min(until, self.until) + 1:
-                reason = TIME_IS_UP
-            elif last is None:
-                if now - started > START[self.given.device]:
-                    reason = f"nothing began within {START[self.given.device]:.0f} s"
-            elif last["kind"] == "begin":
-                limit = job.limit or float(last["limit"])
-                if now - last["at"] > limit:
-                    reason = f"still running after {limit:.0f} s"
-            elif now - last["at"] > START[self.given.device]:
-                reason = f"silent for {START[self.given.device]:.0f} s between two tasks"
-        stop(process)
-        return reason
-
-    # --- the stages ---------------------------------------------------------------------------
+            last = here[-1] if here else {"kind": "start", "at": started}
+            limit = (job.limit or float(last["limit"])) if last["kind"] == "begin" else patience
+            reason = {
+                "start": f"nothing began within {limit:.0f} s",
+                "begin": f"still running after {limit:.0f} s",
+            }.get(last["kind"], f"silent for {limit:.0f} s between two tasks")
+            up = now > min(until, self.until) + 1
+            if up or now - last["at"] > limit:
+                stop(process)
+                return TIME_IS_UP if up else reason
 
     def prepare(self) -> None:
         command = [sys.executable, str(ROOT / "benchmarks" / "bundle.py"), "place"]
@@ -202,23 +197,18 @@ class Card:
     def header(self) -> journal.Line | None:
         """Asks a worker where this is; None where it could not say."""
         until = min(self.until, time.time() + 120)
-        self.go(Job("environment", self.worker("environment", until=until)), until)
-        run = self.journal.run
-        found = [x for x in self.journal.lines() if x["kind"] == "header" and x["run"] == run]
-        return found[-1] if found else None
+        job = self.worker("environment", until=until)
+        self.go(job, until)
+        return next((x for x in self.said_by(job) if x["kind"] == "header"), None)
 
     def smoke(self, backends: list[str]) -> None:
         """The checks of all backends at once, for nothing is timed; then the parts, alone."""
         seconds = SMOKE[self.given.device]
         until = min(self.until, time.time() + seconds)
         half = until - 0.5 * seconds if self.given.device == "cuda" else until
-        checks = [Job(f"check {b}", self.worker("check", b, until=half)) for b in backends]
-        with ThreadPoolExecutor(min(4, self.given.jobs)) as pool:
-            list(pool.map(lambda job: self.go(job, half), checks))
-        self.go(Job("parts", self.worker("parts", until=until)), until)
-
-    def bench(self, until: float) -> None:
-        self.go(Job("bench", self.worker("bench", until=until)), until)
+        checks = [self.worker("check", b, until=half) for b in backends]
+        self.go_all(checks, half, min(4, self.given.jobs))
+        self.go(self.worker("parts", until=until), until)
 
     def tests(self, backends: list[str]) -> None:
         folder = self.given.tests.resolve()
@@ -235,11 +225,10 @@ class Card:
         pairs = sorted(found[-1], key=lambda pair: (order.get(pair[0], len(DECIDE)), pair))
         # "": tests with no backend among their parameters
         jobs = [self.pytest(folder / n, b) for n, b in pairs if b == "" or b in backends]
-        with ThreadPoolExecutor(self.given.jobs) as pool:
-            list(pool.map(lambda job: self.go(job, self.until), jobs))
+        self.go_all(jobs, self.until, self.given.jobs)
 
     def pytest(self, path: Path, backend: str, tool: tuple[str, ...] = ()) -> Job:
-        name = " ".join(filter(None, ("tests", path.stem, backend, *(t for t in tool[2:3]))))
+        name = " ".join(filter(None, ("tests", path.stem, backend, *tool[2:3])))
         command = [*tool, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "outcomes", "--journal", str(self.out), "--journal-run", self.journal.run]
         command += ["--journal-job", name, "-m", "gpu and not slow", str(path)]
@@ -258,17 +247,15 @@ class Card:
             self.journal.write("left", job="sanitizer", why="compute-sanitizer was not found")
             return
         jobs = []
+        flags = ("--error-exitcode", "99", "--print-limit", "20", "--target-processes", "all")
         for tool in TOOLS:
-            flags = ("--error-exitcode", "99", "--print-limit", "20", "--target-processes", "all")
-            job = self.pytest(
-                self.given.tests / "test_sanitizer.py", "", (program, "--tool", tool, *flags)
-            )
+            path = self.given.tests / "test_sanitizer.py"
+            job = self.pytest(path, "", (program, "--tool", tool, *flags))
             job.limit, job.good = 600.0, (0, 5)
             # Each tensor is an allocation of its own, so that the tool sees where one ends.
             job.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
             jobs.append(job)
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(lambda job: self.go(job, self.until), jobs))
+        self.go_all(jobs, self.until, len(jobs))
 
     def run(self) -> int:
         stages = self.given.stages
@@ -287,7 +274,8 @@ class Card:
             self.smoke(backends)
         if "bench" in stages:
             kept = TESTS_SHARE * 60 * self.given.minutes if "tests" in stages else 0.0
-            self.bench(self.until - kept)
+            until = self.until - kept
+            self.go(self.worker("bench", until=until), until)
         if "tests" in stages:
             self.tests(backends)
         if "sanitizer" in stages:
@@ -296,20 +284,12 @@ class Card:
         with contextlib.suppress(subprocess.TimeoutExpired):  # the journal is what counts
             subprocess.run(page, cwd=ROOT, env=self.environment(), timeout=120)
         shutil.rmtree(self.wheels, ignore_errors=True)
-        return (
-            1 if any(wrong(x) for x in self.journal.lines() if x["run"] == self.journal.run) else 0
-        )
+        mine = [x for x in self.journal.lines() if x["run"] == self.journal.run]
+        return 1 if any(map(journal.bad, mine)) else 0
 
 
-def wrong(line: journal.Line) -> bool:
-    """A fault, a wrong result or a failed test. A peer that fails is no fault."""
-    return line["kind"] == "fault" or bool(line.get("wrong"))
-
-
-def ended(status: int) -> str:
-    if status < 0:
-        return f"died by {signal.Signals(-status).name}"
-    return f"exit status {status}"
+def died(number: int) -> str:
+    return f"died by {signal.Signals(number).name}"
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
@@ -339,22 +319,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder of everything found")
-    parser.add_argument("--stages", type=stages, default=list(STAGES[:3]), help="comma-separated")
-    parser.add_argument("--minutes", type=float, default=9.5)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
-    parser.add_argument("--bundle", type=Path, default=ROOT / "gpu-bundle")
-    parser.add_argument("--no-build", action="store_true", help="use what is carried")
-    parser.add_argument("--only", metavar="PATTERN", help="tasks whose name it finds")
-    parser.add_argument(
-        "--backends", help="these alone, comma-separated; the first meets the peers"
-    )
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a task")
-    parser.add_argument("--jobs", type=int, default=min(6, os.cpu_count() or 1))
-    parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "gpu")
-    parser.add_argument("--test-limit", type=float, default=90.0, help="seconds of one test")
-    parser.add_argument("--commit", help="to record where the tree has no git")
-    parser.add_argument("--plugin", help=argparse.SUPPRESS)  # a module that each worker imports
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the folder of everything found")
+    add("--stages", type=stages, default=list(STAGES[:3]), help="comma-separated")
+    add("--minutes", type=float, default=9.5)
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
+    add("--bundle", type=Path, default=ROOT / "gpu-bundle")
+    add("--no-build", action="store_true", help="use what is carried")
+    add("--only", metavar="PATTERN", help="tasks whose name it finds")
+    add("--backends", help="these alone, comma-separated; the first meets the peers")
+    add("--rounds", type=int, help="interleaved rounds a task")
+    add("--jobs", type=int, default=min(6, os.cpu_count() or 1))
+    add("--tests", type=Path, default=ROOT / "tests" / "gpu")
+    add("--test-limit", type=float, default=90.0, help="seconds of one test")
+    add("--commit", help="to record where the tree has no git")
+    add("--plugin", help=argparse.SUPPRESS)  # a module that each worker imports
     given = parser.parse_args(argv)
     given.shown = argv
     return given

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import journal
 import report
-import train
 from card_worker import OPS
 from journal import Line
 
@@ -45,7 +43,7 @@ def collect(folder: Path) -> Record:
     lines = journal.Journal(folder, "").lines()
     headers = [line for line in lines if line["kind"] == "header"]
     if not headers:
-        faults = "; ".join(f"{x['task']}: {x['reason']} {x['text']}" for x in lines if _bad(x))
+        faults = " ".join(fault_text(line) for line in lines if journal.bad(line))
         raise ValueError(f"{folder} holds no run that began: {faults or 'the journal is empty'}")
     last = headers[-1]
     here = journal.same_as(lines, last["run"])
@@ -62,7 +60,8 @@ def collect(folder: Path) -> Record:
         # The parts of a task that faulted follow it.
         order += [name, *(part for part in latest if part.startswith(f"{name} / "))]
     cases = [latest[name]["case"] for name in order if name in latest and "case" in latest[name]]
-    record = report.new(environment, max((_rounds(case) for case in cases), default=0))
+    rounds = [len(row["times_ms"]) for case in cases for row in case["rows"]]
+    record = report.new(environment, max(rounds, default=0))
     record["cases"] = cases
     record["left"] = [titles[name] for name in order if name not in latest]
     record["clocks"] = {x["job"]: x["clocks"] for x in lines if x["kind"] == "clocks"}
@@ -70,21 +69,10 @@ def collect(folder: Path) -> Record:
     record["tests"] = [x for x in latest.values() if "outcome" in x]
     record["prepared"] = [x for x in latest.values() if x.get("job") == "prepare"]
     record["missing"] = last["missing"]
-    record["faults"] = [x for x in latest.values() if _bad(x)]
+    record["faults"] = [x for x in latest.values() if journal.bad(x)]
     record["cut short"] = [x for x in lines if x["kind"] == "left" and x["run"] == last["run"]]
     report.judge_all(record)
     return record
-
-
-def _bad(line: Line) -> bool:
-    return line["kind"] == "fault" or bool(line.get("wrong"))
-
-
-def _rounds(case: dict[str, Any]) -> int:
-    return max((len(row["times_ms"]) for row in case["rows"]), default=0)
-
-
-# --- the page -------------------------------------------------------------------------------------
 
 
 def fault_text(line: Line) -> str:
@@ -95,32 +83,28 @@ def fault_text(line: Line) -> str:
 
 def checks_table(checks: list[Line]) -> str:
     """Backend by shape and dtype, a column for each op; `ok`, what is missed, or WRONG."""
-    lines = ["## Every op against float64", ""]
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for one in checks:
-        _, backend, place, dtype, *_ = one["task"].split(" ")
-        if one.get("skipped"):
-            text = "–"
-        elif one["kind"] == "fault" or one.get("wrong"):
-            text = "**WRONG**"
-        else:
-            error = one.get("sum_error_nat")
-            text = "ok" if not one.get("missed") else "misses"
-            text += f" {error:.0e}" if error is not None else ""
-            worst = max(one.get("gradient_errors", {}).values(), default=None)
-            text += f" / {worst:.0e}" if worst is not None else ""
-        found.setdefault((backend, place, dtype), {})[one["op"]] = text
+        _, *key = one["task"].split(" ")[:4]
+        worst = max(one.get("gradient_errors", {}).values(), default=None)
+        numbers = [one.get("sum_error_nat"), worst]
+        text = " / ".join(f"{value:.0e}" for value in numbers if value is not None)
+        text = f"{'misses' if one.get('missed') else 'ok'} {text}".strip()
+        if one.get("skipped") or journal.bad(one):
+            text = "–" if one.get("skipped") else "**WRONG**"
+        found.setdefault(tuple(key), {})[one["op"]] = text
     if not found:
-        return "\n".join([*lines, "Nothing was checked."])
-    lines += ["Nat of a sequence's summed log-prob / relative error of the worse gradient.", ""]
-    lines += [
-        "| backend | shape | dtype | " + " | ".join(OPS) + " |",
-        "|---" * (3 + len(OPS)) + "|",
-    ]
-    for key, ops in found.items():
-        lines.append("| " + " | ".join([*key, *(ops.get(op, "") for op in OPS)]) + " |")
+        return "## Every op against float64\n\nNothing was checked."
+    rows = [[*key, *(ops.get(op, "") for op in OPS)] for key, ops in found.items()]
     shapes = {" ".join(one["shape"].split()[:-1]) for one in checks if one.get("shape")}
-    return "\n".join([*lines, "", *(f"* {shape}" for shape in sorted(shapes))])
+    return "\n\n".join(
+        [
+            "## Every op against float64",
+            "Nat of a sequence's summed log-prob / relative error of the worse gradient.",
+            report.grid(["backend", "shape", "dtype", *OPS], rows, words=3 + len(OPS)),
+            "\n".join(f"* {shape}" for shape in sorted(shapes)),
+        ]
+    )
 
 
 def tests_table(tests: list[Line]) -> str:
@@ -128,17 +112,11 @@ def tests_table(tests: list[Line]) -> str:
     for one in tests:
         job = counts.setdefault(one["job"].removeprefix("tests "), {})
         job[one["outcome"]] = job.get(one["outcome"], 0) + 1
-    lines = [
-        "## Tests",
-        "",
-        "| file, backend | passed | failed | skipped |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, job in counts.items():
-        numbers = [str(job.get(key, 0)) for key in ("passed", "failed", "skipped")]
-        lines.append("| " + " | ".join([name, *numbers]) + " |")
+    kinds = ("passed", "failed", "skipped")
+    rows = [[name, *(job.get(kind, 0) for kind in kinds)] for name, job in counts.items()]
     reasons = sorted({one["text"] for one in tests if one.get("text")})
-    return "\n".join([*lines, "", *(f"* skipped: {reason}" for reason in reasons)])
+    table = report.grid(["file, backend", *kinds], rows)
+    return "\n".join(["## Tests", "", table, "", *(f"* skipped: {reason}" for reason in reasons)])
 
 
 def page(record: Record) -> str:
@@ -157,8 +135,7 @@ def page(record: Record) -> str:
     if record["goals"]:
         parts.append(report.goals_table(record["goals"]))
     parts.append("## Measured")
-    for case in record["cases"]:
-        parts.append(train.table(case) if case.get("train") else report.table(case))
+    parts += map(report.table, record["cases"])
     if record["tests"]:
         parts.append(tests_table(record["tests"]))
     left = [f"* {title}" for title in record["left"]]
@@ -166,9 +143,6 @@ def page(record: Record) -> str:
     if left:
         parts.append("## Left for another run in the same folder\n\n" + "\n".join(left))
     return "\n\n".join(parts) + "\n"
-
-
-# --- docs -----------------------------------------------------------------------------------------
 
 
 def published() -> list[Record]:
@@ -185,29 +159,26 @@ def docs_section(records: list[Record]) -> str:
 
 def _measured(record: Record) -> str:
     where = record["environment"]
-    device = report.slug(where["device"])
-    met = sum(goal["met"] is True for goal in record["goals"])
-    missed = sum(goal["met"] is False for goal in record["goals"])
-    lines = [
-        f"Measured on one {where['device']} (torch {where['torch']}, commit {where['commit']}, "
-        f"{where['date']}): {met} goals met, {missed} missed, {len(record['faults'])} faults; "
-        f"[all rows](../benchmarks/results/{device}.md).",
-        "",
-        "| | ms | x bare products | extra MiB |",
-        "|---|---:|---:|---:|",
-    ]
+    met = [goal["met"] for goal in record["goals"]]
+    rows = []
     for case in record["cases"]:
         if not case.get("name", "").startswith(("linear_", "score ", "peers ")):
             continue
-        rows = report.rows_of(case)
-        floor = next((row for row in rows if row["label"] == case["floor"]), None)
-        for row in rows:
+        found = report.rows_of(case)
+        floor = next((row for row in found if row["label"] == case["floor"]), None)
+        for row in found:
             if row["times_ms"] and floor and row["label"] not in case["floors"]:
                 ratio = report.ratios(row, floor)
                 cells = [f"{case['name']}, {row['label']}", f"{row['median_ms']:.2f}"]
                 cells += [f"{ratio['median']:.2f}" if ratio else "", report.mib(row["extra_bytes"])]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                rows.append(cells)
+    return (
+        f"Measured on one {where['device']} (torch {where['torch']}, commit {where['commit']}, "
+        f"{where['date']}): {met.count(True)} goals met, {met.count(False)} missed, "
+        f"{len(record['faults'])} faults; "
+        f"[all rows](../benchmarks/results/{report.slug(where['device'])}.md).\n\n"
+        + report.grid(["", "ms", "x bare products", "extra MiB"], rows)
+    )
 
 
 def in_docs(text: str, section: str) -> str:
@@ -242,8 +213,9 @@ def main(argv: list[str] | None = None) -> int:
         print(page(record).partition("\n## Measured")[0])
         print("wrote", *paths)
         if given.publish:
-            plots = [sys.executable, str(Path(__file__).parent / "plots.py"), str(paths[0])]
-            subprocess.run([*plots, "--plots", "floor", "error"], check=False)
+            import plots  # it needs matplotlib
+
+            plots.main([str(paths[0]), "--plots", "floor", "error"])
     if given.docs:
         path = report.ROOT / "docs" / "benchmarks.md"
         path.write_text(in_docs(path.read_text(), docs_section(published())))

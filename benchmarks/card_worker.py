@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -28,18 +28,17 @@ import library
 import measure
 import parts
 import report
-import rowwise
 import torch
 from journal import Journal
-from measure import Device, Entry, Row
+from measure import Device, Entry
 from peers import FLOORS, PEERS
 from report import Goal
 from run import Case, against, title_of
-from shapes import HEADS, Shape
+from shapes import DTYPES, HEADS, Shape
 
 DEVICE_LOST = 75  # as in card.py
+PATIENCE = {"cuda": 1, "cpu": 4}  # times a task's limit: a dry run is slow
 OPS = ("linear_loss", "linear_loss frozen", "linear_logprob", "score", "logprob")
-DTYPES = ("bf16", "fp16", "fp32")
 # Rows of the benchmark in the order that they are wanted.
 WANTED = (
     "llama-8b 4096$",
@@ -58,7 +57,7 @@ FAMILIES = {
     "torch": ["eager", "torch.compile", *(n for n in PEERS if n.startswith("torch lce"))],
     "liger": [n for n in PEERS if n.startswith("liger")],
     "cce": [n for n in PEERS if n.startswith("cce")],
-    "others": ["trl", "quack", "verl recompute", "lol-rl", "quack chunked", "fla"],
+    "others": ["trl", "quack", "verl recompute", "lol-rl"],
 }
 
 
@@ -130,9 +129,6 @@ class Task:
     parts: tuple[Task, ...] = ()  # what is run instead where it faults: each contestant alone
 
 
-# --- is it right ----------------------------------------------------------------------------------
-
-
 def checks(backend: str, sizes: Sizes, device: Device) -> list[Task]:
     tasks = []
     for place, shape in (("odd", sizes.odd), ("real", sizes.real)):
@@ -158,224 +154,176 @@ def check(backend: str, op: str, shape: Shape, device: Device) -> dict[str, Any]
     return {**found, **more, "wrong": seen.faults, "missed": seen.missed}
 
 
-# --- the parts ------------------------------------------------------------------------------------
-
-
 def parts_tasks(sizes: Sizes, backends: list[str], device: Device) -> list[Task]:
     rounds = 2 if sizes.few else 7
     _, hidden, vocab = sizes.product
+    logits, found = 4 * vocab * sizes.chunk, list[Task]()
 
-    def case(make: Callable[[], tuple[str, parts.Build, str]]) -> Callable[[], dict[str, Any]]:
-        return lambda: {"case": parts.timed(make(), device, rounds)}
+    def add(name: str, title: str, limit: float, make: Callable[..., Any], *given: Any) -> None:
+        run = lambda: {"case": make(*given)}  # noqa: E731
+        found.append(Task(f"parts {name}", title, run, limit))
 
-    products = case(partial(parts.products, *sizes.product, device))
-    beside = case(partial(parts.products, *sizes.product, device, peer=True))
-    adding = case(partial(parts.additions, sizes.additions, hidden, vocab, device))
-    sweeping = case(partial(parts.sweeps, sizes.chunk, vocab, backends, device))
-    tasks = [
-        Task("parts products", "Matrix products", products, 20),
-        Task("parts sweeps", "Sweeps", sweeping, 25),
-        Task("parts additions", "dweight by chunks", adding, 15),
-    ]
+    add("products", "Matrix products", 20, parts.products, *sizes.product, device, rounds)
+    add("sweeps", "Sweeps", 25, parts.sweeps, vocab, logits, ("fp32",), backends, device, rounds)
+    given = (sizes.additions, hidden, vocab, device, rounds)
+    add("additions", "dweight by chunks", 15, parts.additions, *given)
     for b in backends[-1:] if sizes.few else backends:
-        run = partial(lambda b: {"case": parts.overhead(b, device)}, b)
-        tasks.append(Task(f"parts overhead {b}", f"Host time, {b}", run, 15))
-    return [
-        *tasks,
-        Task(
-            "parts truncation",
-            "Truncation",
-            lambda: {"case": parts.truncation(sizes.terms, backends, device)},
-            25,
-        ),
-        Task("parts quack", "Matrix products beside QuACK", beside, 40),
-    ]
+        add(f"overhead {b}", f"Host time, {b}", 15, parts.overhead, b, device)
+    add("truncation", "Truncation", 25, parts.truncation, sizes.terms, backends, device)
+    if importlib.util.find_spec("predict") is not None:
+        add("prediction", "Predicted by counting", 20, parts.prediction, *sizes.product)
+    beside = (*sizes.product, device, rounds, True)
+    add("quack", "Matrix products beside QuACK", 40, parts.products, *beside)
+    return found
 
 
-# --- the benchmark --------------------------------------------------------------------------------
+class Bench:
+    """The tasks of the benchmark, on the backends that are not the reference."""
+
+    def __init__(
+        self, sizes: Sizes, backends: list[str], device: Device, rounds: int, until: float
+    ) -> None:
+        self.sizes, self.device, self.rounds = sizes, device, rounds
+        self.backends = [b for b in backends if b != "reference"] or backends
+        self.ends = time.monotonic() + until - time.time()
+        self.tasks: list[Task] = []
+
+    def add(self, name: str, case: Case, limit: float = 45) -> None:
+        """The task, and what is run where it faults: each contestant alone with the floors."""
+
+        def task(name: str, title: str, entries: list[Entry], limit: float) -> Task:
+            labels = {e.label for e in entries}
+            goals = [goal for goal in case.goals if goal.row in labels]
+            one = Case(title, entries, case.floors, goals)
+            return Task(name, title, partial(self.time_rows, name, one, limit), limit)
+
+        bare = [e for e in case.entries if e.label in case.floors]
+        rivals = [e for e in case.entries if e.label not in case.floors]
+        alone = [
+            task(f"{name} / {e.label}", f"{case.title}: {e.label}", [e, *bare], limit / 2)
+            for e in (rivals if len(rivals) > 1 else [])
+        ]
+        whole = task(name, case.title, case.entries, limit)
+        self.tasks.append(replace(whole, parts=tuple(alone)))
+
+    def time_rows(self, name: str, case: Case, limit: float) -> dict[str, Any]:
+        # First calls have their boxes before it.
+        until = min(self.ends, time.monotonic() + 0.8 * PATIENCE[self.device.kind] * limit)
+        rows = measure.time_entries(case.entries, self.rounds, self.device, until)
+        return judged(report.case(case.title, rows, case.floors, name=name, goals=case.goals))
+
+    def op(self, op: str, name: str, shape: Shape, *, frozen: bool = False) -> None:
+        task = f"{op}{'-frozen' if frozen else ''} {name} {shape.tokens}"
+        floors, names = list(FLOORS), self.backends
+        if op == "logprob":
+            floors, names = ["copy"], library.distinct(names, "row_stats")
+            text = f"{task} >= 85% of a copy's bandwidth"
+            goals = [Goal(f"{text} ({b})", b, 0.85, "copy", "bandwidth") for b in names]
+        else:
+            limit = limit_of(op, shape.hidden, frozen)
+            text = f"{task} <= {limit:.2f} x its bare GEMMs"
+            goals = [Goal(f"{text} ({b})", b, limit, FLOORS[0]) for b in names]
+            text = f"{task}: memory within 5% of the formula"
+            goals += [Goal(f"{text} ({b})", b, 0.05, of="formula") for b in names]
+        make = partial(Entry, op=op, shape=shape, frozen_head=frozen)
+        made = [make(b, "lolkernels", backend=b) for b in names]
+        made += [make(n, n) for n in (*floors, "eager")]
+        self.add(task, Case(f"{title_of(op, frozen)}, {shape}", made, floors, goals))
+
+    def three(self, name: str, shape: Shape) -> None:
+        self.op("linear_loss", name, shape)
+        self.op("linear_loss", name, shape, frozen=True)
+        self.op("score", name, shape)
+
+    def head(self, name: str, shape: Shape) -> None:
+        self.three(name, shape)
+        self.op("linear_logprob", name, shape)
+        self.op("linear_logprob", name, shape, frozen=True)
+        self.op("logprob", name, shape)
+
+    def peers(self, shape: Shape, frozen: bool) -> None:
+        first, text = self.backends[0], "frozen head" if frozen else "all gradients"
+        make = partial(Entry, op="linear_loss", shape=shape, frozen_head=frozen)
+        for family, names in FAMILIES.items():
+            title = f"Peers, {family}: {title_of('linear_loss', frozen)}, {shape}"
+            made = [make(first, "lolkernels", backend=first)]
+            made += [make(name, name) for name in (FLOORS[0], *names)]
+            limit = 100 if family == "torch" else 60  # its compiler is slow
+            case = Case(title, made, [FLOORS[0]], against(names, f", {text}", first))
+            self.add(f"peers {family} {text}", case, limit)
+
+    def flags(self, shape: Shape) -> None:
+        first, make = self.backends[0], partial(Entry, op="linear_loss")
+        for flag, dtype in (("autocast", "bf16"), ("tf32", "fp32")):
+            made = [
+                make(f"{first} {flag}", "lolkernels", shape=shape, backend=first, flag=flag),
+                make(f"eager {flag}", "eager", shape=shape, flag=flag),
+                make("gemms", "gemms", shape=replace(shape, dtype=dtype)),
+                make("no flag", "lolkernels", shape=shape, backend=first),
+            ]
+            title = f"{title_of('linear_loss')} under {flag}, fp32 leaves, {shape}"
+            self.add(f"flag {flag}", Case(title, made))
+
+    def chunks(self, shape: Shape) -> None:
+        make = partial(Entry, op="linear_loss", shape=shape)
+        budgets = {f"{n} rows": n * shape.vocab * 4 for n in (512, 1024, 2048, 4096)}
+        made = [
+            make(label, "lolkernels", backend=self.backends[0], budget=budget)
+            for label, budget in {**budgets, "default": None}.items()
+        ]
+        made.append(make(FLOORS[0], FLOORS[0]))
+        self.add("chunks", Case(f"linear_loss by rows a chunk (memory_budget), {shape}", made))
+
+    def train(self, model: str, mode: str, count: int, length: int) -> dict[str, Any]:
+        module = importlib.import_module("train")  # it needs transformers
+        measure.forget(self.device)
+        dtype = "bf16" if self.device.kind == "cuda" else "fp32"
+        case = module.Case(model, mode, count, length, dtype, self.device.kind)
+        memory = list(self.sizes.memory) or None
+        found = module.measure_case(case, memory, min(self.rounds, 5), self.device, self.ends)
+        self.device.fill()
+        return judged(found)
+
+    def kernels(self, vocab: int) -> dict[str, Any]:
+        given = (self.sizes.logits, ("fp32", "bf16"), self.backends, self.device, self.rounds)
+        return judged(parts.sweeps(vocab, *given, until=self.ends, goals=True))
+
+
+def judged(case: dict[str, Any]) -> dict[str, Any]:
+    return {"case": case, "wrong": report.faults(case)}
 
 
 def bench_tasks(
     sizes: Sizes, backends: list[str], device: Device, rounds: int, until: float
 ) -> list[Task]:
-    backends = [b for b in backends if b != "reference"] or backends
-    first, tasks = backends[0], list[Task]()
-    ends = time.monotonic() + until - time.time()
-
-    def add(
-        name: str,
-        title: str,
-        entries: list[Entry],
-        floors: list[str],
-        goals: list[Goal],
-        limit: float,
-    ) -> None:
-        def task(name: str, title: str, entries: list[Entry], limit: float) -> Task:
-            labels = {e.label for e in entries}
-            case = Case(title, entries, floors, [goal for goal in goals if goal.row in labels])
-            run = partial(time_rows, name, case, device, rounds, ends, limit)
-            return Task(name, title, run, limit)
-
-        rivals = [e for e in entries if e.label not in floors]
-        bare = [e for e in entries if e.label in floors]
-        alone = (
-            task(f"{name} / {e.label}", f"{title}: {e.label}", [e, *bare], limit / 2)
-            for e in (rivals if len(rivals) > 1 else [])
-        )
-        tasks.append(replace(task(name, title, entries, limit), parts=tuple(alone)))
-
-    def entry(label: str, contestant: str, op: str, shape: Shape, **more: Any) -> Entry:
-        return Entry(label, contestant, op, shape, **more)
-
-    def op(op: str, name: str, shape: Shape, *, frozen: bool = False) -> None:
-        task = f"{op}{'-frozen' if frozen else ''} {name} {shape.tokens}"
-        floors = ["copy"] if op == "logprob" else list(FLOORS)
-        goals = []
-        names = library.distinct(backends, "row_stats") if op == "logprob" else backends
-        for b in names:
-            if op == "logprob":
-                goals.append(
-                    Goal(f"{task} >= 85% of a copy's bandwidth ({b})", b, 0.85, "copy", "bandwidth")
-                )
-                continue
-            limit = limit_of(op, shape.hidden, frozen)
-            text = f"{task} <= {limit:.2f} x its bare GEMMs ({b})"
-            goals.append(Goal(text, b, limit, FLOORS[0]))
-            text = f"{task}: memory within 5% of the formula ({b})"
-            goals.append(Goal(text, b, 0.05, of="formula"))
-        made = [entry(b, "lolkernels", op, shape, frozen_head=frozen, backend=b) for b in names]
-        made += [entry(f, f, op, shape, frozen_head=frozen) for f in floors]
-        made.append(entry("eager", "eager", op, shape, frozen_head=frozen))
-        add(task, f"{title_of(op, frozen)}, {shape}", made, floors, goals, 45)
-
-    def head(name: str, shape: Shape) -> None:
-        op("linear_loss", name, shape)
-        op("linear_loss", name, shape, frozen=True)
-        op("score", name, shape)
-        op("linear_logprob", name, shape)
-        op("linear_logprob", name, shape, frozen=True)
-        op("logprob", name, shape)
-
-    main, shape = next(iter(sizes.heads.items()))
-    head(main, shape)
+    bench = Bench(sizes, backends, device, rounds, until)
+    (main, shape), *others = sizes.heads.items()
+    bench.head(main, shape)
     for frozen in (False,) if sizes.few else (False, True):
-        for family, names in FAMILIES.items():
-            text = "frozen head" if frozen else "all gradients"
-            title = f"Peers, {family}: {title_of('linear_loss', frozen)}, {shape}"
-            make = partial(entry, op="linear_loss", shape=shape, frozen_head=frozen)
-            made = [make(first, "lolkernels", backend=first), make(FLOORS[0], FLOORS[0])]
-            made += [make(name, name) for name in names]
-            goals = [replace(g, row=first, text=f"{g.text}, {text}") for g in against(names)]
-            limit = 100 if family == "torch" else 60  # its compiler is slow
-            add(f"peers {family} {text}", title, made, [FLOORS[0]], goals, limit)
-    wide = replace(shape, dtype="fp32", tokens=shape.tokens // 2)
-    for flag, dtype in (("autocast", "bf16"), ("tf32", "fp32")):
-        made = [
-            Entry(f"{c} {flag}", "lolkernels" if c == first else c, "linear_loss", wide, flag=flag)
-            for c in (first, "eager")
-        ]
-        made[0] = replace(made[0], backend=first)
-        made.append(entry("gemms", "gemms", "linear_loss", replace(wide, dtype=dtype)))
-        made.append(entry("no flag", "lolkernels", "linear_loss", wide, backend=first))
-        title = f"{title_of('linear_loss')} under {flag}, fp32 leaves, {wide}"
-        add(f"flag {flag}", title, made, ["gemms"], [], 45)
-    for model, mode, count, length in sizes.train:
-        how = partial(train, model, mode, count, length, sizes.memory, device, rounds, ends)
-        tasks.append(Task(f"train {model} {mode}", f"Training steps, {model}, {mode}", how, 90))
-    short = replace(shape, tokens=sizes.short)
-    for name, frozen in (("linear_loss", False), ("linear_loss", True), ("score", False)):
-        op(name, main, short, frozen=frozen)
+        bench.peers(shape, frozen)
+    bench.flags(replace(shape, dtype="fp32", tokens=shape.tokens // 2))
+    for given in sizes.train:
+        how, run = " ".join(given[:2]), partial(bench.train, *given)
+        bench.tasks.append(Task(f"train {how}", f"Training steps, {how}", run, 90))
+    bench.three(main, replace(shape, tokens=sizes.short))
     if not sizes.few:
-        double = replace(shape, tokens=2 * shape.tokens, seq_len=1024, shortest=128)
-        for name, frozen in (("linear_loss", False), ("linear_loss", True), ("score", False)):
-            op(name, main, double, frozen=frozen)
-        for name, other in list(sizes.heads.items())[1:]:
-            head(name, other)
-        budgets = {f"{n} rows": n * shape.vocab * 4 for n in (512, 1024, 2048, 4096)}
-        made = [
-            entry(label, "lolkernels", "linear_loss", shape, backend=first, budget=budget)
-            for label, budget in {**budgets, "default": None}.items()
-        ]
-        made.append(entry(FLOORS[0], FLOORS[0], "linear_loss", shape))
-        title = f"linear_loss by rows a chunk (memory_budget), {shape}"
-        add("chunks", title, made, [FLOORS[0]], [], 45)
+        bench.three(main, replace(shape, tokens=2 * shape.tokens, seq_len=1024, shortest=128))
+        for name, other in others:
+            bench.head(name, other)
+        bench.chunks(shape)
     for vocab in sizes.vocabularies:
-        how = partial(row_kernels, vocab, sizes.logits, backends, device, rounds, ends)
-        tasks.append(Task(f"kernels {vocab}", f"Row kernels, V={vocab}", how, 30))
+        run = partial(bench.kernels, vocab)
+        bench.tasks.append(Task(f"kernels {vocab}", f"Row kernels, V={vocab}", run, 30))
     return sorted(
-        tasks, key=lambda task: [bool(re.search(p, task.name)) for p in WANTED].index(True)
+        bench.tasks, key=lambda task: [bool(re.search(p, task.name)) for p in WANTED].index(True)
     )
-
-
-def time_rows(
-    name: str, case: Case, device: Device, rounds: int, ends: float, limit: float
-) -> dict[str, Any]:
-    until = min(ends, time.monotonic() + 0.8 * limit)  # first calls have their boxes before it
-    rows = measure.time_entries(case.entries, rounds, device, until)
-    wrong = [f"{r.label}: {'; '.join(r.wrong)}" for r in rows if r.wrong]
-    wrong += [f"{r.label}: {r.error}" for r in rows if r.error and r.contestant == "lolkernels"]
-    found = report.case(case.title, rows, case.floors, name=name, goals=case.goals)
-    return {"case": found, "wrong": wrong}
 
 
 def limit_of(op: str, hidden: int, frozen: bool) -> float:
     """Of the bare products' time. A sweep weighs more where D is small."""
-    if op == "score":
-        return 1.10
-    if frozen:
-        return 1.12
+    if op == "score" or frozen:
+        return 1.10 if op == "score" else 1.12
     return 1.08 if hidden >= 3584 else 1.15 if hidden >= 2048 else 1.30
-
-
-def row_kernels(
-    vocab: int, size: int, backends: list[str], device: Device, rounds: int, until: float
-) -> dict[str, Any]:
-    build: parts.Build = [(Row("copy", "copy", "copy"), partial(rowwise.copy, size, device.device))]
-    goals = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rows = rowwise.make_rows(
-            max(8, size // (vocab * dtype.itemsize)), vocab, dtype, device.device
-        )
-        narrow = name == "fp32"
-        for b in library.distinct(backends, "row_stats"):
-            made = {
-                f"row_stats {name}, {b}": partial(rowwise.row_stats, rows, b),
-                f"exps_ {name} to bf16, {b}": partial(rowwise.exps, rows, b),
-                f"dlogits_ {name}, {b}": partial(rowwise.dlogits, rows, b, narrow=narrow),
-                f"logprob {name}, {b}": partial(rowwise.logprob, rows, b),
-            }
-            for label, make in made.items():
-                build.append((Row(label, "lolkernels", label.split()[0]), make))
-                share = 0.85 if label.startswith("logprob") else 0.90
-                text = f"{label} >= {share:.0%} of the copy's bandwidth (V={vocab})"
-                goals.append(Goal(text, label, share, "copy", "bandwidth"))
-    found = measure.measure(build, device, rounds=rounds, until=until)
-    wrong = [f"{r.label}: {'; '.join(r.wrong) or r.error}" for r in found if r.wrong or r.error]
-    title = f"Row kernels, V={vocab}, {size / 2**20:g} MiB of logits"
-    return {"case": report.case(title, found, ["copy"], goals=goals), "wrong": wrong}
-
-
-def train(
-    model: str,
-    mode: str,
-    sequences: int,
-    length: int,
-    memory: tuple[int, ...],
-    device: Device,
-    rounds: int,
-    until: float,
-) -> dict[str, Any]:
-    module = importlib.import_module("train")  # it needs transformers
-    measure.forget(device)
-    dtype = "bf16" if device.kind == "cuda" else "fp32"
-    case = module.Case(model, mode, sequences, length, dtype, device.kind)
-    found = module.measure_case(case, list(memory) or None, min(rounds, 5), until)
-    if isinstance(device, measure.Cuda):
-        device.fill()
-    return {"case": found, "wrong": found["wrong"]}
-
-
-# --- the worker -----------------------------------------------------------------------------------
 
 
 def environment(
@@ -422,8 +370,8 @@ def work(tasks: list[Task], job: str, journal: Journal, until: float, device: De
         if left < (0.6 * task.limit if on_card else 0):
             journal.write("left", job=job, why=f"{task.name}: {left:.0f} s were left")
             continue
-        patience = 1 if on_card else 4
-        journal.write("begin", job=job, task=task.name, limit=patience * task.limit)
+        limit = PATIENCE[device.kind] * task.limit
+        journal.write("begin", job=job, task=task.name, limit=limit)
         began = time.monotonic()
         try:
             found = task.run()

@@ -1,8 +1,8 @@
 """Is the working tree faster or slower than another commit? Both versions, turn by turn.
 
-python benchmarks/compare.py main
-python benchmarks/compare.py HEAD~3 --ops linear_loss score --shapes 1024,768,50257,128
-python benchmarks/compare.py main --fail-above 1.03        (for a script: exit status 1)
+python benchmarks/run.py compare main
+python benchmarks/run.py compare HEAD~3 --ops linear_loss score --shapes 1024,768,50257,128
+python benchmarks/run.py compare main --fail-above 1.03        (for a script: exit status 1)
 
 BASE is checked out in a temporary worktree and HEAD, with its uncommitted changes, is copied beside
 it; both are built there by the same compiler. Each version then runs in a process of its own, which
@@ -16,7 +16,6 @@ the noise). A version is called faster or slower only where the whole interval l
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -28,15 +27,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import CLIP, Inputs, Shape, make_inputs
+from shapes import CLIP, Inputs, Shape, make_inputs, parse_shape
 from torch import Tensor
 
 import lolkernels as lk  # in a worker, the version's own
@@ -56,9 +55,6 @@ APART = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}
 
 class CompareError(Exception):
     """What keeps the two versions from being compared, and the fix."""
-
-
-# --- statistics -----------------------------------------------------------------------------------
 
 
 def interval(values: list[float], level: float = LEVEL) -> tuple[float, float]:
@@ -89,17 +85,9 @@ def summary(base: list[float], head: list[float], margin: float) -> dict[str, An
     ratios = [over / under for under, over in zip(base, head, strict=True)]
     low, high = interval(ratios)
     verdict = "faster" if high < 1 - margin else "slower" if low > 1 + margin else None
-    return {
-        "base_ms": 1e3 * statistics.median(base),
-        "head_ms": 1e3 * statistics.median(head),
-        "ratio": statistics.median(ratios),
-        "low": low,
-        "high": high,
-        "verdict": verdict or "no difference shown",
-    }
-
-
-# --- the two trees --------------------------------------------------------------------------------
+    times = {"base_ms": 1e3 * statistics.median(base), "head_ms": 1e3 * statistics.median(head)}
+    found = {"ratio": statistics.median(ratios), "low": low, "high": high}
+    return {**times, **found, "verdict": verdict or "no difference shown"}
 
 
 def git(*arguments: str) -> str:
@@ -120,15 +108,6 @@ def resolve(base: str) -> str:
     return found.strip()
 
 
-@contextmanager
-def checkout(commit: str, tree: Path) -> Iterator[None]:
-    git("worktree", "add", "--quiet", "--detach", str(tree), commit)
-    try:
-        yield
-    finally:
-        git("worktree", "remove", "--force", str(tree))
-
-
 def copy_head(tree: Path) -> None:
     """The working tree's sources as they are: uncommitted and new files too, ignored ones not."""
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *SOURCES)
@@ -136,15 +115,6 @@ def copy_head(tree: Path) -> None:
         if (ROOT / name).is_file():  # a deleted file is still listed
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, tree / name)
-
-
-def native(tree: Path) -> str:
-    """A hash of what the compiled part is made from."""
-    digest = hashlib.sha256()
-    for path in sorted([*(tree / "csrc").rglob("*"), tree / "setup.py"]):
-        if path.is_file():
-            digest.update(path.relative_to(tree).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def build(name: str, tree: Path, device: str) -> None:
@@ -162,28 +132,10 @@ def build(name: str, tree: Path, device: str) -> None:
     print(f"{name} has no compiled CPU kernels:\n{said}", file=sys.stderr)
 
 
-def build_both(base: Path, head: Path, device: str) -> None:
-    """Where the native sources are the same, one binary serves both."""
-    build("base", base, device)
-    if native(base) != native(head):
-        build("head", head, device)
-        return
-    for path in (base / "lolkernels").glob("*.so"):
-        shutil.copyfile(path, head / "lolkernels" / path.name)
-
-
-# --- a version in a process of its own ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    frozen_head: bool
-    shape: Shape
-
-    @property
-    def title(self) -> str:
-        return self.op + (", frozen head" if self.frozen_head else "")
+def native(tree: Path) -> dict[str, bytes]:
+    """What the compiled part is made from."""
+    paths = [path for path in [*(tree / "csrc").rglob("*"), tree / "setup.py"] if path.is_file()]
+    return {path.relative_to(tree).as_posix(): path.read_bytes() for path in paths}
 
 
 class Version:
@@ -211,8 +163,7 @@ class Version:
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
+            print(json.dumps(request), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -228,33 +179,29 @@ class Version:
         self.process.communicate()
 
 
-def build_call(
-    op: str, inputs: Inputs, frozen_head: bool
-) -> Callable[[], dict[str, Tensor | None]]:
+def build_call(op: str, inputs: Inputs) -> Callable[[], dict[str, Tensor | None]]:
     """One forward and backward (a forward for `score`); returns log-probs and gradients."""
+    op, _, frozen = op.partition("-")
     hidden = inputs.hidden.detach().requires_grad_()
-    weight = inputs.weight.detach().requires_grad_(not frozen_head)
-    labels, shape = inputs.labels, inputs.shape
-    cu = torch.arange(0, shape.tokens + 1, shape.seq_len, device=labels.device)
+    weight = inputs.weight.detach().requires_grad_(not frozen)
+    labels, seq = inputs.labels, inputs.seq
     leaves = {"dhidden": hidden, "dweight": weight}
+    given = (hidden, weight, labels)
     if op == "logprob":
         with torch.no_grad():
             logits = (hidden.float() @ weight.float().T).to(hidden.dtype)
-        leaves = {"dlogits": logits.requires_grad_()}
+        leaves, given = {"dlogits": logits.requires_grad_()}, (logits, labels)
     side = {"ref_logps": inputs.ref_logps, "advantages": inputs.advantages, "clip": CLIP}
 
     def call() -> dict[str, Tensor | None]:
         if op == "linear_loss":
-            seq = lk.Sequences.from_cu_seqlens(cu)
-            given = (lk.objectives.a_lol, hidden, weight, labels, seq)
-            out = lk.linear_loss(*given, **side, return_outputs=True)
+            out = lk.linear_loss(lk.objectives.a_lol, *given, seq, **side, return_outputs=True)
             out.loss.backward()
-        elif op == "score":
-            with torch.no_grad():
-                return {"logps": lk.linear_logprob(hidden, weight, labels).logps}
         else:
-            given = (logits, labels) if op == "logprob" else (hidden, weight, labels)
-            out = (lk.logprob if op == "logprob" else lk.linear_logprob)(*given)
+            with torch.set_grad_enabled(op != "score"):
+                out = (lk.logprob if op == "logprob" else lk.linear_logprob)(*given)
+            if op == "score":
+                return {"logps": out.logps}
             out.logps.backward(inputs.upstream)
         found: dict[str, Tensor | None] = {"logps": out.logps.detach()}
         for name, leaf in leaves.items():
@@ -268,25 +215,20 @@ class Worker:
     def __init__(self, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        self.inputs: Inputs | None = None
         self.call: Callable[[], Any] = dict
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if "case" not in request:
+        if "op" not in request:
             return {"seconds": self.time(request["repeats"])}
-        case, folder = request["case"], Path(request["folder"])
-        shape = Shape(**case["shape"])
         self.call = dict  # the last case's tensors go first
-        if self.inputs is None or shape != self.inputs.shape:
-            self.inputs = None
-            self.inputs = make_inputs(shape, device=self.device)
-        self.call = build_call(case["op"], self.inputs, case["frozen_head"])
+        inputs = make_inputs(Shape(**request["shape"]), device=self.device)
+        self.call = build_call(request["op"], inputs)
         sizes = {}
         for name, tensor in self.call().items():
             if tensor is not None:
                 sizes[name] = tensor.numel()
-                path = folder.with_name(f"{folder.name}-{name}")
-                kept = torch.from_file(str(path), shared=True, size=tensor.numel())
+                path = f"{request['file']}-{name}"
+                kept = torch.from_file(path, shared=True, size=tensor.numel())
                 kept.copy_(tensor.detach().reshape(-1))
         return {"sizes": sizes, "seconds": self.time(2)}
 
@@ -307,24 +249,19 @@ def serve() -> None:
     """A worker: answers each line of JSON on stdin with a line on stdout, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-
-    def reply(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
     worker = None
     for line in sys.stdin:
         try:
             if worker is None:
                 worker = Worker(**json.loads(line))
                 there = [name for name, why in lk.available_backends().items() if why is None]
-                reply(file=str(Path(lk.__file__).resolve()), backends=there)
+                reply = {"file": str(Path(lk.__file__).resolve()), "backends": there}
             else:
-                reply(**worker.answer(json.loads(line)))
+                reply = worker.answer(json.loads(line))
         except Exception as error:  # whatever the version fails with is for the other end to show
-            reply(error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-
-
-# --- the comparison -------------------------------------------------------------------------------
+            said = " ".join(str(error).split())[:500]
+            reply = {"error": f"{type(error).__name__}: {said}"}
+        print(json.dumps(reply), file=answers, flush=True)
 
 
 def disagreement(base: Tensor, head: Tensor, name: str, shape: Shape) -> str | None:
@@ -338,123 +275,105 @@ def disagreement(base: Tensor, head: Tensor, name: str, shape: Shape) -> str | N
     return None if apart <= limit else f"{name} differs by {apart:.1e} of its norm (> {limit:g})"
 
 
-def compare(case: Case, base: Version, head: Version, rounds: int, margin: float) -> dict[str, Any]:
+def compare(
+    op: str, shape: Shape, base: Version, head: Version, rounds: int, margin: float
+) -> dict[str, Any]:
     """Checks that the results agree, then times rounds of base, head, head, base."""
     with tempfile.TemporaryDirectory() as folder:
         sides = (base, head)
-        ready = [s.ask(case=asdict(case), folder=f"{folder}/{s.name}") for s in sides]
+        ready = [s.ask(op=op, shape=asdict(shape), file=f"{folder}/{s.name}") for s in sides]
         sizes = [one["sizes"] for one in ready]
         if sizes[0] != sizes[1]:
             raise CompareError(f"the results differ in size: base {sizes[0]}, head {sizes[1]}")
         for name, size in sizes[0].items():
             pair = [torch.from_file(f"{folder}/{s.name}-{name}", size=size) for s in sides]
-            if fault := disagreement(pair[0], pair[1], name, case.shape):
+            if fault := disagreement(pair[0], pair[1], name, shape):
                 raise CompareError(f"the versions do not agree: {fault}")
     repeats = max(1, math.ceil(SAMPLE_SECONDS / ready[0]["seconds"]))
     times: dict[str, list[float]] = {"base": [], "head": []}
     for turn in range(rounds):
         # Every other round begins with the head: neither always comes after the round's pause.
         first, second = (base, head) if turn % 2 == 0 else (head, base)
-        order = (first, second, second, first)
-        seen = [float(side.ask(repeats=repeats)["seconds"]) for side in order]
+        seen = [s.ask(repeats=repeats)["seconds"] for s in (first, second, second, first)]
         times[first.name].append((seen[0] + seen[3]) / 2)
         times[second.name].append((seen[1] + seen[2]) / 2)
     return summary(times["base"], times["head"], margin)
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
-    start = f"| {case.title} | {case.shape} |"
+def line(op: str, shape: Shape, found: dict[str, Any]) -> str:
+    cells = [op.replace("-frozen", ", frozen head"), str(shape)]
     if "error" in found:
-        return f"{start} {found['error']} | | | | not compared |"
-    return (
-        f"{start} {found['base_ms']:.3f} | {found['head_ms']:.3f} | {found['ratio']:.3f} "
-        f"| {found['low']:.3f} to {found['high']:.3f} | {found['verdict']} |"
-    )
+        cells += [found["error"], "", "", "", "not compared"]
+    else:
+        cells += [f"{found[key]:.3f}" for key in ("base_ms", "head_ms", "ratio")]
+        cells += [f"{found['low']:.3f} to {found['high']:.3f}", found["verdict"]]
+    return f"| {' | '.join(cells)} |"
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    commit = resolve(arguments.base)
-    shapes = arguments.shapes or SHAPES[arguments.device]
-    names = [name.partition("-") for name in arguments.ops]
-    cases = [Case(op, bool(frozen), shape) for shape in shapes for op, _, frozen in names]
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    commit = resolve(given.base)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-compare-")))
-        trees = {"base": folder / "base", "head": folder / "head"}
-        stack.enter_context(checkout(commit, trees["base"]))
-        copy_head(trees["head"])
-        build_both(trees["base"], trees["head"], arguments.device)
+        base, head = folder / "base", folder / "head"
+        git("worktree", "add", "--quiet", "--detach", str(base), commit)
+        stack.callback(git, "worktree", "remove", "--force", str(base))
+        copy_head(head)
+        build("base", base, given.device)
+        if native(base) != native(head):
+            build("head", head, given.device)
+        else:  # one binary serves both
+            for path in (base / "lolkernels").glob("*.so"):
+                shutil.copyfile(path, head / "lolkernels" / path.name)
         sides = []
-        for name, tree in trees.items():
-            sides.append(Version(name, tree, arguments.device, arguments.threads))
+        for tree in (base, head):
+            sides.append(Version(tree.name, tree, given.device, given.threads))
             stack.callback(sides[-1].close)
-            print(f"{name}: backends {', '.join(sides[-1].about['backends'])}")
+            print(f"{tree.name}: backends {', '.join(sides[-1].about['backends'])}")
         changed = " with local changes" if git("status", "--porcelain") else ""
         now = git("rev-parse", "--short", "HEAD").strip()
         print(
-            f"base {commit[:7]}, head {now}{changed}; {arguments.device}, "
-            f"{arguments.threads} threads, torch {torch.__version__}, {arguments.rounds} rounds\n"
+            f"base {commit[:7]}, head {now}{changed}; {given.device}, {given.threads} threads, "
+            f"torch {torch.__version__}, {given.rounds} rounds\n\n"
+            f"| op | shape | base ms | head ms | head / base | {LEVEL:.0%} interval | |\n"
+            "|---|---|---:|---:|---:|---:|---|",
+            flush=True,
         )
-        print(f"| op | shape | base ms | head ms | head / base | {LEVEL:.0%} interval | |")
-        print("|---|---|---:|---:|---:|---:|---|", flush=True)
         found = []
-        for case in cases:
-            try:
-                row = compare(case, sides[0], sides[1], arguments.rounds, arguments.margin)
-            except CompareError as error:
-                if any(side.process.poll() is not None for side in sides):
-                    raise
-                row = {"error": str(error)}
-            found.append(row)
-            print(line(case, row), flush=True)
+        for shape in given.shapes or SHAPES[given.device]:
+            for op in given.ops:
+                try:
+                    found.append(compare(op, shape, sides[0], sides[1], given.rounds, given.margin))
+                except CompareError as error:
+                    if any(side.process.poll() is not None for side in sides):
+                        raise
+                    found.append({"error": str(error)})
+                print(line(op, shape, found[-1]), flush=True)
     return found
 
 
-def shape_of(text: str) -> Shape:
-    sizes = text.split(",")
-    dtype = [] if sizes[-1].isdigit() else [sizes.pop()]
-    try:
-        return Shape(*(int(size) for size in sizes), *dtype)
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"give T,D,V,seq_len[,dtype]; got {text!r} ({error})"
-        ) from None
+def main(argv: list[str] | None = None) -> int:
+    import report  # a worker has no need of it
 
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser(__doc__, rounds=12, out=False)
     add = parser.add_argument
     add("base", help="the commit to compare the working tree with")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--ops", nargs="+", choices=OPS, default=list(OPS))
-    add("--shapes", nargs="+", type=shape_of, metavar="T,D,V,L", help="or T,D,V,L,bf16")
-    add("--rounds", type=int, default=12, help="of four turns each (default: 12)")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--shapes", nargs="+", help="T,D,V,L, or T,D,V,L,bf16, or a name as in run.py")
     add("--margin", type=float, default=0.01, help="a smaller difference is not called (0.01)")
     add("--fail-above", type=float, metavar="RATIO", help="exit 1 if an interval lies above it")
-    arguments = parser.parse_args(argv)
-    least = fewest_rounds()
-    if arguments.rounds < least:
-        parser.error(f"--rounds must be at least {least} for a {LEVEL:.0%} interval")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch sees no CUDA device (try --device cpu)")
-    return arguments
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+    given = report.parse(parser, sys.argv[1:] if argv is None else argv, fewest_rounds())
+    try:
+        given.shapes = [parse_shape(text) for text in given.shapes or []]
+    except ValueError as error:
+        parser.error(str(error))
+    given.threads = torch.get_num_threads()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     try:
-        found = run(arguments)
+        found = run(given)
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    limit = arguments.fail_above
+    limit = given.fail_above
     if limit is not None and any(row.get("low", 0) > limit for row in found):
         return 1
     return 2 if any("error" in row for row in found) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -71,6 +71,11 @@ def parse(text: bytes) -> Line | None:
     return line if isinstance(line, dict) and {"kind", "run", "at"} <= set(line) else None
 
 
+def bad(line: Line) -> bool:
+    """A fault, a wrong result or a failed test. A peer that fails is no fault."""
+    return line["kind"] == "fault" or bool(line.get("wrong"))
+
+
 def same_as(lines: Iterable[Line], run: str) -> set[str]:
     """The runs with the identity of ``run``, itself included."""
     known = {line["run"]: line["identity"] for line in lines if line["kind"] == "header"}

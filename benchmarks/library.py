@@ -12,25 +12,7 @@ from lolkernels.packing import plan_blocks
 from lolrl import plan
 from lolrl.plan import ModelShape, Setup
 
-__all__ = [
-    "TABLE",
-    "ModelShape",
-    "Setup",
-    "devices",
-    "distinct",
-    "extra_bytes",
-    "function",
-    "has_gemm",
-    "kept_rows",
-    "plan",
-    "plan_blocks",
-    "usable",
-]
-
-
-def devices(name: str) -> tuple[str, ...] | None:
-    """The kinds of device that a backend takes; None: any."""
-    return TABLE[name].devices
+__all__ = ["ModelShape", "Setup", "extra_bytes", "kept_rows", "plan", "plan_blocks"]
 
 
 def function(name: str, what: str) -> Callable[..., Any] | None:
@@ -39,15 +21,11 @@ def function(name: str, what: str) -> Callable[..., Any] | None:
     return found
 
 
-def has_gemm(name: str) -> bool:
-    return function(name, "gemm") is not None
-
-
 def usable(kind: str) -> dict[str, str | None]:
     """Every backend -> None where it runs on this kind of device, else why not."""
     found = {}
     for name, why in lk.available_backends().items():
-        taken = devices(name)
+        taken = TABLE[name].devices
         if why is None and taken is not None and kind not in taken:
             why = f"takes tensors on {', '.join(taken)}"
         found[name] = why

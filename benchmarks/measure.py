@@ -1,14 +1,15 @@
 """Check, then time, then memory: interleaved rounds on a CPU or a GPU.
 
 A contestant is checked first; what fails its check is never timed. Run as a script, this file is
-the fresh process in which peak memory on a CPU is measured: it reads one entry as JSON and prints
-its bytes.
+the fresh process in which peak memory on a CPU is measured: it reads as JSON what makes a
+contestant, and prints its bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -87,15 +88,14 @@ class Row:
     error: str = ""  # it ran, and failed
 
 
-# --- devices --------------------------------------------------------------------------------------
-
-
 class Cpu:
     kind = "cpu"
     device = torch.device("cpu")
 
     def sync(self) -> None:
-        pass
+        """Nothing runs behind the host, and nothing is held for timing."""
+
+    fill = free = sync
 
     def time_ms(self, call: Callable[[], Any]) -> float:
         gc.collect()
@@ -133,6 +133,10 @@ class Cuda:
         # and a launch's own latency stays outside the events.
         self.scratch = torch.empty(max(2 * l2, 2**30), dtype=torch.uint8, device=self.device)
 
+    def free(self) -> None:
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
+        torch.cuda.empty_cache()
+
     def sync(self) -> None:
         torch.cuda.synchronize(self.device)
 
@@ -147,7 +151,8 @@ class Cuda:
         return float(start.elapsed_time(end))
 
     def extra_bytes(self, c: Contestant) -> int | None:
-        state = c.prepare() if c.prepare else None
+        if c.prepare:
+            c.prepare()
         gc.collect()
         self.sync()
         before = torch.cuda.memory_allocated(self.device)
@@ -155,9 +160,7 @@ class Cuda:
         result = c.call()
         self.sync()
         peak = torch.cuda.max_memory_allocated(self.device)
-        kept = c.returned(result) if c.returned else 0
-        del state
-        return peak - before - kept + c.holds
+        return peak - before - c.returned(result) + c.holds
 
     def launches(self, call: Callable[[], Any]) -> int:
         """Kernels, copies and fills that the call puts on the device."""
@@ -184,9 +187,6 @@ class Cuda:
 Device = Cpu | Cuda
 
 
-# --- time -----------------------------------------------------------------------------------------
-
-
 class TimeBoxError(Exception):
     pass
 
@@ -208,15 +208,15 @@ def time_box(seconds: float) -> Iterator[None]:
 
 
 def interleave(
-    contestants: dict[str, Contestant], rounds: int, device: Device, until: float
+    contestants: dict[str, Contestant], rounds: int, device: Device, until: float, least: int
 ) -> dict[str, list[float]]:
     """Milliseconds by label, one a round. Rounds run a, b, c and c, b, a in turn.
 
-    After ``MIN_ROUNDS`` it stops when ``time.monotonic()`` has passed ``until``.
+    After ``least`` it stops when ``time.monotonic()`` has passed ``until``.
     """
     times: dict[str, list[float]] = {label: [] for label in contestants}
     for turn in range(rounds):
-        if turn >= MIN_ROUNDS and time.monotonic() > until:
+        if turn >= least and time.monotonic() > until:
             break
         names = list(contestants)
         for label in names[:: -1 if turn % 2 else 1]:
@@ -235,44 +235,18 @@ def measure(
     *,
     rounds: int,
     until: float = math.inf,
+    least: int = MIN_ROUNDS,
 ) -> list[Row]:
-    """Fills the rows, in order: each checked, then timed in rounds; on a GPU, then its memory."""
+    """Fills the rows, in order: each checked, on a GPU its memory, then all timed in rounds."""
     sound: dict[str, Contestant] = {}
     for row, make in build:
-        box = min(BOX, max(1.0, (until - time.monotonic()) / 3))
-        try:
-            with time_box(box):
-                c = make()
-                check = c.check()
-                device.sync()
-        except (UnavailableError, NotImplementedError) as error:
-            row.skipped = str(error)
-            continue
-        except Exception as error:
-            device.sync()  # raises where the device itself has failed: nothing can follow then
-            row.error = short(error)
-            continue
-        row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
-        row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
-        row.missed = check.missed
-        row.formula_bytes = c.formula
-        if check.faults:
-            row.wrong = check.faults
-            continue
-        if peers.only_interpreted(row.contestant, device.kind):
-            row.skipped = "correct in Triton's interpreter, where a time means nothing"
-            continue
-        try:
-            row.extra_bytes = device.extra_bytes(c)  # warms it, too
-        except Exception as error:
-            device.sync()
-            row.error = short(error)
-            continue
-        sound[row.label] = c
+        found = ready(row, make, device, min(BOX, max(1.0, (until - time.monotonic()) / 3)))
+        if found is not None:
+            sound[row.label] = found
     gc.collect()
     gc.freeze()  # so that a collection before each call looks at what the calls left, and no more
     try:
-        times = interleave(sound, rounds, device, until)
+        times = interleave(sound, rounds, device, until, least)
     finally:
         gc.unfreeze()
     for row, _ in build:
@@ -282,12 +256,35 @@ def measure(
     return [row for row, _ in build]
 
 
+def ready(
+    row: Row, make: Callable[[], Contestant], device: Device, box: float
+) -> Contestant | None:
+    """A contestant whose check, within ``box`` seconds, fills its row; None: not to be timed."""
+    try:
+        with time_box(box):
+            c = make()
+            check = c.check()
+            device.sync()
+        row.flops, row.bytes, row.work, row.version = c.flops, c.bytes, c.work, c.version
+        row.sum_error_nat, row.gradient_errors = check.sum_nat, check.gradients
+        row.wrong, row.missed, row.formula_bytes = check.faults, check.missed, c.formula
+        if peers.only_interpreted(row.contestant, device.kind) and not check.faults:
+            row.skipped = "correct in Triton's interpreter, where a time means nothing"
+        if row.wrong or row.skipped:
+            return None
+        row.extra_bytes = device.extra_bytes(c)  # warms it, too
+        return c
+    except (UnavailableError, NotImplementedError) as error:
+        row.skipped = str(error)
+    except Exception as error:
+        device.sync()  # raises where the device itself has failed: nothing can follow then
+        row.error = short(error)
+    return None
+
+
 def short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
-
-
-# --- entries --------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)  # the entries of a case, and neighbours among cases, share theirs
@@ -315,9 +312,7 @@ def forget(device: Device) -> None:
     for kept in (inputs_of, _truth, _eager_errors, peers.gradient_logits):
         kept.cache_clear()
     gc.collect()
-    if isinstance(device, Cuda):
-        device.scratch = torch.empty(0, dtype=torch.uint8, device=device.device)
-        torch.cuda.empty_cache()
+    device.free()
 
 
 @contextmanager
@@ -342,14 +337,13 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         return None
     shape, device = entry.shape, device or torch.device("cpu")
     lengths = [n - p for n, p in zip(shape.lengths(), shape.prompts(), strict=True)]
-    named = entry.backend is not None and library.has_gemm(entry.backend)
-    own = named and shape.dtype == "bf16"
+    own = entry.backend is not None and library.function(entry.backend, "gemm") is not None
     size = shape.itemsize if device.type == "cuda" else 4
     held = library.kept_rows(shape.vocab, shape.hidden, size, entry.budget, device, max(lengths))
-    cu = [0, *itertools.accumulate(lengths)]
+    blocks = library.plan_blocks([0, *itertools.accumulate(lengths)], held)
     return library.extra_bytes(
         entry.op,
-        longest_block=max(b.stop - b.start for b in library.plan_blocks(cu, held)),
+        longest_block=max(b.stop - b.start for b in blocks),
         num_rows=shape.scored,
         hidden_size=shape.hidden,
         vocab=shape.vocab,
@@ -358,14 +352,13 @@ def documented_bytes(entry: Entry, device: torch.device | None = None) -> int | 
         frozen_weight=entry.frozen_head,
         memory_budget=entry.budget,
         device=device,
-        gemm=own,
+        gemm=own and shape.dtype == "bf16",
     )
 
 
 def _gradient_bytes(result: Any) -> int:
-    if not isinstance(result, Result):
-        return 0
-    return sum(g.nbytes for g in (result.dhidden, result.dweight) if g is not None)
+    found = (result.dhidden, result.dweight) if isinstance(result, Result) else ()
+    return sum(g.nbytes for g in found if g is not None)
 
 
 def contestant(entry: Entry, device: torch.device) -> Contestant:
@@ -385,10 +378,8 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
         found.flops, found.work = flops, work
         return found
     ours = entry.contestant == "lolkernels"
-    call = peers.build(
-        entry.contestant, entry.op, inputs, backend=entry.backend, budget=entry.budget
-    )
-    scalar = not ours and peers.PEERS[entry.contestant].scalar_only
+    settings = {"backend": entry.backend, "budget": entry.budget} if ours else {}
+    call = peers.build(entry.contestant, entry.op, inputs, **settings)
 
     def check() -> Check:
         peers.gradients(inputs)
@@ -396,16 +387,8 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
         # A GPU rounds the logits' gradients once more and truncates what it adds; in Triton's
         # interpreter its kernels do the first.
         truncates = (device.type == "cuda" or peers.interpreted()) and ours
-        truncates = truncates and entry.op in peers.OPS
         eager = _eager_errors(entry.op, inputs) if truncates else None
-        return judge(
-            timed(),
-            _truth(entry.op, inputs),
-            inputs,
-            strict=strict,
-            scalar=scalar,
-            eager=eager,
-        )
+        return judge(timed(), _truth(entry.op, inputs), inputs, strict=strict, eager=eager)
 
     state: list[Any] = []
 
@@ -419,16 +402,11 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
                 return call.backward(state)
         return call.backward(state)
 
-    steps: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
-        "both": (timed, None),
-        "forward": (call.forward, None),
-        "backward": (lambda: call.backward(state.pop()), prepare),
-    }
-    step, before = steps[entry.phase]
+    steps = {"both": timed, "forward": call.forward}
     return Contestant(
-        step,
+        steps.get(entry.phase, lambda: call.backward(state.pop())),
         check,
-        before,
+        prepare if entry.phase == "backward" else None,
         flops=flops,
         work=work,
         returned=_gradient_bytes,
@@ -439,19 +417,26 @@ def contestant(entry: Entry, device: torch.device) -> Contestant:
 
 
 def time_entries(
-    entries: Iterable[Entry], rounds: int, device: Device | None = None, until: float = math.inf
+    entries: list[Entry], rounds: int, device: Device | None = None, until: float = math.inf
 ) -> list[Row]:
-    """One row an entry. What cannot run here, failed or is wrong says so and has no times."""
+    """One row an entry. What cannot run here, failed or is wrong says so and has no times.
+
+    On a CPU the memory of those that ask for it is measured, once all are timed.
+    """
     device = device or Cpu()
     build: list[tuple[Row, Callable[[], Contestant]]] = []
     for e in entries:
         shape, tokens = str(e.shape), e.shape.tokens
         row = Row(e.label, e.contestant, e.op, shape, tokens, e.frozen_head, e.phase)
         build.append((row, partial(contestant, e, device.device)))
-    return measure(build, device, rounds=rounds, until=until)
-
-
-# --- memory on a CPU ------------------------------------------------------------------------------
+    rows = measure(build, device, rounds=rounds, until=until)
+    for e, row in zip(entries, rows, strict=True):
+        if device.kind == "cpu" and e.memory and row.times_ms:
+            try:
+                row.extra_bytes = peak_memory(e)
+            except RuntimeError as error:  # killed for its memory, say: the times stand
+                row.error = short(error)
+    return rows
 
 
 # Every large block is mapped and given back, so that the peak is the call's own.
@@ -464,51 +449,59 @@ QUIET_MALLOC = {
 
 
 def peak_memory(entry: Entry) -> int:
-    """Peak resident bytes of one call above its inputs and the gradients it returns.
+    """Of an entry; what it keeps between calls (a second model's head) counts as its own."""
+    return peak_in_process("measure", entry.label, asdict(entry))
 
-    Bytes that a contestant keeps between calls (a second model's head) count as its own.
+
+def peak_in_process(module: str, what: str, request: dict[str, Any]) -> int:
+    """Peak resident bytes of a call above its inputs and the gradients it returns, in a new process
+    and of the contestant that `module.from_request` makes there.
 
     Raises:
-        RuntimeError: the call failed in its process.
+        RuntimeError: it failed there.
     """
+    here = str(Path(__file__).resolve().parent)
+    path = os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        input=json.dumps({**asdict(entry), "threads": torch.get_num_threads()}),
-        env=QUIET_MALLOC,
+        [sys.executable, "-c", "import measure; measure.answer()"],
+        input=json.dumps({"module": module, "threads": torch.get_num_threads(), **request}),
+        env={**QUIET_MALLOC, "PYTHONPATH": path},
         text=True,
         capture_output=True,
     )
     if done.returncode:
-        raise RuntimeError(f"{entry.label}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        raise RuntimeError(f"{what}: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
     return int(done.stdout.split()[-1])
 
 
-def status(name: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS (resident) or VmHWM (its high-water mark)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+def from_request(request: dict[str, Any]) -> Contestant:
+    shape = Shape(**request.pop("shape"))
+    return contestant(Entry(shape=shape, **request), torch.device("cpu"))
 
 
-def _measure_here(entry: Entry) -> int:
-    c = contestant(entry, torch.device("cpu"))
-    for _ in range(2):  # the first one makes the libraries' own buffers and threads
+def answer() -> None:
+    """What the new process does."""
+    request = json.loads(sys.stdin.read())
+    torch.set_num_threads(request.pop("threads"))
+    print(_peak_here(importlib.import_module(request.pop("module")).from_request(request)))
+
+
+def _peak_here(c: Contestant) -> int:
+    peak = 0
+    for call in (c.warm or c.call, c.call):  # the first makes the libraries' buffers and threads
         if c.prepare:
             c.prepare()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-        result = c.call()
-        peak = status("VmHWM")
-        kept = c.returned(result) if c.returned else 0
+        before = _status("VmRSS")
+        result = call()
+        peak = _status("VmHWM") - before - c.returned(result)
         del result
-    return peak - before - kept + c.holds
+    return peak + c.holds
 
 
-if __name__ == "__main__":
-    request = json.loads(sys.stdin.read())
-    torch.set_num_threads(request.pop("threads"))
-    request["shape"] = Shape(**request["shape"])
-    print(_measure_here(Entry(**request)))
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS (resident) or VmHWM (its high-water mark)."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.partition(f"\n{name}:")[2].split()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,46 +15,39 @@ import rowwise
 import torch
 from measure import Device, Row
 from peers import Contestant, UnavailableError
-from shapes import Shape, make_inputs
+from report import Goal
+from shapes import DTYPES, Shape, make_inputs
 from torch import Tensor
 from truth import Check, relative_error, truth
 
 import lolkernels as lk
 
 Build = list[tuple[Row, Callable[[], Contestant]]]
+Case = dict[str, Any]
 
 
-def product(
-    a: Tensor, b: Tensor, out: Tensor | None, call: Callable[[], Any], *, add: bool = False
-) -> Contestant:
-    """A matrix product a b of (m, k) and (k, n); its first rows are compared with float64."""
-    m, k, n = *a.shape, b.shape[1]
-
-    def check() -> Check:
-        if out is not None:
-            out.zero_()
-        got = call() if out is None else (call(), out)[1]
-        error, _ = relative_error(got[:8], a[:8].double() @ b.double())
-        return Check([] if error <= 1e-2 else [f"the product is off by {error:.2e}"])
-
-    text = "2 m n k" + (", added to fp32" if add else "")
-    return Contestant(call, check, flops=2 * m * n * k, work=text)
+def timed(
+    title: str,
+    build: Build,
+    floor: str,
+    device: Device,
+    rounds: int,
+    until: float = math.inf,
+    **more: Any,
+) -> Case:
+    rows = measure.measure(build, device, rounds=rounds, until=until)
+    return report.case(title, rows, [floor], **more)
 
 
 def vendor(a: Tensor, b: Tensor, dtype: torch.dtype, *, add: bool = False) -> Contestant:
-    """cuBLAS's product in the operands' dtype or in fp32; added to what is there."""
+    """The vendor's product a b of (m, k) and (k, n) in the operands' dtype or in fp32; added to
+    what is there. Its first rows are compared with float64."""
     out = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     if not a.is_cuda and dtype != a.dtype:
         raise UnavailableError("a CPU has no product that takes bf16 and gives fp32")
-    if add:
-        call = partial(torch.addmm, out, a, b, out=out)
-    elif dtype == a.dtype:
-        call = partial(torch.mm, a, b, out=out)
-    else:
-        call = partial(torch.mm, a, b, out_dtype=dtype, out=out)
-    if add and dtype != a.dtype:
-        call = partial(torch.addmm, out, a, b, out_dtype=dtype, out=out)
-    return product(a, b, out, call, add=add)
+    wide = {} if dtype == a.dtype else {"out_dtype": dtype}
+    call = partial(torch.addmm, out, a, b, out=out, **wide)
+    return _product(a, b, call if add else partial(torch.mm, a, b, out=out, **wide), out, add=add)
 
 
 def quack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Contestant:
@@ -61,7 +55,21 @@ def quack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Contestant:
         gemm = importlib.import_module("quack.gemm_interface").gemm
     except Exception as error:  # its compiler may fail to load in many ways
         raise UnavailableError(f"QuACK does not load: {measure.short(error)}") from None
-    return product(a, b, None, partial(gemm, a, b, out_dtype=dtype, tuned=False))
+    return _product(a, b, partial(gemm, a, b, out_dtype=dtype, tuned=False), None)
+
+
+def _product(
+    a: Tensor, b: Tensor, call: Callable[[], Any], out: Tensor | None, *, add: bool = False
+) -> Contestant:
+    def check() -> Check:
+        if out is not None:
+            out.zero_()
+        got = call()
+        error, _ = relative_error((got if out is None else out)[:8], a[:8].double() @ b.double())
+        return Check([] if error <= 1e-2 else [f"the product is off by {error:.2e}"])
+
+    text = "2 m n k" + (", added to fp32" if add else "")
+    return Contestant(call, check, flops=2 * a.numel() * b.shape[1], work=text)
 
 
 def random(m: int, n: int, device: torch.device) -> Tensor:
@@ -70,71 +78,70 @@ def random(m: int, n: int, device: torch.device) -> Tensor:
 
 
 def products(
-    rows: int, hidden: int, vocab: int, device: Device, *, peer: bool = False
-) -> tuple[str, Build, str]:
-    """Logits, dhidden and dweight by every way cuBLAS has; or two of them beside QuACK's."""
-    h, w = random(rows, hidden, device.device), random(vocab, hidden, device.device)
-    dz = random(rows, vocab, device.device)
+    rows: int, hidden: int, vocab: int, device: Device, rounds: int, peer: bool = False
+) -> Case:
+    """The three products of a call, in bf16 and with fp32 out; ``peer``: beside QuACK's."""
+    h, w, dz = (
+        random(*size, device.device) for size in ((rows, hidden), (vocab, hidden), (rows, vocab))
+    )
     half, wide = torch.bfloat16, torch.float32
-    operands = {"logits": (h, w.T), "dweight": (dz.T, h)}
-    build: Build = []
-    for name, (a, b) in (operands if peer else {**operands, "dhidden": (dz, w)}).items():
-        build.append((Row(f"{name}, cuBLAS bf16 out", op="gemm"), partial(vendor, a, b, half)))
+    makes: dict[str, Callable[[], Contestant]] = {}
+    for name, (a, b) in {"logits": (h, w.T), "dweight": (dz.T, h), "dhidden": (dz, w)}.items():
+        if peer and name == "dhidden":
+            continue
+        makes[f"{name}, cuBLAS bf16 out"] = partial(vendor, a, b, half)
         if peer:
-            build.append((Row(f"{name}, QuACK bf16 out", op="gemm"), partial(quack, a, b, half)))
+            makes[f"{name}, QuACK bf16 out"] = partial(quack, a, b, half)
         else:
-            build.append((Row(f"{name}, cuBLAS fp32 out", op="gemm"), partial(vendor, a, b, wide)))
+            makes[f"{name}, cuBLAS fp32 out"] = partial(vendor, a, b, wide)
     if not peer:
-        adds = partial(vendor, dz.T, h, wide, add=True)
-        build.append((Row("dweight, cuBLAS added to fp32", op="gemm"), adds))
+        makes["dweight, cuBLAS added to fp32"] = partial(vendor, dz.T, h, wide, add=True)
     title = f"Matrix products{' beside QuACK' if peer else ''}, N={rows} D={hidden} V={vocab} bf16"
-    return title, build, "logits, cuBLAS bf16 out"
+    build: Build = [(Row(label, op="gemm"), make) for label, make in makes.items()]
+    return timed(title, build, "logits, cuBLAS bf16 out", device, rounds)
 
 
-def additions(
-    sizes: tuple[int, ...], hidden: int, vocab: int, device: Device
-) -> tuple[str, Build, str]:
+def additions(sizes: tuple[int, ...], hidden: int, vocab: int, device: Device, rounds: int) -> Case:
     """dweight by chunks: what adding to an fp32 matrix costs at each number of rows K."""
     build: Build = []
     for k in sizes:
         dz, h = random(k, vocab, device.device), random(k, hidden, device.device)
-        for name, dtype, add in (
-            ("added to fp32", torch.float32, True),
-            ("fp32 out", torch.float32, False),
-            ("bf16 out", torch.bfloat16, False),
-        ):
+        for name, add in (("added to fp32", True), ("fp32 out", False), ("bf16 out", False)):
+            dtype = torch.float32 if "fp32" in name else torch.bfloat16
             make = partial(vendor, dz.T, h, dtype, add=add)
             build.append((Row(f"K={k}, {name}", op="gemm"), make))
-    return f"dweight of K rows, D={hidden} V={vocab} bf16", build, f"K={sizes[-1]}, bf16 out"
+    title = f"dweight of K rows, D={hidden} V={vocab} bf16"
+    return timed(title, build, f"K={sizes[-1]}, bf16 out", device, rounds)
 
 
-def sweeps(rows: int, vocab: int, backends: list[str], device: Device) -> tuple[str, Build, str]:
-    """Row functions over fp32 logits, as they come out of a product, beside a copy."""
-    made = rowwise.make_rows(rows, vocab, torch.float32, device.device)
-    build: Build = [
-        (Row("copy", "copy", "copy"), partial(rowwise.copy, made.logits.nbytes, device.device)),
-        (Row("one read, sweep.py", op="exps_"), partial(rowwise.exps, made, None)),
-    ]
-    for b in library.distinct(backends, "row_stats"):
-        narrow = partial(rowwise.dlogits, made, b, narrow=True)
-        build += [
-            (Row(f"exps_, {b}", "lolkernels", "exps_"), partial(rowwise.exps, made, b)),
-            (
-                Row(f"row_stats, {b}", "lolkernels", "row_stats"),
-                partial(rowwise.row_stats, made, b),
-            ),
-            (Row(f"dlogits_ to bf16, {b}", "lolkernels", "dlogits_"), narrow),
-        ]
-    return f"Sweeps of fp32 logits, N={rows} V={vocab}", build, "copy"
+def sweeps(
+    vocab: int,
+    size: int,
+    dtypes: tuple[str, ...],
+    backends: list[str],
+    device: Device,
+    rounds: int,
+    until: float = math.inf,
+    goals: bool = False,
+) -> Case:
+    """Row functions over ``size`` bytes of logits, beside a copy of them."""
+    build: Build = [(Row("copy", "copy", "copy"), partial(rowwise.copy, size, device.device))]
+    aims = []
+    for name in dtypes:
+        n = max(8, size // (vocab * DTYPES[name].itemsize))
+        rows = rowwise.make_rows(n, vocab, DTYPES[name], device.device)
+        for b in library.distinct(backends, "row_stats"):
+            for make in (rowwise.row_stats, rowwise.exps, rowwise.dlogits, rowwise.logprob):
+                op = make.__name__ + ("_" if make in (rowwise.exps, rowwise.dlogits) else "")
+                label, share = f"{op} {name}, {b}", 0.85 if op == "logprob" else 0.90
+                build.append((Row(label, "lolkernels", op), partial(make, rows, b)))
+                text = f"{label} >= {share:.0%} of the copy's bandwidth (V={vocab})"
+                aims.append(Goal(text, label, share, "copy", "bandwidth"))
+    title = f"Row kernels, V={vocab}, {size / 2**20:g} MiB of logits"
+    return timed(title, build, "copy", device, rounds, until, goals=aims if goals else [])
 
 
-def timed(found: tuple[str, Build, str], device: Device, rounds: int) -> dict[str, Any]:
-    title, build, floor = found
-    rows = measure.measure(build, device, rounds=rounds)
-    return report.case(title, rows, [floor])
-
-
-def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> dict[str, Any]:
+def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> Case:
     """How a product of K terms is off, and a log-prob with it, in nat: the mean (what truncation
     leaves), the spread, the worst, and a sum over 1024 tokens."""
     facts: list[dict[str, Any]] = []
@@ -149,14 +156,12 @@ def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> d
     rows, vocab = (256, 2048) if device.kind == "cuda" else (8, 64)
     for k in sizes:
         for name in ("bf16", "fp16", "fp32"):
-            shape = Shape(rows, k, vocab, rows // 4, name)
-            inputs = make_inputs(shape, device=device.device)
+            inputs = make_inputs(Shape(rows, k, vocab, rows // 4, name), device=device.device)
             hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-            logits = torch.empty(rows, vocab, device=device.device)
             if name == "fp32" or device.kind == "cpu":
-                torch.mm(hidden.float(), weight.float().T, out=logits)
+                logits = hidden.float() @ weight.float().T
             else:
-                torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
+                logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
             want = hidden.double() @ weight.double().T
             add(f"K={k} {name}, logits toward zero", (want - logits.double()) * want.sign())
             exact = truth("score", inputs).logps
@@ -170,6 +175,30 @@ def truncation(sizes: tuple[int, ...], backends: list[str], device: Device) -> d
     return report.case("What sums of K terms are off by, against float64", [], [], facts=facts)
 
 
-def overhead(backend: str, device: Device) -> dict[str, Any]:
+def overhead(backend: str, device: Device) -> Case:
     facts = rowwise.overhead(backend, device)
     return report.case(f"What a call costs beside its kernels, {backend}", [], [], facts=facts)
+
+
+def prediction(rows: int, hidden: int, vocab: int) -> Case:
+    """What predict.py counts for a call, to stand beside what is measured."""
+    predict, facts = importlib.import_module("predict"), list[dict[str, Any]]()
+    for op, frozen in (
+        ("a_lol", False),
+        ("a_lol", True),
+        ("linear_logprob", False),
+        ("score", True),
+    ):
+        both = predict.count(op, rows, hidden, vocab, frozen=frozen)
+        gemms = sum(map(sum, (part.products for part in both))) / (2 * rows * vocab * hidden)
+        counted = {
+            "launches": (sum(part.launches for part in both), ""),
+            "bytes a logit": (sum(part.logit_bytes for part in both) / rows / vocab, ""),
+            "products of 2 N V D": (gemms, ""),
+            "time": (1e3 * sum(part.seconds() for part in both), "ms"),
+            "host time": (predict.host_microseconds(op, frozen=frozen), "us"),
+        }
+        name = f"{op}{', frozen head' if frozen else ''}"
+        facts += [{"label": f"{name}: {k}", "value": v, "unit": u} for k, (v, u) in counted.items()]
+    title = f"Predicted by counting, N={rows} D={hidden} V={vocab} bf16"
+    return report.case(title, [], [], facts=facts)

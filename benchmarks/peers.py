@@ -2,8 +2,9 @@
 
 Each is built from inputs outside the clock and is then called; all do the same work: A-LoL with
 dhidden (and dweight), per-token log-probs with a given upstream gradient, or scoring. A peer is one
-function from (hidden, weight, labels) to per-token log-probs with A-LoL on top in plain torch; what
-gives only a sum or a mean cannot weigh a token by its sequence, and says so.
+function from (hidden, weight, labels) to per-token log-probs with A-LoL on top in plain torch. What
+gives only a sum or a mean (QuACK's and Liger's chunked losses, fla) cannot weigh a token by its
+sequence, and has no row.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ class Contestant:
     flops: int = 0
     bytes: int = 0
     work: str = ""  # the formula of flops or bytes
-    returned: Callable[[Any], int] | None = None  # bytes of the result that are not extra memory
+    returned: Callable[[Any], int] = lambda _: 0  # bytes of the result that are not extra memory
     holds: int = 0
+    warm: Callable[[], Any] | None = None  # instead of a first call, where that is dear
     formula: int | None = None  # documented extra bytes
     version: str = ""
 
@@ -73,9 +75,6 @@ def gemm_count(op: str, inputs: Inputs) -> int:
     return 1 if op == "score" else 2 + inputs.weight.requires_grad
 
 
-# --- lolkernels -----------------------------------------------------------------------------------
-
-
 def build_lolkernels(
     op: str, inputs: Inputs, *, backend: str | None = None, budget: int | None = None
 ) -> Call:
@@ -83,18 +82,9 @@ def build_lolkernels(
 
     def linear_loss() -> Any:
         hidden, labels = inputs.scored()
-        return lk.linear_loss(
-            lk.objectives.a_lol,
-            hidden,
-            inputs.weight,
-            labels,
-            inputs.seq,
-            ref_logps=inputs.ref_logps,
-            advantages=inputs.advantages,
-            clip=CLIP,
-            return_outputs=True,
-            **settings,
-        )
+        given = (lk.objectives.a_lol, hidden, inputs.weight, labels, inputs.seq)
+        side = {"ref_logps": inputs.ref_logps, "advantages": inputs.advantages, "clip": CLIP}
+        return lk.linear_loss(*given, **side, return_outputs=True, **settings)
 
     def logprob() -> Any:
         hidden, labels = inputs.scored()
@@ -111,9 +101,6 @@ def build_lolkernels(
     return Call(linear_loss if op == "linear_loss" else logprob, backward)
 
 
-# --- the floor ------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1)
 def gradient_logits(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """Gradients of logits (N, V): a product runs faster on zeros or ones than on these."""
@@ -124,14 +111,6 @@ def gradient_logits(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         p = (hidden[part].float() @ wide.T).softmax(-1)
         dz[part] = p.scatter_add_(-1, labels[part, None], -torch.ones_like(p[:, :1])).to(dtype)
     return dz
-
-
-def _mm_wide(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)
 
 
 def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = False) -> Contestant:
@@ -147,7 +126,7 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
             raise UnavailableError("a CPU has no product that takes bf16 and gives fp32")
         hidden, weight = hidden.float(), weight.float()
     out = torch.float32 if wide else hidden.dtype
-    mm = _mm_wide if wide and hidden.dtype != torch.float32 else _mm
+    mm = partial(torch.mm, out_dtype=out) if out != hidden.dtype else torch.mm
     dz = gradient_logits(inputs, hidden.dtype)
     logits = torch.empty(dz.shape, dtype=out, device=dz.device)
     dhidden, dweight = torch.empty_like(hidden, dtype=out), torch.empty_like(weight, dtype=out)
@@ -157,11 +136,11 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
 
     def call() -> None:
         for _ in range(forwards):
-            mm(hidden, weight.T, logits)
+            mm(hidden, weight.T, out=logits)
         if trains:
-            mm(dz, weight, dhidden)
+            mm(dz, weight, out=dhidden)
         if dweights:
-            mm(dz.T, hidden, dweight)
+            mm(dz.T, hidden, out=dweight)
 
     def check() -> Check:
         for t in (logits, dhidden, dweight):
@@ -178,9 +157,6 @@ def build_gemms(op: str, inputs: Inputs, phase: str = "both", *, wide: bool = Fa
         return found
 
     return Contestant(call, check)
-
-
-# --- anything that gives per-token log-probs ------------------------------------------------------
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -238,24 +214,17 @@ def _torch(policy: str | None) -> TokenLogps:
     return logps
 
 
+def _negated(module: str, name: str, *between: Any, **options: Any) -> TokenLogps:
+    """A loss of (hidden, weight, ..., labels) for each token, as log-probs."""
+    loss = getattr(importlib.import_module(module), name)
+    loss = getattr(loss, "apply", loss)
+    return lambda hidden, weight, labels: -loss(hidden, weight, *between, labels, **options).float()
+
+
 def _liger(**options: Any) -> TokenLogps:
     module = importlib.import_module("liger_kernel.transformers")
     loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", **options)
     return lambda hidden, weight, labels: -loss(weight, hidden, labels).float()
-
-
-def _liger_scaled() -> TokenLogps:
-    function = importlib.import_module(
-        "liger_kernel.ops"
-    ).LigerFusedLinearScaledCrossEntropyFunction
-    return lambda hidden, weight, labels: -function.apply(hidden, weight, labels).float()
-
-
-def _cce(**options: Any) -> TokenLogps:
-    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda hidden, weight, labels: (
-        -loss(hidden, weight, labels, reduction="none", **options).float()
-    )
 
 
 def _trl() -> TokenLogps:
@@ -266,24 +235,17 @@ def _trl() -> TokenLogps:
     )[0]
 
 
-def _quack() -> TokenLogps:
-    loss = importlib.import_module("quack.linear_cross_entropy").linear_cross_entropy_func
-    return lambda hidden, weight, labels: (
-        -loss(hidden, weight, None, labels, reduction="none").float()
-    )
-
-
 @dataclass(frozen=True)
 class Peer:
-    load: Callable[[], TokenLogps] | None  # None: there is no log-prob of a token to load
+    load: Callable[[], TokenLogps]
     package: str = "torch"  # whose version is printed
     gpu_only: bool = False
 
-    @property
-    def scalar_only(self) -> bool:
-        return self.load is None
 
-
+_cce = partial(_negated, "cut_cross_entropy", "linear_cross_entropy", reduction="none")
+_quack = ("quack.linear_cross_entropy", "linear_cross_entropy_func", None)
+_scaled = ("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+_LIGER, _CCE = "liger-kernel", "cut-cross-entropy"
 PEERS = {
     "eager": Peer(lambda: eager),
     "torch.compile": Peer(lambda: torch.compile(eager, dynamic=False)),
@@ -295,19 +257,14 @@ PEERS = {
     "torch lce no options": Peer(partial(_torch, None)),
     "verl recompute": Peer(lambda: _Recompute.apply),
     "trl": Peer(_trl, "trl"),
-    "liger": Peer(_liger, "liger-kernel", gpu_only=True),
-    "liger fp32 dweight": Peer(
-        partial(_liger, accum_dtype=torch.float32), "liger-kernel", gpu_only=True
-    ),
-    "liger scaled": Peer(_liger_scaled, "liger-kernel"),
-    "cce": Peer(_cce, "cut-cross-entropy", gpu_only=True),
-    "cce no filter": Peer(partial(_cce, filter_eps=None), "cut-cross-entropy", gpu_only=True),
-    "cce kahan": Peer(partial(_cce, impl="cce_kahan_full_c"), "cut-cross-entropy", gpu_only=True),
-    "cce torch_compile": Peer(partial(_cce, impl="torch_compile"), "cut-cross-entropy"),
-    "quack": Peer(_quack, "quack-kernels", gpu_only=True),
-    "quack chunked": Peer(None, "quack-kernels"),
-    "liger chunked": Peer(None, "liger-kernel"),
-    "fla": Peer(None, "flash-linear-attention"),
+    "liger": Peer(_liger, _LIGER, gpu_only=True),
+    "liger fp32 dweight": Peer(partial(_liger, accum_dtype=torch.float32), _LIGER, gpu_only=True),
+    "liger scaled": Peer(partial(_negated, *_scaled), _LIGER),
+    "cce": Peer(_cce, _CCE, gpu_only=True),
+    "cce no filter": Peer(partial(_cce, filter_eps=None), _CCE, gpu_only=True),
+    "cce kahan": Peer(partial(_cce, impl="cce_kahan_full_c"), _CCE, gpu_only=True),
+    "cce torch_compile": Peer(partial(_cce, impl="torch_compile"), _CCE),
+    "quack": Peer(partial(_negated, *_quack, reduction="none"), "quack-kernels", gpu_only=True),
 }
 
 
@@ -334,39 +291,36 @@ def only_interpreted(name: str, device: str) -> bool:
     return device == "cpu" and interpreted() and name in PEERS and PEERS[name].gpu_only
 
 
-def build_peer(name: str, op: str, inputs: Inputs) -> Call:
+def token_logps(name: str, on_gpu: bool = False) -> TokenLogps:
+    """Raises UnavailableError where the peer cannot run."""
     peer = PEERS[name]
-    if peer.load is None:
-        raise UnavailableError("returns a sum or a mean: no token can have its sequence's weight")
     version(peer.package)
-    if peer.gpu_only and not inputs.hidden.is_cuda and not interpreted():
+    if peer.gpu_only and not on_gpu and not interpreted():
         raise UnavailableError("its kernels need a GPU")
     try:
-        token_logps = peer.load()
+        return peer.load()
     except ImportError as error:
         raise UnavailableError(f"needs more than is installed: {error}") from error
+
+
+def build_peer(name: str, op: str, inputs: Inputs) -> Call:
+    logps = token_logps(name, inputs.hidden.is_cuda)
     head = inputs.weight.detach().clone() if name == "lol-rl" else None  # its deepcopy of the model
-
-    def ref_logps() -> Tensor:
-        """Given to all, but for the script: it runs the reference model's head in each step."""
-        if head is None:
-            return inputs.ref_logps
-        with torch.no_grad():
-            return token_logps(inputs.ref_hidden, head, inputs.labels)[inputs.rows]
-
-    def logps() -> Tensor:
-        if name == "lol-rl":  # all rows, prompts too
-            return token_logps(inputs.hidden, inputs.weight, inputs.labels)[inputs.rows]
-        hidden, labels = inputs.scored()
-        return token_logps(hidden, inputs.weight, labels)
 
     def forward() -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(op != "score"):
-            found = logps()
+            if head is None:
+                hidden, labels = inputs.scored()
+                found = logps(hidden, inputs.weight, labels)
+            else:  # all rows, prompts too
+                found = logps(inputs.hidden, inputs.weight, inputs.labels)[inputs.rows]
         if op != "linear_loss":
             return found, None
-        objective = lk.objectives.a_lol
-        loss = objective(found, ref_logps(), inputs.advantages, inputs.seq, clip=CLIP)
+        ref = inputs.ref_logps
+        if head is not None:  # the script runs the reference model's head in each step
+            with torch.no_grad():
+                ref = logps(inputs.ref_hidden, head, inputs.labels)[inputs.rows]
+        loss = lk.objectives.a_lol(found, ref, inputs.advantages, inputs.seq, clip=CLIP)
         return found, lk.aggregate(loss, inputs.seq)
 
     def backward(state: tuple[Tensor, Tensor | None]) -> Result:
@@ -380,25 +334,15 @@ def build_peer(name: str, op: str, inputs: Inputs) -> Call:
     return Call(forward, backward, 0 if head is None else head.nbytes)
 
 
-def build(
-    contestant: str,
-    op: str,
-    inputs: Inputs,
-    *,
-    backend: str | None = None,
-    budget: int | None = None,
-) -> Call:
-    """Builds "lolkernels" (``backend`` and memory ``budget`` as in the library), "gemms" or a peer.
+def build(contestant: str, op: str, inputs: Inputs, **settings: Any) -> Call:
+    """Builds "lolkernels" (with its ``backend`` and memory ``budget``) or a peer.
 
     Raises:
         UnavailableError: it cannot run here, and why.
         ValueError: no such contestant.
     """
     if contestant == "lolkernels":
-        return build_lolkernels(op, inputs, backend=backend, budget=budget)
-    if contestant in FLOORS:
-        floor = build_gemms(op, inputs, wide=contestant != "gemms")
-        return Call(floor.call, lambda _: Result(None))
+        return build_lolkernels(op, inputs, **settings)
     if contestant not in PEERS:
         names = ", ".join(["lolkernels", *FLOORS, *PEERS])
         raise ValueError(f"contestant must be one of {names}; got {contestant!r}")

@@ -7,17 +7,17 @@ The schema of every record, CPU or GPU:
     environment  device, versions, commit, source (a hash of the code), clocks, command, date
     rounds       interleaved rounds that were asked for
     cases        [{name, title, floors, floor (the first of them), rows, goals,
-                   facts or error where there are no rows, seconds}]
-      rows       measure.Row as a dict: label, contestant, op, shape, tokens, frozen_head, phase,
-                 times_ms (one a round), median_ms, flops, bytes, work, sum_error_nat,
-                 gradient_errors, extra_bytes, formula_bytes, version; wrong, skipped or error
-                 where there are no times; missed: bounds, and by how much
+                   facts or error where there are no rows, fits, seconds}]
+      rows       measure.Row as a dict; wrong, skipped or error where there are no times; missed:
+                 bounds, and by how much
+      fits       [{contestant, memory (bytes), measured, formula: tokens of the largest batch}]
     goals        [{text, limit, measured, met, and of a `Goal` here: row, against, of, why}]
     left         titles of cases that there was no time for
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import json
@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ from typing import Any
 
 import peers
 import torch
-from measure import Row
+from measure import Cpu, Cuda, Device, Row
 
 import lolkernels as lk
 
@@ -46,9 +46,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 # What decides a measured number: another run goes on with a journal only where these agree.
 SAME = ("device", "torch", "triton", "source")
-
-
-# --- where ----------------------------------------------------------------------------------------
 
 
 def git(*arguments: str) -> str:
@@ -151,9 +148,6 @@ def environment(
     }
 
 
-# --- goals ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Goal:
     """What a row must reach against the row ``against``; see `measured` for each kind of ``of``."""
@@ -178,10 +172,9 @@ def ratios(row: dict[str, Any], floor: dict[str, Any]) -> dict[str, float] | Non
     pairs = list(zip(row["times_ms"], floor["times_ms"], strict=False))
     if not pairs:
         return None
-    if row["bytes"] and floor["bytes"]:
-        share = row["bytes"] / floor["bytes"]
-        return spread([share * b / a for a, b in pairs])
-    return spread([a / b for a, b in pairs])
+    counted = row["bytes"] and floor["bytes"]
+    share = row["bytes"] / floor["bytes"] if counted else 1.0
+    return spread([share * b / a if counted else a / b for a, b in pairs])
 
 
 def measured(goal: dict[str, Any], row: dict[str, Any], other: dict[str, Any]) -> float | None:
@@ -220,10 +213,14 @@ def judge(goal: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**goal, "measured": value, "met": met, "why": None}
 
 
-# --- Markdown -------------------------------------------------------------------------------------
-
-
 BLANK = asdict(Row(""))
+
+
+def grid(heads: list[str], rows: Iterable[list[Any]], words: int = 1, last: int = 0) -> str:
+    """A table of Markdown, whose columns hold numbers but for the first ``words`` and the last."""
+    numbers = len(heads) - words - last
+    lines = [["---"] * words + ["---:"] * numbers + ["---"] * last, *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [heads, *lines])
 
 
 def rows_of(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -247,68 +244,79 @@ def _ms(value: float) -> str:
     return f"{value:.1f}" if value >= 100 else f"{value:.3f}"
 
 
-def _counted(row: dict[str, Any]) -> tuple[str, str]:
-    """(rate, count): "1.2 TFLOP/s", "3 x 2 N V D = 237.1 GFLOP", or the same in bytes."""
+def _counted(row: dict[str, Any]) -> list[str]:
+    """[rate, count]: "1.2 TFLOP/s", "3 x 2 N V D = 237.1 GFLOP", or the same in bytes."""
     seconds = row["median_ms"] / 1e3
     if row["flops"]:
-        rate, count = row["flops"] / seconds, f"{row['work']} = {row['flops'] / 1e9:.4g} GFLOP"
-        return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s", count
+        size, unit = (1e12, "TFLOP/s") if row["flops"] / seconds >= 1e12 else (1e9, "GFLOP/s")
+        count = f"{row['work']} = {row['flops'] / 1e9:.4g} GFLOP"
+        return [f"{row['flops'] / seconds / size:.3g} {unit}", count]
     if row["bytes"]:
         count = f"{row['work']} = {row['bytes'] / 1e9:.3g} GB"
-        return f"{row['bytes'] / seconds / 1e9:.3g} GB/s", count
-    return "", ""
+        return [f"{row['bytes'] / seconds / 1e9:.3g} GB/s", count]
+    if row["op"] == "train":
+        return [f"{row['tokens'] / seconds:,.0f} tokens/s", ""]
+    return ["", ""]
 
 
-def _line(row: dict[str, Any], floors: dict[str, dict[str, Any] | None], *, shapes: bool) -> str:
-    cells = [f"{row['label']} {row['version']}".strip()]
-    cells += [row["shape"]] if shapes else []
-    width = len(cells) + 7 + len(floors)
+def _cells(row: dict[str, Any], floors: list[dict[str, Any] | None], shapes: bool) -> list[str]:
+    cells = [f"{row['label']} {row['version']}".strip(), *([row["shape"]] if shapes else [])]
     if not row["times_ms"]:
-        cells.append(reason_of(row))
-        return "| " + " | ".join(cells) + " |" + " |" * (width - len(cells))
+        return [*cells, reason_of(row), *[""] * (6 + len(floors))]
     seen = spread(row["times_ms"])
     cells += [_ms(seen["median"]), f"{_ms(seen['q1'])} - {_ms(seen['q3'])}"]
-    for floor in floors.values():
-        ratio = ratios(row, floor) if floor else None
-        cells.append(
-            f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})" if ratio else ""
-        )
-    rate, count = _counted(row)
-    cells += [rate, count, mib(row["extra_bytes"]), mib(row["formula_bytes"])]
+    for floor in floors:
+        r = ratios(row, floor) if floor else None
+        cells.append(f"{r['median']:.3f} ({r['q1']:.3f}-{r['q3']:.3f})" if r else "")
+    cells += [*_counted(row), mib(row["extra_bytes"]), mib(row["formula_bytes"])]
     errors = [] if row["sum_error_nat"] is None else [f"sum {row['sum_error_nat']:.1e} nat"]
     errors += [f"{name} {value:.1e}" for name, value in row["gradient_errors"].items()]
-    errors += [f"MISSED: {text}" for text in row["missed"]]
-    return "| " + " | ".join([*cells, ", ".join(errors)]) + " |"
+    return [*cells, ", ".join([*errors, *(f"MISSED: {text}" for text in row["missed"])])]
+
+
+def _fits(found: list[dict[str, Any]]) -> str:
+    """What fits into a memory: tokens of the largest batch, measured and by formula."""
+    known = {(one["contestant"], one["memory"]): one for one in found}
+    names, sizes = (list(dict.fromkeys(pair[i] for pair in known)) for i in (0, 1))
+    heads = [f"{n / MIB:,.4g} MiB: {what}" for n in sizes for what in ("measured", "formula")]
+
+    def cells(name: str) -> list[str]:
+        of = [known.get((name, size), {}).get(w) for size in sizes for w in ("measured", "formula")]
+        return ["" if tokens is None else f"{tokens:,}" for tokens in of]
+
+    return grid(["largest batch, tokens", *heads], ([name, *cells(name)] for name in names))
 
 
 def table(case: dict[str, Any]) -> str:
-    lines = [f"### {case['title']}", ""]
+    parts = [f"### {case['title']}"]
     if case.get("error"):
-        return "\n".join([*lines, f"Not measured: {case['error']}"])
+        parts.append(f"Not measured: {case['error']}")
     if case.get("facts"):
-        lines += ["| | measured |", "|---|---:|"]
-        lines += [f"| {f['label']} | {f['value']:.4g} {f['unit']} |" for f in case["facts"]]
-        return "\n".join(lines)
-    rows = rows_of(case)
-    shapes = len({row["shape"] for row in rows}) > 1
-    by_label = {row["label"]: row for row in rows}
-    floors = {name: by_label.get(name) for name in case.get("floors") or [case["floor"]]}
-    heads = ["", *(["shape"] if shapes else []), "median ms", "quartiles ms"]
-    heads += [f"x {name} (quartiles)" for name in floors]
-    heads += ["rate", "counted", "extra MiB", "formula MiB", "error against float64"]
-    lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
-    return "\n".join(lines + [_line(row, floors, shapes=shapes) for row in rows])
+        facts = ([f["label"], f"{f['value']:.4g} {f['unit']}"] for f in case["facts"])
+        parts.append(grid(["", "value"], facts))
+    if rows := rows_of(case):
+        shapes = len({row["shape"] for row in rows}) > 1
+        by_label = {row["label"]: row for row in rows}
+        floors = case.get("floors") or [case["floor"]]
+        heads = ["", *(["shape"] if shapes else []), "median ms", "quartiles ms"]
+        heads += [f"x {name} (quartiles)" for name in floors]
+        heads += ["rate", "counted", "extra MiB", "formula MiB", "error against float64"]
+        found = [by_label.get(name) for name in floors]
+        parts.append(grid(heads, [_cells(row, found, shapes) for row in rows], last=1))
+    if case.get("fits"):
+        parts.append(_fits(case["fits"]))
+    return "\n\n".join(parts)
 
 
 def goals_table(goals: list[dict[str, Any]]) -> str:
-    lines = ["## Goals", "", "| goal | measured | limit | |", "|---|---:|---:|---|"]
+    rows = []
     for goal in goals:
         sign = ">=" if goal.get("of") == "bandwidth" else "<="
         value = "–" if goal["measured"] is None else f"{goal['measured']:.3f}"
         verdict = {True: "met", False: "MISSED", None: "not judged"}[goal["met"]]
         verdict += f" ({goal['why']})" if goal.get("why") else ""
-        lines.append(f"| {goal['text']} | {value} | {sign} {goal['limit']:g} | {verdict} |")
-    return "\n".join(lines)
+        rows.append([goal["text"], value, f"{sign} {goal['limit']:g}", verdict])
+    return "## Goals\n\n" + grid(["goal", "measured", "limit", ""], rows, last=1)
 
 
 def head(record: dict[str, Any]) -> str:
@@ -341,7 +349,10 @@ def head(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: dict[str, Any]) -> str:
+Table = Callable[[dict[str, Any]], str]
+
+
+def markdown(record: dict[str, Any], table: Table = table) -> str:
     """The page of a record, from the record alone."""
     parts = [head(record), *(table(case) for case in record["cases"])]
     for name in record.get("left", []):
@@ -349,9 +360,6 @@ def markdown(record: dict[str, Any]) -> str:
     if record["goals"]:
         parts.append(goals_table(record["goals"]))
     return "\n\n".join(parts) + "\n"
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def case(title: str, rows: list[Any], floors: list[str], **more: Any) -> dict[str, Any]:
@@ -393,11 +401,66 @@ def save(
     return [data, text]
 
 
-def faulty(case: dict[str, Any]) -> bool:
+def faults(case: dict[str, Any]) -> list[str]:
     """A case or a row of ours that failed, or a wrong result. A peer that fails is no fault."""
-    ours = [row for row in rows_of(case) if row["contestant"] == "lolkernels"]
-    wrong = any(row["wrong"] for row in rows_of(case))
-    return bool(case.get("error")) or wrong or any(row["error"] for row in ours)
+    found = [case["error"]] if case.get("error") else []
+    for row in rows_of(case):
+        ours = row["contestant"] in ("lolkernels", "fused")
+        if row["wrong"] or (row["error"] and ours):
+            found.append(f"{row['label']}: {'; '.join(row['wrong']) or row['error']}")
+    return found
+
+
+def parser(about: str | None, rounds: int = 5, *, out: bool = True) -> argparse.ArgumentParser:
+    """With the flags that the modes share."""
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds a case")
+    made.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    if out:
+        made.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str], least: int = 1) -> argparse.Namespace:
+    """Reads the flags, and checks and applies those that the modes share."""
+    given = made.parse_args(argv)
+    if given.rounds < least:
+        made.error(f"--rounds must be at least {least}; got {given.rounds}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: this torch sees no CUDA device; give --device cpu")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    return given
+
+
+def device_of(given: argparse.Namespace) -> Device:
+    return Cuda() if given.device == "cuda" else Cpu()
+
+
+def publish(
+    given: argparse.Namespace,
+    command: list[str],
+    cases: Iterable[dict[str, Any]],
+    page: Callable[[dict[str, Any]], str] = markdown,
+    table: Table = table,
+) -> int:
+    """Prints each case as it is measured and writes what is there. Returns the exit status."""
+    shown = shlex.join(["python", "benchmarks/run.py", *command])
+    record = new(environment(torch.device(given.device), shown), given.rounds)
+    for case in cases:
+        record["cases"].append(case)
+        print(table(case), end="\n\n", flush=True)
+        judge_all(record)
+        if given.out:  # what is there stays, should a later case fail
+            save(record, given.out, page)
+    if record["goals"]:
+        print(goals_table(record["goals"]))
+    if given.out:
+        print("wrote", *files(given.out))
+    return 1 if any(map(faults, record["cases"])) else 0
 
 
 if __name__ == "__main__":

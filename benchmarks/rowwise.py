@@ -19,6 +19,8 @@ from truth import GRADIENT, ROW, Check, Result, relative_error
 
 import lolkernels as lk
 
+STATISTICS = ("target_logit", "lse", "expected_logit", "max_logit")
+
 
 @dataclass
 class Rows:
@@ -29,6 +31,14 @@ class Rows:
     coef: Tensor  # (n,)
     some: Tensor  # rows whose results are checked: the first, the last, and some between
 
+    def truth(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of the checked rows: the four statistics, and dlogits for a = coef, b = -coef, c = 0."""
+        z, labels = self.logits[self.some].double(), self.labels[self.some, None]
+        lse, p = z.logsumexp(-1), z.softmax(-1)
+        target, coef = z.gather(-1, labels).squeeze(-1), self.coef[self.some, None].double()
+        dz = (-coef * p).scatter_add_(-1, labels, coef)
+        return (target, lse, (p * z).sum(-1), z.amax(-1)), dz
+
 
 def make_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Rows:
     generator = torch.Generator(device).manual_seed(1)
@@ -38,19 +48,24 @@ def make_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> R
     labels = torch.randint(vocab, (n,), generator=generator, device=device)
     logits[torch.arange(n, device=device), labels] += 9
     coef = torch.randn(n, generator=generator, device=device)
-    some = torch.linspace(0, n - 1, min(n, 64), device=device).long()
-    return Rows(logits, labels, coef, some)
+    return Rows(logits, labels, coef, torch.linspace(0, n - 1, min(n, 64), device=device).long())
 
 
-def _truth(rows: Rows) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Of the checked rows: the four statistics, and dlogits for a = coef, b = -coef, c = 0."""
-    z, labels = rows.logits[rows.some].double(), rows.labels[rows.some, None]
-    lse, p = z.logsumexp(-1), z.softmax(-1)
-    target = z.gather(-1, labels).squeeze(-1)
-    coef = rows.coef[rows.some, None].double()
-    dz = -coef * p
-    dz.scatter_add_(-1, labels, coef)
-    return (target, lse, (p * z).sum(-1), z.amax(-1)), dz
+def judged(
+    nats: dict[str, tuple[Tensor, Tensor]], got: Tensor | None = None, want: Tensor | None = None
+) -> Check:
+    """Values in nat, each beside the exact one, and a gradient (or exponentials)."""
+    found = Check()
+    for name, (ours, exact) in nats.items():
+        error = float((ours.double() - exact).abs().max())
+        if not error <= (1e-4 if name == "expected_logit" else 2e-5):
+            found.faults.append(f"{name} off by {error:.2e} nat")
+    if got is not None and want is not None:
+        error, row = relative_error(got, want)
+        found.gradients, limit = {"dlogits": error}, GRADIENT[got.dtype]
+        if not (error <= limit and row <= ROW * limit):
+            found.faults.append(f"dlogits off by {error:.2e} (worst row {row:.2e}) of its size")
+    return found
 
 
 def copy(size: int, device: torch.device) -> Contestant:
@@ -75,88 +90,59 @@ def kernel_of(backend: str, name: str) -> Callable[..., Any]:
 
 
 def row_stats(rows: Rows, backend: str) -> Contestant:
-    kernel = kernel_of(backend, "row_stats")
-
-    def call() -> Any:
-        return kernel(rows.logits, rows.labels)
+    kernel, x = kernel_of(backend, "row_stats"), rows.logits
 
     def check() -> Check:
-        want, _ = _truth(rows)
-        got = tuple(t[rows.some].double() for t in call())
-        found = Check()
-        names = ("target_logit", "lse", "expected_logit", "max_logit")
-        for name, ours, exact in zip(names, got, want, strict=True):
-            error = float((ours - exact).abs().max())
-            if not error <= (1e-4 if name == "expected_logit" else 2e-5):
-                found.faults.append(f"{name} off by {error:.2e} nat")
-        return found
+        got = (t[rows.some] for t in kernel(x, rows.labels))
+        return judged(dict(zip(STATISTICS, zip(got, rows.truth()[0], strict=False), strict=True)))
 
-    x = rows.logits
-    work = f"read {x.dtype.itemsize} n V"
-    return Contestant(call, check, bytes=x.nbytes + 24 * x.shape[0], work=work)
+    size, work = x.nbytes + 24 * len(x), f"read {x.dtype.itemsize} n V"
+    return Contestant(lambda: kernel(x, rows.labels), check, bytes=size, work=work)
 
 
-def dlogits(rows: Rows, backend: str, *, narrow: bool) -> Contestant:
-    """In place; ``narrow`` writes bf16 into the first half of each fp32 row."""
+def dlogits(rows: Rows, backend: str) -> Contestant:
+    """In place; of fp32 logits bf16 in the first half of each row."""
+    narrow = rows.logits.dtype == torch.float32
     if narrow and backend == "cpu":
         raise UnavailableError("the cpu backend writes gradients in the logits' dtype")
     kernel, work = kernel_of(backend, "dlogits_"), torch.empty_like(rows.logits)
     out = work.view(torch.bfloat16)[:, : work.shape[1]] if narrow else work
     lse = torch.cat([part.float().logsumexp(-1) for part in rows.logits.split(1024)])
-    minus, zero = -rows.coef, torch.zeros_like(rows.coef)
+    abc = (rows.coef, -rows.coef, torch.zeros_like(rows.coef))
 
     def prepare() -> None:
         work.copy_(rows.logits)
 
     def call() -> Any:
-        return kernel(work, rows.labels, lse, rows.coef, minus, zero, out=out)
+        return kernel(work, rows.labels, lse, *abc, out=out)
 
     def check() -> Check:
         prepare()
         call()
-        _, want = _truth(rows)
-        return _gradient_check(out[rows.some], want)
+        return judged({}, out[rows.some], rows.truth()[1])
 
     sizes = rows.logits.dtype.itemsize, out.dtype.itemsize
     counted = f"read {sizes[0]} n V, write {sizes[1]} n V"
     return Contestant(call, check, prepare, bytes=sum(sizes) * rows.logits.numel(), work=counted)
 
 
-def exps(rows: Rows, backend: str | None) -> Contestant:
-    """Anchored exponentials in bf16, in one read and one write. No backend: sweep.py's kernel."""
-    z, labels = rows.logits, rows.labels
+def exps(rows: Rows, backend: str) -> Contestant:
+    """Anchored exponentials in bf16, in one read and one write."""
+    z, labels, kernel = rows.logits, rows.labels, kernel_of(backend, "exps_")
     out = torch.empty(z.shape, dtype=torch.bfloat16, device=z.device)
-    if backend is None:
-        try:
-            import sweep
-        except ImportError as error:
-            raise UnavailableError(f"needs Triton: {error}") from None
-
-        def call() -> tuple[Tensor, Tensor]:
-            rest = sweep.exps(z, labels, out)
-            return z.gather(-1, labels[:, None]).squeeze(-1).float() + sweep.SHIFT, rest
-    else:
-        kernel = kernel_of(backend, "exps_")
-
-        def call() -> tuple[Tensor, Tensor]:
-            sums = kernel(z, labels, out=out)
-            return sums.anchor, sums.rest
 
     def check() -> Check:
-        anchor, rest = (t[rows.some].double() for t in call())
-        (target, lse, *_), _ = _truth(rows)
-        got = torch.logaddexp(anchor + rest.log(), target)
+        sums = kernel(z, labels, out=out)
+        anchor, rest = (t[rows.some].double() for t in (sums.anchor, sums.rest))
+        (target, lse, *_), _ = rows.truth()
         want = (z[rows.some].double() - anchor[:, None]).exp_()
         want.scatter_(-1, labels[rows.some, None], 0.0)
-        found = _gradient_check(out[rows.some], want)
-        error = float((got - lse).abs().max())
-        if not error <= 2e-5:
-            found.faults.append(f"lse off by {error:.2e} nat")
-        return found
+        got = torch.logaddexp(anchor + rest.log(), target)
+        return judged({"lse": (got, lse)}, out[rows.some], want)
 
-    size = z.dtype.itemsize + 2
-    work = f"read {z.dtype.itemsize} n V, write 2 n V"
-    return Contestant(call, check, bytes=size * z.numel(), work=work)
+    size, work = z.dtype.itemsize, f"read {z.dtype.itemsize} n V, write 2 n V"
+    call = lambda: kernel(z, labels, out=out)  # noqa: E731
+    return Contestant(call, check, bytes=(size + 2) * z.numel(), work=work)
 
 
 def logprob(rows: Rows, backend: str | None, *, eager: bool = False) -> Contestant:
@@ -173,27 +159,14 @@ def logprob(rows: Rows, backend: str | None, *, eager: bool = False) -> Contesta
         return Result(logps.detach(), gradient)
 
     def check() -> Check:
-        (target, lse, *_), want = _truth(rows)
+        (target, lse, *_), want = rows.truth()
         got = call()
         assert got.logps is not None and got.dhidden is not None
-        found = _gradient_check(got.dhidden[rows.some], want)
-        error = float((got.logps[rows.some].double() - (target - lse)).abs().max())
-        if not error <= 2e-5:
-            found.faults.append(f"log-prob off by {error:.2e} nat")
-        return found
+        pair = got.logps[rows.some], target - lse
+        return judged({"log-prob": pair}, got.dhidden[rows.some], want)
 
-    x = rows.logits
-    work = f"2 reads, 1 write of {x.dtype.itemsize} n V"
-    returned = leaf.nbytes
-    return Contestant(call, check, bytes=3 * x.nbytes, work=work, returned=lambda _: returned)
-
-
-def _gradient_check(got: Tensor, want: Tensor) -> Check:
-    error, row = relative_error(got, want)
-    found, limit = Check(gradients={"dlogits": error}), GRADIENT[got.dtype]
-    if not (error <= limit and row <= ROW * limit):
-        found.faults.append(f"dlogits off by {error:.2e} (worst row {row:.2e}) of its size")
-    return found
+    work, returned = f"2 reads, 1 write of {leaf.dtype.itemsize} n V", leaf.nbytes
+    return Contestant(call, check, bytes=3 * returned, work=work, returned=lambda _: returned)
 
 
 def build(name: str, shape: Shape, backend: str | None, device: torch.device) -> Contestant:
@@ -206,26 +179,16 @@ def build(name: str, shape: Shape, backend: str | None, device: torch.device) ->
     return logprob(rows, backend, eager=name == "eager")
 
 
-# --- what a call costs beside its kernels ---------------------------------------------------------
-
-
 def overhead(backend: str, device: Any) -> list[dict[str, Any]]:
     """Host time of one small call, launches a chunk and host syncs: facts with a unit each."""
-    rows_a_chunk, vocab = 16, 1024
-    budget = rows_a_chunk * vocab * 4
-
-    def small(chunks: int) -> Callable[[], Result]:
-        shape = Shape(rows_a_chunk * chunks, 64, vocab, rows_a_chunk, "bf16")
-        inputs = make_inputs(shape, device=device.device)
-        return peers.build_lolkernels("linear_loss", inputs, backend=backend, budget=budget)
-
-    four, eight = small(4), small(8)
-    facts: list[dict[str, Any]] = []
-
-    def fact(label: str, value: float, unit: str) -> None:
-        facts.append({"label": label, "value": value, "unit": unit})
-
-    for chunks, call in ((4, four), (8, eight)):
+    rows, vocab = 16, 1024
+    calls: dict[int, Callable[[], Result]] = {}
+    for chunks in (4, 8):
+        inputs = make_inputs(Shape(rows * chunks, 64, vocab, rows, "bf16"), device=device.device)
+        settings = {"backend": backend, "budget": rows * vocab * 4}
+        calls[chunks] = peers.build_lolkernels("linear_loss", inputs, **settings)
+    facts = []
+    for chunks, call in calls.items():
         for _ in range(5):
             call()
         device.sync()
@@ -233,15 +196,14 @@ def overhead(backend: str, device: Any) -> list[dict[str, Any]]:
         for _ in range(50):
             start = time.perf_counter()
             call()
-            spent.append(1e6 * (time.perf_counter() - start))
+            spent.append(time.perf_counter() - start)
             device.sync()
-            waited.append(1e6 * (time.perf_counter() - start))
+            waited.append(time.perf_counter() - start)
         label = f"linear_loss forward + backward, {chunks} chunks"
-        fact(f"{label}: until it returns", statistics.median(spent), "us")
-        fact(f"{label}: until the device is done", statistics.median(waited), "us")
+        facts.append((f"{label}: until it returns", 1e6 * statistics.median(spent), "us"))
+        facts.append((f"{label}: until the device is done", 1e6 * statistics.median(waited), "us"))
     for what, count in (("launches", device.launches), ("host syncs", device.syncs)):
-        few, many = count(four), count(eight)
-        fact(f"{what}, 4 chunks", few, "")
-        fact(f"{what}, 8 chunks", many, "")
-        fact(f"{what} a chunk", (many - few) / 4, "")
-    return facts
+        few, many = (count(call) for call in calls.values())
+        facts += [(f"{what}, 4 chunks", few, ""), (f"{what}, 8 chunks", many, "")]
+        facts.append((f"{what} a chunk", (many - few) / 4, ""))
+    return [dict(zip(("label", "value", "unit"), fact, strict=True)) for fact in facts]

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import measure
 import peers
 import report
-import torch
 from measure import Device, Entry
 from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
@@ -37,8 +34,7 @@ TITLES = {
     "logprob": "logprob on given logits, forward + backward",
 }
 PASSES = {"both": ", forward + backward", "forward": ", forward", "backward": ", backward"}
-USUAL = {op: ["eager", "torch lce"] for op in peers.OPS}  # beside lolkernels and its floor
-USUAL |= {"logprob": ["eager"]}
+FEW = ["eager", "lol-rl"]
 
 
 @dataclass
@@ -57,33 +53,33 @@ def title_of(op: str, frozen_head: bool = False, phase: str = "both") -> str:
 def single(
     op: str,
     shape: Shape,
-    *,
-    frozen_head: bool = False,
-    memory: bool = False,
     names: list[str] | None = None,
+    *,
     backends: list[str] | None = None,
-    phase: str = "both",
     floors: list[str] | None = None,
+    goals: list[Goal] | None = None,
+    **options: Any,  # frozen_head, memory, phase: of each Entry
 ) -> Case:
     """One op at one shape: lolkernels beside its floor and peers."""
     floors = ["copy"] if op == "logprob" else floors or ["gemms"]
-    names = USUAL[op] if names is None else names
-    make = partial(Entry, op=op, shape=shape, frozen_head=frozen_head, phase=phase)
+    if names is None:
+        names = ["eager"] if op == "logprob" else ["eager", "torch lce"]
+    make = partial(Entry, op=op, shape=shape, **options)
     ours = [(f"lolkernels {b}", b) for b in backends] if backends else [("lolkernels", None)]
-    entries = [make(label, "lolkernels", memory=memory, backend=b) for label, b in ours]
-    entries += [make(name, name) for name in floors]
-    entries += [make(name, name, memory=memory) for name in names]
-    return Case(f"{title_of(op, frozen_head, phase)}, {shape}", entries, floors)
+    entries = [make(label, "lolkernels", backend=b) for label, b in ours]
+    entries += [make(name, name, memory=False) for name in floors]
+    entries += [make(name, name) for name in names]
+    title = title_of(op, options.get("frozen_head", False), options.get("phase", "both"))
+    return Case(f"{title}, {shape}", entries, floors, goals or [])
 
 
 def formula(text: str, row: str = "lolkernels") -> Goal:
     return Goal(f"{text}: memory, distance from the formula", row, 0.05, of="formula")
 
 
-def against(names: list[str]) -> list[Goal]:
+def against(names: list[str], text: str = "", row: str = "lolkernels") -> list[Goal]:
     """To be faster than each of these peers."""
-    timed = [name for name in names if not peers.PEERS[name].scalar_only]
-    return [Goal(f"linear_loss against {name}", "lolkernels", 1.0, name) for name in timed]
+    return [Goal(f"linear_loss against {name}{text}", row, 1.0, name) for name in names]
 
 
 def cpu_suite(shape: Shape) -> Iterator[Case]:
@@ -91,54 +87,43 @@ def cpu_suite(shape: Shape) -> Iterator[Case]:
     on_cpu = [name for name, peer in peers.PEERS.items() if not peer.gpu_only]
     policies = [name for name in on_cpu if name.startswith("torch lce ")]  # seconds a call
     everyone = [name for name in on_cpu if name not in policies]
-    case = single("linear_loss", shape, memory=True, names=everyone)
+    with_memory = partial(single, memory=True)
+    case = with_memory("linear_loss", shape, everyone)
     # The compiled peers hold the logits of all rows: what that memory buys here.
     whole = "lolkernels, one chunk"
-    budget = 4 * shape.tokens * shape.vocab
-    case.entries.insert(1, replace(case.entries[0], label=whole, budget=budget))
-    compiled = [name for name in everyone if "compile" in name]
+    case.entries.insert(
+        1, replace(case.entries[0], label=whole, budget=4 * shape.tokens * shape.vocab)
+    )
     case.goals = [
-        replace(goal, row=whole, text=f"{goal.text}, {whole}") for goal in against(compiled)
-    ]
-    case.goals += [
+        *against([name for name in everyone if "compile" in name], f", {whole}", whole),
         Goal("linear_loss against three bare GEMMs", "lolkernels", 1.05, "gemms"),
         *against(everyone),
         Goal("linear_loss: memory against eager's", "lolkernels", 0.12, "eager", "memory"),
         formula("linear_loss"),
     ]
     yield case
-    case = single("linear_loss", replace(shape, tokens=2 * shape.seq_len), names=policies)
-    case.goals = against(policies)
-    yield case
-    few = ["eager", "lol-rl"]
-    case = single("linear_loss", shape, frozen_head=True, memory=True, names=few)
-    case.goals = [
+    few_rows = replace(shape, tokens=2 * shape.seq_len)
+    yield single("linear_loss", few_rows, policies, goals=against(policies))
+    goals = [
         Goal("frozen head against two bare GEMMs", "lolkernels", 1.05, "gemms"),
         Goal("frozen head: memory against eager's", "lolkernels", 0.02, "eager", "memory"),
         formula("frozen head"),
     ]
-    yield case
-    case = single("score", shape, memory=True, names=few)
-    case.goals = [
-        Goal("scoring against one bare GEMM", "lolkernels", 1.10, "gemms"),
-        formula("scoring"),
-    ]
-    yield case
-    case = single("linear_logprob", shape, memory=True, names=few)
-    case.goals = [
-        Goal("linear_logprob against three bare GEMMs", "lolkernels", 1.10, "gemms"),
-        formula("linear_logprob"),
-    ]
-    yield case
+    yield with_memory("linear_loss", shape, FEW, frozen_head=True, goals=goals)
+    for op, name, gemms in (
+        ("score", "scoring", "one bare GEMM"),
+        ("linear_logprob", "linear_logprob", "three bare GEMMs"),
+    ):
+        goals = [Goal(f"{name} against {gemms}", "lolkernels", 1.10, "gemms"), formula(name)]
+        yield with_memory(op, shape, FEW, goals=goals)
     for phase in ("forward", "backward"):
-        yield single("linear_loss", shape, names=["eager", "lol-rl"], phase=phase)
+        yield single("linear_loss", shape, FEW, phase=phase)
     yield bf16_case(shape)
     yield prompt_case(shape)
     mixed = replace(shape, shortest=max(1, shape.seq_len // 8), seq_len=2 * shape.seq_len)
-    yield single("linear_loss", mixed, names=["eager"])
+    yield single("linear_loss", mixed, ["eager"])
     for name, tokens in (("smollm2", 512), ("qwen3-0.6b", 256)):
-        other = replace(SHAPES[name], tokens=tokens)
-        yield single("linear_loss", other, names=["eager"], memory=True)
+        yield with_memory("linear_loss", replace(SHAPES[name], tokens=tokens), ["eager"])
     yield single("logprob", shape)
 
 
@@ -153,8 +138,7 @@ def small_suite(shape: Shape) -> list[Case]:
 
 
 def bf16_case(shape: Shape) -> Case:
-    half = replace(shape, dtype="bf16")
-    op = "linear_loss"
+    op, half = "linear_loss", replace(shape, dtype="bf16")
     others = ("lol-rl", "verl recompute", "trl", "liger scaled")
     entries = [Entry(f"{n} bf16", n, op, half, memory=True) for n in ("lolkernels", "eager")]
     entries += [Entry(f"{n} bf16", n, op, half) for n in others]
@@ -179,63 +163,37 @@ def prompt_case(shape: Shape) -> Case:
 
 def run_case(case: Case, rounds: int, device: Device) -> dict[str, Any]:
     rows = measure.time_entries(case.entries, rounds, device)
-    for entry, row in zip(case.entries, rows, strict=True):
-        if device.kind == "cpu" and entry.memory and row.times_ms:
-            try:
-                row.extra_bytes = measure.peak_memory(entry)
-            except RuntimeError as error:  # killed for its memory, say: the times stand
-                row.error = measure.short(error)
-    found = report.case(case.title, rows, case.floors, goals=case.goals)
-    print(report.table(found), end="\n\n", flush=True)
-    return found
+    return report.case(case.title, rows, case.floors, goals=case.goals)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("op", nargs="?", choices=OPS, default="linear_loss", metavar="OP")
-    parser.add_argument(
-        "--shape", default="gpt2", help=f"T,D,V,seq_len or one of {', '.join(SHAPES)}"
-    )
-    parser.add_argument("--tokens", type=int, help="T, in place of the shape's")
-    parser.add_argument("--lengths", help="of sequences: N, or SHORTEST-LONGEST for a mix")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--frozen-head", action="store_true", help="no gradient for the weight")
-    parser.add_argument("--prompt-share", type=float, default=0.0, help="rows without loss, 0 to 1")
-    parser.add_argument(
-        "--pass", dest="phase", choices=measure.PHASES, default="both", help="what is timed"
-    )
-    parser.add_argument("--backend", nargs="+", help="of lolkernels (default: its own choice)")
-    parser.add_argument(
-        "--peer",
-        nargs="*",
-        choices=["all", *peers.PEERS],
-        metavar="NAME",
-        help=f"all, or some of {', '.join(peers.PEERS)} (default: a few)",
-    )
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = report.parser(__doc__)
+    add = parser.add_argument
+    add("op", nargs="?", choices=OPS, default="linear_loss", metavar="OP")
+    add("--shape", default="gpt2", help=f"T,D,V,seq_len or one of {', '.join(SHAPES)}")
+    add("--tokens", type=int, help="T, in place of the shape's")
+    add("--lengths", help="of sequences: N, or SHORTEST-LONGEST for a mix")
+    add("--dtype", choices=list(DTYPES), default="fp32")
+    add("--frozen-head", action="store_true", help="no gradient for the weight")
+    add("--prompt-share", type=float, default=0.0, help="rows without loss, 0 to 1")
+    add("--pass", dest="phase", choices=measure.PHASES, default="both", help="what is timed")
+    add("--backend", nargs="+", help="of lolkernels (default: its own choice)")
+    names = f"all, or some of {', '.join(peers.PEERS)} (default: a few)"
+    add("--peer", nargs="*", choices=["all", *peers.PEERS], metavar="NAME", help=names)
+    add("--memory", action="store_true", help="measure peak memory too")
     suites = "every CPU row instead of one op; small: at one small shape, times alone"
-    parser.add_argument("--suite", choices=["cpu", "small"], help=suites)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a case")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    arguments = parser.parse_args(argv)
-    if arguments.peer and "all" in arguments.peer:
-        arguments.peer = list(peers.PEERS)
-    if arguments.op in ("score", "logprob") and arguments.phase != "both":
-        parser.error(f"--pass {arguments.phase} needs an op with a backward and a head")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device")
-    if arguments.rounds < 1:
-        parser.error(f"--rounds must be at least 1; got {arguments.rounds}")
+    add("--suite", choices=["cpu", "small"], help=suites)
+    given = report.parse(parser, argv)
+    if given.peer and "all" in given.peer:
+        given.peer = list(peers.PEERS)
+    if given.op in ("score", "logprob") and given.phase != "both":
+        parser.error(f"--pass {given.phase} needs an op with a backward and a head")
     try:
-        shape = parse_shape(arguments.shape, arguments.tokens, arguments.lengths)
-        arguments.shape = replace(shape, dtype=arguments.dtype, prompt_share=arguments.prompt_share)
+        shape = parse_shape(given.shape, given.tokens, given.lengths)
+        given.shape = replace(shape, dtype=given.dtype, prompt_share=given.prompt_share)
     except ValueError as error:
         parser.error(str(error))
-    return arguments
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,9 +202,6 @@ def main(argv: list[str] | None = None) -> int:
         mode: Callable[[list[str]], int] = importlib.import_module(argv[0]).main
         return mode(argv[1:])
     a = parse(argv)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    device: Device = measure.Cuda() if a.device == "cuda" else measure.Cpu()
     if a.suite == "cpu":
         cases = list(cpu_suite(a.shape))
     elif a.suite == "small":
@@ -255,20 +210,9 @@ def main(argv: list[str] | None = None) -> int:
         options = {"frozen_head": a.frozen_head, "memory": a.memory, "phase": a.phase}
         wide = a.device == "cuda" and a.dtype != "fp32"
         floors = list(peers.FLOORS) if wide else ["gemms"]
-        made = single(a.op, a.shape, names=a.peer, backends=a.backend, floors=floors, **options)
-        cases = [made]
-    command = shlex.join(["python", "benchmarks/run.py", *argv])
-    record = report.new(report.environment(device.device, command), a.rounds)
-    for case in cases:
-        record["cases"].append(run_case(case, a.rounds, device))
-        report.judge_all(record)
-        if a.out:  # what is there stays, should a later case fail
-            report.save(record, a.out)
-    if record["goals"]:
-        print(report.goals_table(record["goals"]))
-    if a.out:
-        print("wrote", *report.files(a.out))
-    return 1 if any(report.faulty(case) for case in record["cases"]) else 0
+        cases = [single(a.op, a.shape, a.peer, backends=a.backend, floors=floors, **options)]
+    device = report.device_of(a)
+    return report.publish(a, argv, (run_case(case, a.rounds, device) for case in cases))
 
 
 if __name__ == "__main__":

@@ -67,10 +67,6 @@ class Shape:
         return [int(n * self.prompt_share) for n in self.lengths()]
 
     @property
-    def sequences(self) -> int:
-        return len(self.lengths())
-
-    @property
     def scored(self) -> int:
         """N, the rows that carry loss."""
         return self.tokens - sum(self.prompts())
@@ -108,18 +104,18 @@ SHAPES = {
 
 
 def parse_shape(text: str, tokens: int | None = None, lengths: str | None = None) -> Shape:
-    """Reads a name of SHAPES, or `T,D,V,seq_len`; `lengths` is `seq_len` or `shortest-longest`.
+    """Reads a name of SHAPES, or `T,D,V,L[,dtype]`; `lengths` is `L` or `shortest-longest`.
 
     Raises:
         ValueError: neither a name nor four positive integers, or lengths that do not fit.
     """
     if text in SHAPES:
         shape = SHAPES[text]
-    elif re.fullmatch(r"\d+(,\d+){3}", text):
-        shape = Shape(*(int(part) for part in text.split(",")))
+    elif found := re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)(?:,(\w+))?", text):
+        shape = Shape(*map(int, found.groups()[:4]), dtype=found[5] or "fp32")  # type: ignore[misc]
     else:
         names = ", ".join(SHAPES)
-        raise ValueError(f"--shape must be one of {names} or T,D,V,seq_len; got {text!r}")
+        raise ValueError(f"--shape must be one of {names} or T,D,V,L[,dtype]; got {text!r}")
     change: dict[str, int] = {} if tokens is None else {"tokens": tokens}
     if lengths is not None:
         if not re.fullmatch(r"\d+(-\d+)?", lengths):

@@ -118,7 +118,6 @@ def judge(
     inputs: Inputs,
     *,
     strict: bool = True,
-    scalar: bool = False,
     eager: dict[str, float] | None = None,
 ) -> Check:
     """Summed log-probs within 1e-3 nat a sequence of float64 on the same (rounded) inputs, and
@@ -130,9 +129,9 @@ def judge(
 
     Not strict, for a peer in half precision: a fault only where the result is no log-prob of these
     inputs at all. One that rounds logits to bf16 misses the contract by its design, and its row
-    says by how much. ``scalar``, for a peer that returns no log-probs: gradients alone.
+    says by how much.
     """
-    check, sum_nat = Check(), SUM_NAT
+    check = Check()
 
     def hold(name: str, value: float, bound: float, wrong: float, unit: str, row: float) -> None:
         text = f"{name} off by {value:.2e}{f' (worst row {row:.2e})' if row else ''} {unit}"
@@ -141,14 +140,13 @@ def judge(
         elif not (value <= bound and row <= ROW * bound):
             check.missed.append(f"{text}, bound {bound:.1e}")
 
-    if not scalar:
-        if got.logps is None or got.logps.shape != inputs.ref_logps.shape:
-            return Check(["log-probs are missing or misshapen"])
-        off = (got.logps[want.which].double() - want.logps).split(want.lengths)
-        sum_nat = check.sum_nat = max(float(part.sum().abs()) for part in off)
-        wrong = SUM_NAT if eager is None else WRONG_NAT
-        bounds = (SUM_NAT, wrong) if strict else (LOOSE_NAT, LOOSE_NAT)
-        hold("summed log-prob", sum_nat, *bounds, "nat", 0.0)
+    if got.logps is None or got.logps.shape != inputs.ref_logps.shape:
+        return Check(["log-probs are missing or misshapen"])
+    off = (got.logps[want.which].double() - want.logps).split(want.lengths)
+    sum_nat = check.sum_nat = float(torch.stack([part.sum().abs() for part in off]).max())
+    wrong = SUM_NAT if eager is None else WRONG_NAT
+    bounds = (SUM_NAT, wrong) if strict else (LOOSE_NAT, LOOSE_NAT)
+    hold("summed log-prob", sum_nat, *bounds, "nat", 0.0)
     passed_on = math.expm1(min(sum_nat, LOOSE_NAT))
     for name, exact in (("dhidden", want.dhidden), ("dweight", want.dweight)):
         if exact is None:

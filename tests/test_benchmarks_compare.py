@@ -6,35 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
 
 
-@pytest.fixture(scope="module")
-def compare() -> object:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import compare
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return compare
-
-
-def script(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "compare.py"), *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-
-
-def test_the_interval_is_made_of_the_order_statistics_of_the_sign_test(compare) -> None:
+def test_the_interval_is_made_of_the_order_statistics_of_the_sign_test() -> None:
     # n = 8: both ends miss with 2 / 2^8 = 0.8%; n = 12: the second from either end with 0.6%.
     assert compare.interval([3, 1, 2, 8, 5, 7, 6, 4]) == (1, 8)
     assert compare.interval(list(range(12))) == (1, 10)
@@ -44,7 +24,7 @@ def test_the_interval_is_made_of_the_order_statistics_of_the_sign_test(compare) 
         compare.interval(list(range(7)))
 
 
-def test_the_interval_holds_the_median_as_often_as_it_says(compare) -> None:
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, 12, generator=generator).exp()  # skewed, median 1
     held = [low <= 1 <= high for low, high in map(compare.interval, noise.tolist())]
@@ -65,7 +45,7 @@ def times(median: float, rounds: int = 12) -> list[float]:
         (1.005, "no difference shown"),
     ],
 )
-def test_verdicts_on_known_times(compare, factor: float, want: str) -> None:
+def test_verdicts_on_known_times(factor: float, want: str) -> None:
     base = times(0.1)
     found = compare.summary(base, [factor * value for value in base], 0.01)
     assert found["verdict"] == want
@@ -73,13 +53,13 @@ def test_verdicts_on_known_times(compare, factor: float, want: str) -> None:
     assert found["low"] <= found["ratio"] <= found["high"]
 
 
-def test_the_noise_of_a_shared_round_cancels(compare) -> None:
+def test_the_noise_of_a_shared_round_cancels() -> None:
     drift = [1, 1.5, 2, 3, 1, 1, 4, 1.2, 1, 2, 1, 1]  # the machine is busy now and then
     base = [a * b for a, b in zip(times(0.1), drift, strict=True)]
     assert compare.summary(base, [1.1 * value for value in base], 0.01)["verdict"] == "slower"
 
 
-def test_results_that_differ_are_not_timed(compare) -> None:
+def test_results_that_differ_are_not_timed() -> None:
     shape = compare.Shape(8, 4, 50, 4)
     one = torch.linspace(1, 2, 32)
     assert compare.disagreement(one, one * (1 + 1e-6), "dhidden", shape) is None
@@ -92,7 +72,7 @@ def test_results_that_differ_are_not_timed(compare) -> None:
         assert compare.disagreement(one[:8], spoilt[:8], "logps", shape)
 
 
-def test_a_broken_build_shows_the_compilers_last_lines(compare, tmp_path: Path) -> None:
+def test_a_broken_build_shows_the_compilers_last_lines(tmp_path: Path) -> None:
     (tmp_path / "setup.py").write_text("print('gcc: error: no such thing')\n")
     (tmp_path / "lolkernels").mkdir()
     with pytest.raises(compare.CompareError, match=r"base cannot be built(.|\n)*no such thing"):
@@ -100,7 +80,7 @@ def test_a_broken_build_shows_the_compilers_last_lines(compare, tmp_path: Path) 
 
 
 @needs_git
-def test_the_head_is_copied_as_it_stands(compare, tmp_path: Path) -> None:
+def test_the_head_is_copied_as_it_stands(tmp_path: Path) -> None:
     compare.copy_head(tmp_path)
     assert compare.native(tmp_path) == compare.native(ROOT)
     name = Path("lolkernels") / "__init__.py"
@@ -108,20 +88,6 @@ def test_the_head_is_copied_as_it_stands(compare, tmp_path: Path) -> None:
     assert not any(tmp_path.rglob("*.so"))
     (tmp_path / "csrc" / "contract.h").write_text("")
     assert compare.native(tmp_path) != compare.native(ROOT)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        pytest.param(["no-such-commit"], "is no commit of this repository", marks=needs_git),
-        (["HEAD", "--rounds", "7"], "--rounds must be at least 8"),
-        (["HEAD", "--shapes", "8,8"], "give T,D,V,seq_len"),
-        (["HEAD", "--ops", "softmax"], "invalid choice"),
-    ],
-)
-def test_errors_name_the_fix(flags: list[str], message: str) -> None:
-    done = script(*flags)
-    assert done.returncode == 2 and message in done.stderr
 
 
 def worktrees() -> set[str]:
@@ -133,9 +99,20 @@ def worktrees() -> set[str]:
 
 @needs_git
 @pytest.mark.compiled
-def test_a_version_agrees_with_itself_and_leaves_nothing_behind() -> None:
-    before = worktrees()
-    done = script("HEAD", "--shapes", "64,32,1000,16", "--rounds", "8", "--threads", "1")
+def test_a_version_agrees_with_itself_and_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert compare.main(["no-such-commit"]) == 2
+    assert "is no commit of this repository" in capsys.readouterr().err
+    before, flags = worktrees(), ["--shapes", "64,32,1000,16", "--rounds", "8", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "compare", "HEAD", *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "| T=64 " in line]
     assert len(rows) == 5

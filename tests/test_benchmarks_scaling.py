@@ -1,46 +1,26 @@
 """The scaling benchmark: its fit and its flatness on known numbers, and a run of tiny points."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import measure
 import pytest
+import report
+import run
+import scaling
+import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 SIZES = [256.0, 1024.0, 4096.0, 65536.0]
 
 
-@pytest.fixture(scope="module")
-def scaling() -> object:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import scaling
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return scaling
-
-
-def script(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "scaling.py"), *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-
-
-def test_the_fit_finds_a_known_line(scaling) -> None:
+def test_the_fit_finds_a_known_line() -> None:
     line = scaling.fit(SIZES, [3.0 + 0.02 * x for x in SIZES])
     assert line["slope"] == pytest.approx(0.02, rel=1e-9)
     assert line["intercept"] == pytest.approx(3.0, rel=1e-9)
     assert line["r2"] == pytest.approx(1.0)
 
 
-def test_the_intercept_survives_noise_of_the_largest_point(scaling) -> None:
+def test_the_intercept_survives_noise_of_the_largest_point() -> None:
     """5% off at the largest point is 65 ms; unweighted least squares would lose the 3 ms."""
     times = [3.0 + 0.02 * x for x in SIZES]
     times[-1] *= 1.05
@@ -50,7 +30,7 @@ def test_the_intercept_survives_noise_of_the_largest_point(scaling) -> None:
     assert 0.99 < line["r2"] < 1
 
 
-def test_a_flat_cost_has_no_slope_and_a_line_needs_two_sizes(scaling) -> None:
+def test_a_flat_cost_has_no_slope_and_a_line_needs_two_sizes() -> None:
     line = scaling.fit(SIZES, [7.0] * 4)
     assert line["slope"] == pytest.approx(0.0, abs=1e-12) and line["r2"] == 1.0
     with pytest.raises(ValueError, match="two sizes"):
@@ -69,7 +49,7 @@ def row(contestant: str, x: int, ms: float, extra: int | None, full: bool = True
 
 
 @pytest.fixture
-def case(scaling) -> dict:
+def case() -> dict:
     rows = [
         row("lolkernels", 100, 12.0, 10 * 2**20, full=False),
         row("gemms", 100, 10.0, None, full=False),
@@ -89,7 +69,7 @@ def case(scaling) -> dict:
     return {**made, "lines": scaling.lines(made), "flatness": scaling.flatness(made)}
 
 
-def test_flatness_counts_from_the_first_full_chunk(scaling, case: dict) -> None:
+def test_flatness_counts_from_the_first_full_chunk(case: dict) -> None:
     assert case["flatness"] == {"from": 200, "to": 400, "ratio": pytest.approx(1.05)}
     alone = {"rows": [r for r in case["rows"] if r["x"] == 400]}
     assert scaling.flatness(alone) is None
@@ -102,8 +82,8 @@ def test_lines_have_units(case: dict) -> None:
     assert floor["slope_ns"] == pytest.approx(100_000, rel=1e-6)
 
 
-def test_the_page_is_made_from_the_record(scaling, case: dict) -> None:
-    where = scaling.report.environment(command="python x.py")
+def test_the_page_is_made_from_the_record(case: dict) -> None:
+    where = report.environment(command="python x.py")
     page = scaling.markdown({"environment": where, "rounds": 5, "cases": [case], "goals": []})
     assert f"# {where['device']}" in page and "python x.py" in page
     assert "| 200 | 23.0 | 20.0 | 1.150 |  | 40.0 | 40.0 |  |" in page
@@ -112,7 +92,7 @@ def test_the_page_is_made_from_the_record(scaling, case: dict) -> None:
     assert "from 200 to 400 (chunks are full): the largest is 1.050 x" in page
 
 
-def test_every_default_point_is_a_shape(scaling) -> None:
+def test_every_default_point_is_a_shape() -> None:
     for axes in scaling.AXES.values():
         assert list(axes) == ["tokens", "vocab", "hidden", "seq-len"]
         for axis in axes.values():
@@ -124,10 +104,10 @@ def test_every_default_point_is_a_shape(scaling) -> None:
 def test_a_tiny_run_writes_json_and_markdown(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     flags = ["--axis", "tokens", "--shape", "64,32,1000,16", "--points", "128", "64"]
-    done = script(*flags, "--rounds", "2", "--threads", "1", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    given = [*flags, "--rounds", "2", "--threads", "1", "--out", str(out)]
+    assert run.main(["scaling", *given]) == 0
     record = json.loads(out.with_suffix(".json").read_text())
-    assert record["environment"]["command"].startswith("python benchmarks/scaling.py --axis tokens")
+    assert record["environment"]["command"].startswith("python benchmarks/run.py scaling --axis")
     (case,) = record["cases"]
     assert {(r["contestant"], r["x"]) for r in case["rows"]} == {
         (name, x) for name in ("lolkernels", "gemms", "eager") for x in (64, 128)
@@ -140,21 +120,7 @@ def test_a_tiny_run_writes_json_and_markdown(tmp_path: Path) -> None:
     assert "### Cost against tokens" in out.with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--points", "8"], "--points needs one --axis"),
-        (["--axis", "tokens", "--points", "100"], "must be a multiple of seq_len"),
-        (["--axis", "tokens", "--shape", "64,32"], "give T,D,V,seq_len"),
-        (["--axis", "depth"], "invalid choice"),
-    ],
-)
-def test_bad_flags_say_what_to_change(flags: list[str], message: str) -> None:
-    done = script(*flags)
-    assert done.returncode == 2 and message in done.stderr
-
-
-def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> None:
+def test_a_sequence_longer_than_a_chunk_has_no_formula(monkeypatch) -> None:
     seen = []
 
     def measured(entries, rounds, device):
@@ -165,7 +131,7 @@ def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> 
     monkeypatch.setattr(scaling, "measure_point", measured)
     base = scaling.Shape(4096, 8, 8192, 64)  # 48 MiB hold 1536 rows of 8192 logits
     axis = scaling.Axis("seq_len", "token", base, (64, 1024, 2048))
-    case = scaling.measure_axis("seq-len", axis, 1, False, scaling.measure.Cpu())
+    case = scaling.measure_axis("seq-len", axis, 1, False, measure.Cpu())
     assert seen == [64, 1024, 2048]
     assert [r["full_chunks"] for r in case["rows"]] == [True, True, False]
     assert [r["formula_bytes"] for r in case["rows"]] == [2**20, 2**20, None]
@@ -173,11 +139,11 @@ def test_a_sequence_longer_than_a_chunk_has_no_formula(scaling, monkeypatch) -> 
 
 
 def test_a_failing_eager_goes_out_and_a_failing_lolkernels_ends_the_run(
-    scaling, monkeypatch, capsys
+    monkeypatch, capsys
 ) -> None:
     shape = scaling.Shape(64, 8, 500, 16)
-    entries = scaling.entries_at(shape, False, scaling.torch.device("cpu"))
-    honest = scaling.measure.time_entries
+    entries = scaling.entries_at(shape, False, torch.device("cpu"))
+    honest = measure.time_entries
 
     def fails(contestant):
         def time_entries(entries, rounds, device):
@@ -189,12 +155,12 @@ def test_a_failing_eager_goes_out_and_a_failing_lolkernels_ends_the_run(
 
         return time_entries
 
-    cpu = scaling.measure.Cpu()
-    monkeypatch.setattr(scaling.measure, "peak_memory", lambda entry: 1)
-    monkeypatch.setattr(scaling.measure, "time_entries", fails("eager"))
+    cpu = measure.Cpu()
+    monkeypatch.setattr(measure, "peak_memory", lambda entry: 1)
+    monkeypatch.setattr(measure, "time_entries", fails("eager"))
     rows = scaling.measure_point(entries, 2, cpu)
     assert [r["contestant"] for r in rows] == ["lolkernels", "gemms"]
     assert "without eager: off by 7 nat" in capsys.readouterr().err
-    monkeypatch.setattr(scaling.measure, "time_entries", fails("lolkernels"))
+    monkeypatch.setattr(measure, "time_entries", fails("lolkernels"))
     with pytest.raises(RuntimeError, match=r"lolkernels.*off by 7 nat"):
         scaling.measure_point(entries, 2, cpu)

@@ -3,7 +3,6 @@
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,22 +58,3 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(deferred, "immediate", lambda device: False)
     yield
     deferred._flags.clear()
-
-
-@pytest.fixture
-def no_sync() -> AbstractContextManager[None]:
-    """A context in which whatever waits for the device raises."""
-    return _no_sync()
-
-
-@contextmanager
-def _no_sync() -> Iterator[None]:
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("default")

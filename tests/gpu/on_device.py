@@ -7,6 +7,8 @@ its kernels and tests/cuda_host for those in CUDA C++.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import testing
+from lolkernels import objectives, testing
 from lolkernels.backends import TABLE
 from lolkernels.testing import Problem
 
@@ -89,7 +91,7 @@ def loss_inputs(n: int, lengths: list[int], truth: Tensor) -> tuple[lk.Sequences
     generator = torch.Generator().manual_seed(n)
     noise = 0.05 * torch.randn(n, generator=generator)
     advantages = torch.rand(len(lengths), generator=generator) + 0.1
-    ref = truth.detach().float() + noise.to(DEVICE)
+    ref = (truth.detach().float() + noise.to(DEVICE)).clamp(max=0)
     seq = lk.Sequences.from_lengths(lengths).to(DEVICE)
     return seq, {"ref_logps": ref, "advantages": advantages.to(DEVICE)}
 
@@ -120,6 +122,37 @@ def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0
         testing.accept_gradient(grad, peer, truth, size)
 
 
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Whatever waits for the device raises."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def gradients(out: Any, wanted: list[Tensor], upstream: dict[str, Tensor]) -> list[Tensor]:
+    """For the upstream gradients of some statistics."""
+    total = sum((getattr(out, k) * g).sum() for k, g in upstream.items())
+    return list(torch.autograd.grad(total, wanted))
+
+
+def judge(p: Problem, got: list[Tensor], frozen: bool, upstream: dict[str, Tensor]) -> None:
+    """Gradients for the upstream gradients of logps, lse and entropy, beside eager's."""
+    results = []
+    for q in (p.double(), p):
+        own, wanted = leaves(q, frozen)
+        wide = {k: g.double() for k, g in upstream.items()}
+        results.append(gradients(testing.eager(own), wanted, wide))
+    sizes = testing.gradient_sizes(p, upstream).values()
+    for grad, truth, peer, bound in zip(got, *results, sizes, strict=False):
+        accept_gradient(grad, peer, truth, bound)
+
+
 def check_stats(got: Any, want: Any) -> None:
     """Row statistics against float64; logits beyond 30 lose digits in float32."""
     scale = max(1.0, float(want[3].abs().max()) / 30)
@@ -145,3 +178,68 @@ class RedZones(testing.RedZones):
     def _allocate(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch.device(DEVICE):
             return super()._allocate(*arguments)
+
+
+LENGTHS = [31, 0, 64, 7, 90, 16] if ON_GPU else [3, 0, 6, 1, 7, 2]
+N, D, V = sum(LENGTHS), 64, size(5003, 131)
+BUDGETS = {"whole": None, "chunks": 4 * V * (N // 2), "long groups": 4 * V * (N // 10)}
+each_op = pytest.mark.parametrize("op", ["linear_loss", "linear_logprob", "logprob"])
+each_budget = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+
+
+class Step:
+    """Forward and backward of one op on buffers whose content may be replaced."""
+
+    def __init__(
+        self,
+        op: str,
+        backend: str,
+        dtype: torch.dtype = torch.bfloat16,
+        budget: int | None = None,
+        *,
+        frozen: bool = False,
+        objective: Any = objectives.a_lol,
+    ) -> None:
+        self.p, self.wanted = leaves(peaky(N, D, V, dtype=dtype, bias=True), frozen)
+        self.op, self.objective = op, objective
+        self.options = {"backend": backend, "memory_budget": budget}
+        self.seq = lk.Sequences.from_lengths(LENGTHS).to(DEVICE)
+        self.logits = (self.p.hidden @ self.p.weight.T).detach().requires_grad_()
+        side = {"ref_logps": torch.linspace(-9, -5, N)}
+        side["advantages"] = torch.tensor([1.0, 0.5, 1.5, 2.0, 0.7, 0.3])
+        self.side = {k: v.to(DEVICE) for k, v in side.items()}
+
+    def fill(self, seed: int) -> None:
+        """Other inputs in the same buffers."""
+        new = peaky(N, D, V, seed=seed, bias=True)
+        self.take(new, {"ref_logps": torch.empty(N).uniform_(-9, -5), "advantages": torch.randn(6)})
+
+    def take(self, p: Problem, side: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name in ("hidden", "weight", "bias", "labels"):
+                getattr(self.p, name).copy_(getattr(p, name))
+            self.logits.copy_(self.p.hidden @ self.p.weight.T)
+            for name, value in side.items():
+                self.side[name].copy_(value)
+
+    def forward(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What to differentiate, all outputs and the leaves."""
+        if self.op == "linear_loss":
+            p = self.p
+            side = {k: v for k, v in self.side.items() if k in lk.side_inputs(self.objective)}
+            out = lk.linear_loss(
+                self.objective, p.hidden, p.weight, p.labels, self.seq, bias=p.bias,
+                **side, return_outputs=True, **self.options,
+            )  # fmt: skip
+            outputs = [*(t for t in out if torch.is_tensor(t)), *out.metrics.values()]
+            return out.loss, outputs, self.wanted
+        if self.op == "linear_logprob":
+            found = score(self.p, mask=self.side["ref_logps"] > -8.5, **self.options)
+        else:
+            found = lk.logprob(self.logits, self.p.labels, backend=self.options["backend"])
+        total = (found.logps + 0.1 * found.entropy).sum() + found.lse.sum()
+        return total, list(found), self.wanted if self.op == "linear_logprob" else [self.logits]
+
+    def __call__(self) -> list[Tensor]:
+        total, found, wanted = self.forward()
+        return [*(t.detach() for t in found), *torch.autograd.grad(total, wanted)]

@@ -4,7 +4,6 @@ A gradient of linear_loss is judged for the log-probs that were returned (their 
 apart): a ratio is the exponential of a sum of them.
 """
 
-import math
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from on_device import (
     accept_gradient,
     each_backend,
     each_dtype,
+    gradients,
+    judge,
     leaves,
     loss_inputs,
     peaky,
@@ -24,7 +25,6 @@ from on_device import (
     size,
     split,
 )
-from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives, testing
@@ -57,20 +57,6 @@ CASES += [((size(130, 12), 64, size(1025, 130)), o) for o in OPTIONS]
 each_case = pytest.mark.parametrize(
     ("shape", "options"), CASES, ids=lambda x: "x".join(map(str, x)) or "plain"
 )
-
-
-def judge(p: Problem, got: list[Tensor], frozen: bool, upstream: dict[str, Tensor]) -> None:
-    """Gradients for the upstream gradients of logps, lse and entropy, beside eager's."""
-    exact, exact_leaves = leaves(p.double(), frozen)
-    eager, eager_leaves = leaves(p, frozen)
-    results = []
-    for q, wanted in ((exact, exact_leaves), (eager, eager_leaves)):
-        out = testing.eager(q)
-        total = sum((getattr(out, k).double() * g.double()).sum() for k, g in upstream.items())
-        results.append(torch.autograd.grad(total, wanted))
-    sizes = testing.gradient_sizes(p, upstream).values()
-    for grad, truth, peer, bound in zip(got, *results, sizes, strict=False):
-        accept_gradient(grad, peer, truth, bound)
 
 
 def judge_loss(
@@ -160,28 +146,26 @@ def test_linear_logprob(
         bound = factor * 2e-5 * max(1.0, float(want.abs().max()) / 30)
         assert float((getattr(out, name) - want).detach().abs().max()) <= bound, name
     upstream = {k: torch.randn(shape[0], device=DEVICE) for k in ("logps", "lse", "entropy")}
-    total = sum((getattr(out, k) * g).sum() for k, g in upstream.items())
-    judge(p, list(torch.autograd.grad(total, wanted)), False, upstream)
+    judge(p, gradients(out, wanted, upstream), False, upstream)
 
 
 @each_backend
 @each_dtype
-def test_masked_rows_take_no_part(dtype: torch.dtype, backend: str) -> None:
-    n = size(700, 20)
-    p = peaky(n, 64, size(5003, 131), dtype=dtype, bias=True)
+@pytest.mark.parametrize("chunk", [None, 37], ids=["whole", "chunks"])
+def test_masked_rows_take_no_part(chunk: int | None, dtype: torch.dtype, backend: str) -> None:
+    n, v = size(700, 20), size(5003, 131)
+    p = peaky(n, 48, v, dtype=dtype, bias=True)
     mask = torch.rand(n, device=DEVICE) < 0.6
     q, wanted = leaves(p)
     labels = p.labels.clone()
     labels[: n // 5] = -100
     keep = mask & (labels != -100)
-    out = lk.linear_logprob(
-        q.hidden, q.weight, labels, bias=q.bias, mask=mask, backend=backend, **p.options
-    )
-    truth = testing.eager(p.double()).logps
-    testing.accept_logprobs(out.logps[keep], truth[keep])
+    options = {"mask": mask, "backend": backend, "memory_budget": chunk and 4 * v * chunk}
+    out = lk.linear_logprob(q.hidden, q.weight, labels, bias=q.bias, **options)
+    testing.accept_logprobs(out.logps[keep], testing.eager(p.double()).logps[keep])
     assert not out.logps[~keep].any() and not out.lse[~keep].any()
     g = torch.randn(n, device=DEVICE)
-    got = list(torch.autograd.grad(out.logps, wanted, g))
+    got = gradients(out, wanted, {"logps": g})
     judge(p, got, False, {"logps": g * keep})
     assert not got[0][~keep].any()
 
@@ -209,9 +193,6 @@ def test_logprob(shape: tuple[int, ...], options: Any, dtype: torch.dtype, backe
     accept_gradient(*grads, size=slope * float(terms.detach().max()))
 
 
-# --- budgets: many chunks, groups longer than one, sequences cut ----------------------------------
-
-
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -226,18 +207,6 @@ def test_a_sequence_longer_than_a_chunk(
     lengths = [rows // 3, 5 * rows + 1, 0, rows, 3]
     p = peaky(sum(lengths), 48, v, dtype=dtype, bias=True)
     judge_loss(p, objective, lengths, backend, frozen, memory_budget=4 * v * rows)
-
-
-@each_backend
-@each_dtype
-def test_linear_logprob_in_many_chunks(dtype: torch.dtype, backend: str) -> None:
-    n, v = size(700, 20), size(5003, 131)
-    p = peaky(n, 48, v, dtype=dtype, bias=True)
-    q, wanted = leaves(p)
-    out = score(q, backend=backend, memory_budget=4 * v * 37)
-    testing.accept_logprobs(out.logps, testing.eager(p.double()).logps, split(n))
-    g = torch.randn(n, device=DEVICE)
-    judge(p, list(torch.autograd.grad(out.logps, wanted, g)), False, {"logps": g})
 
 
 @each_backend
@@ -264,9 +233,6 @@ def test_the_error_of_dweight_does_not_grow_with_chunks(dtype: torch.dtype, back
     assert many <= max(1.1 * one, 0 if dtype in HALF else 2e-6), (one, many)
 
 
-# --- the sum over a long sequence -----------------------------------------------------------------
-
-
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("hidden_size", [64, 1024, 4096])
@@ -276,18 +242,12 @@ def test_the_log_prob_of_a_long_sequence(
     """1e-3 nat over 4096 tokens: A-LoL exponentiates this sum."""
     n = size(4096, 64)
     p = peaky(n, size(hidden_size, 32), size(32003, 130), dtype=dtype)
-    errors = []
     with torch.no_grad():
         seq, side = loss_inputs(n, [n], torch.zeros(n, device=DEVICE))
         scored = score(p, backend=backend).logps, a_lol(p, seq, side, backend=backend).logps
-        truth = torch.cat([_exact(p, slice(i, i + 512)) for i in range(0, n, 512)])
+        parts = zip(p.hidden.split(512), p.labels.split(512), strict=True)
+        exact = (testing.eager(Problem(h, p.weight, y).double()).logps for h, y in parts)
+        truth = torch.cat(list(exact))
     for logps in scored:
         error = logps.double() - truth
-        errors.append((float(error.sum()), float(error.abs().max())))
-    assert all(abs(total) <= 1e-3 and each <= 2e-5 for total, each in errors), errors
-    assert all(math.isfinite(total) for total, _ in errors)
-
-
-def _exact(p: Problem, rows: slice) -> Tensor:
-    part = Problem(p.hidden[rows], p.weight, p.labels[rows], p.bias, **p.options)
-    return testing.eager(part.double()).logps
+        assert abs(float(error.sum())) <= 1e-3 and float(error.abs().max()) <= 2e-5

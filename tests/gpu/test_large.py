@@ -5,6 +5,7 @@ Judged on rows at both ends and on both sides of element 2^31, in float64.
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_one_chunk_of_logits(dtype: torch.dtype, backend: str) -> None:
     budget = 4 * N * (V + 16)
     out = lk.linear_logprob(hidden, weight, labels, backend=backend, memory_budget=budget)
     got = torch.autograd.grad(out.logps.sum(), (hidden, weight))
-    judge(hidden, weight, labels, out.logps, out.lse, got, -1.0)
+    judge(hidden, weight, labels, out, got, -1.0)
     del out, got
     seq = lk.Sequences.from_lengths([N // 2, N - N // 2]).to(DEVICE)
     result = lk.linear_loss(
@@ -80,29 +81,31 @@ def test_one_chunk_of_logits(dtype: torch.dtype, backend: str) -> None:
         reduction="sum", backend=backend, memory_budget=budget, return_outputs=True,
     )  # fmt: skip
     got = torch.autograd.grad(result.loss, (hidden, weight))
-    judge(hidden, weight, labels, result.logps, result.lse, got, 1.0)
+    judge(hidden, weight, labels, result, got, 1.0)
 
 
 def judge(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
+    out: Any,  # logps and lse
     grads: tuple[Tensor, ...],
     sign: float,
+    rows: Tensor = ROWS,
+    atol: float = 2e-5,
 ) -> None:
     """Some rows of logps and dhidden, some of dweight: gradients of -sign sum logps."""
-    h, w = hidden.detach().double(), weight.detach().double()
-    rows = ROWS.to(DEVICE)
-    z = h[rows] @ w.T
-    log_p = z - torch.logsumexp(z, 1, keepdim=True)
-    assert float((logps[rows] - log_p.gather(1, labels[rows, None]).squeeze(1)).abs().max()) <= 2e-5
+    h, w, v, rows = hidden.detach().double(), weight.detach(), len(weight), rows.to(DEVICE)
+    z = torch.cat([h[rows] @ part.double().T for part in w.split(8192)], 1)
+    log_p = torch.log_softmax(z, 1)
+    truth = log_p.gather(1, labels[rows, None]).squeeze(1)
+    assert float((out.logps[rows] - truth).abs().max()) <= atol
     dz = log_p.exp()
     dz[torch.arange(len(rows), device=DEVICE), labels[rows]] -= 1
-    close(grads[0][rows], sign * (dz @ w))
-    columns = torch.tensor([0, 1, V // 2, V - 2, V - 1], device=DEVICE)
-    dz = (h @ w[columns].T - lse.detach().double()[:, None]).exp()
+    parts = zip(dz.split(8192, 1), w.split(8192), strict=True)
+    close(grads[0][rows], sign * sum(a @ part.double() for a, part in parts))
+    columns = torch.tensor([0, 1, v // 2, v - 2, v - 1], device=DEVICE)
+    dz = (h @ w[columns].double().T - out.lse.detach().double()[:, None]).exp()
     dz -= (labels[:, None] == columns).double()
     close(grads[1][columns], sign * (dz.T @ h))
 
@@ -119,24 +122,13 @@ def test_a_weight_of_more_than_2_31_elements(backend: str) -> None:
     weight = torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     labels = torch.randint(v, (n,), device=DEVICE)
     labels[:2] = torch.tensor([v - 1, 0], device=DEVICE)
-    h, w = hidden.detach().double(), weight.detach()
-    z = torch.cat([h @ part.double().T for part in w.split(8192)], 1)
-    log_p = torch.log_softmax(z, 1)
-    truth = log_p.gather(1, labels[:, None]).squeeze(1)
     seq = lk.Sequences.from_lengths([n]).to(DEVICE)
     out = lk.linear_loss(
         objectives.nll, hidden, weight, labels, seq,
         reduction="sum", backend=backend, return_outputs=True,
     )  # fmt: skip
     grads = torch.autograd.grad(out.loss, (hidden, weight))
-    scored = lk.linear_logprob(hidden.detach(), w, labels, backend=backend).logps
     # Sums of 16,384 products: it is their place that matters here.
-    assert float((out.logps - truth).abs().max()) <= 2e-3
-    assert float((scored - truth).abs().max()) <= 2e-3
-    dz = log_p.exp()
-    dz[torch.arange(n, device=DEVICE), labels] -= 1
-    columns = torch.tensor([0, 1, v - 2, v - 1], device=DEVICE)
-    close(grads[1][columns], dz[:, columns].T @ h)
-    close(grads[0], sum(
-        a @ part.double() for a, part in zip(dz.split(8192, 1), w.split(8192), strict=True)
-    ))  # fmt: skip
+    judge(hidden, weight, labels, out, grads, 1.0, torch.arange(n), atol=2e-3)
+    scored = lk.linear_logprob(hidden.detach(), weight.detach(), labels, backend=backend).logps
+    assert float((out.logps - scored).abs().max()) <= 2e-3

@@ -10,31 +10,23 @@ import torch
 from on_device import (
     DEVICE,
     ON_GPU,
+    D,
+    Step,
+    V,
     a_lol,
     each_backend,
+    each_budget,
     each_dtype,
-    leaves,
     needs_gpu,
+    no_sync,
     peaky,
     same,
     score,
-    size,
 )
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
-
-LENGTHS = [31, 0, 64, 7, 90, 16] if ON_GPU else [3, 0, 6, 1, 9, 2]
-N, D, V = sum(LENGTHS), 64, size(5003, 131)
-BUDGETS = {"whole": None, "chunks": 4 * V * (N // 2), "long groups": 4 * V * (N // 10)}
-each_budget = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-
-
-def seq_and_side() -> tuple[lk.Sequences, dict[str, Tensor]]:
-    advantages = torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7, 0.0])
-    side = {"ref_logps": torch.linspace(-9, -5, N), "advantages": advantages}
-    return lk.Sequences.from_lengths(LENGTHS).to(DEVICE), {k: v.to(DEVICE) for k, v in side.items()}
 
 
 def users(logps: Tensor, ref_logps: Tensor, advantages: Tensor, seq: lk.Sequences) -> Tensor:
@@ -46,99 +38,58 @@ users.__annotations__["advantages"] = objectives.PerSequence
 
 
 @needs_gpu
-def test_the_judgement_notices_a_wait(no_sync: Any) -> None:
+def test_the_judgement_notices_a_wait() -> None:
     x = torch.ones(3, device=DEVICE)
-    with no_sync, pytest.raises(RuntimeError, match="synchronizing"):
+    with no_sync(), pytest.raises(RuntimeError, match="synchronizing"):
         x.sum().item()
+
+
+OPS = {f.__name__: ("linear_loss", f) for f in (objectives.a_lol, objectives.nll, users)}
+OPS |= {op: (op, None) for op in ("linear_logprob", "logprob")}
 
 
 @each_backend
 @each_dtype
 @each_budget
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("objective", [objectives.a_lol, objectives.nll, users])
-def test_linear_loss(
-    objective: Any,
-    frozen: bool,
-    budget: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    no_sync: Any,
+@pytest.mark.parametrize(("op", "objective"), OPS.values(), ids=OPS)
+def test_forward_and_backward(
+    op: str, objective: Any, frozen: bool, budget: int | None, dtype: torch.dtype, backend: str
 ) -> None:
-    p, wanted = leaves(peaky(N, D, V, dtype=dtype, bias=True), frozen)
-    seq, side = seq_and_side()
-    side = {k: v for k, v in side.items() if k in lk.side_inputs(objective)}
-
-    def run() -> list[Tensor]:
-        loss = lk.linear_loss(
-            objective, p.hidden, p.weight, p.labels, seq, bias=p.bias,
-            backend=backend, memory_budget=budget, **side,
-        )  # fmt: skip
-        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
-
-    run()  # compiles
-    with no_sync:
-        found = run()
+    step = Step(op, backend, dtype, budget, frozen=frozen, objective=objective)
+    step()  # compiles
+    with no_sync():
+        found = step()
+        if op == "linear_logprob":
+            with torch.no_grad():
+                score(step.p, mask=step.side["ref_logps"] > -8.5, **step.options)
     assert all(t.isfinite().all() for t in found)
     lk.check_errors()
-
-
-@each_backend
-@each_dtype
-@each_budget
-def test_linear_logprob(budget: int | None, dtype: torch.dtype, backend: str, no_sync: Any) -> None:
-    p, wanted = leaves(peaky(N, D, V, dtype=dtype, bias=True))
-    mask = torch.arange(N, device=DEVICE) % 4 > 0
-    upstream = torch.ones(N, device=DEVICE)
-
-    def run() -> None:
-        out = score(p, mask=mask, backend=backend, memory_budget=budget)
-        torch.autograd.grad((out.logps + out.entropy), wanted, upstream)
-        with torch.no_grad():
-            score(p, mask=mask, backend=backend, memory_budget=budget)
-
-    run()
-    with no_sync:
-        run()
-
-
-@each_backend
-@each_dtype
-def test_logprob(dtype: torch.dtype, backend: str, no_sync: Any) -> None:
-    logits = torch.randn(N, V, device=DEVICE).to(dtype).requires_grad_()
-    labels = torch.randint(V, (N,), device=DEVICE)
-
-    def run() -> None:
-        out = lk.logprob(logits, labels, backend=backend)
-        torch.autograd.grad((out.logps + out.entropy).sum(), logits)
-
-    run()
-    with no_sync:
-        run()
 
 
 @each_backend
 @pytest.mark.parametrize("pinned", [False, True])
 @each_budget
 def test_advantages_on_the_host_skip_what_they_can(
-    budget: int | None, pinned: bool, backend: str, no_sync: Any
+    budget: int | None, pinned: bool, backend: str
 ) -> None:
     """They are known without waiting: sequences with none above zero enter no product."""
-    p, wanted = leaves(peaky(N, D, V))
-    seq, side = seq_and_side()
-    skipped = seq.expand(side["advantages"] <= 0)
-    host = dict(side, advantages=side["advantages"].cpu())
+    step, on_host = (Step("linear_loss", backend, torch.float32, budget) for _ in range(2))
+    for one in (step, on_host):
+        one.side["advantages"] = torch.tensor([1.0, 0.5, -1.0, 2.0, 0.7, 0.0], device=DEVICE)
+    on_host.side["advantages"] = on_host.side["advantages"].cpu()
     if pinned and ON_GPU:
-        host["advantages"] = host["advantages"].pin_memory()
+        on_host.side["advantages"] = on_host.side["advantages"].pin_memory()
+    skipped = step.seq.expand(step.side["advantages"] <= 0)
 
-    def run(given: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
-        out = a_lol(p, seq, given, backend=backend, memory_budget=budget)
-        return out, list(torch.autograd.grad(out.loss, wanted))
+    def run(step: Step) -> tuple[Any, list[Tensor]]:
+        out = a_lol(step.p, step.seq, step.side, **step.options)
+        return out, list(torch.autograd.grad(out.loss, step.wanted))
 
-    want, want_grads = run(side)
-    run(host)
-    with no_sync:
-        out, grads = run(host)
+    want, want_grads = run(step)
+    run(on_host)
+    with no_sync():
+        out, grads = run(on_host)
     assert torch.equal(out.logps.isnan(), skipped)
     torch.testing.assert_close(out.logps[~skipped], want.logps[~skipped], rtol=0, atol=2e-5)
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-4, atol=1e-5)
@@ -149,7 +100,7 @@ def test_advantages_on_the_host_skip_what_they_can(
 
 
 @each_backend
-def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
+def test_a_mask_and_padded_rows_do_not_wait(backend: str) -> None:
     """Sequences.from_mask waits, once; everything after it does not."""
     mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [0], [12]], device=DEVICE)
     seq = lk.Sequences.from_mask(mask)
@@ -162,6 +113,6 @@ def test_a_mask_and_padded_rows_do_not_wait(backend: str, no_sync: Any) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, hidden)]
 
     want = run()
-    with no_sync:
+    with no_sync():
         got = run()
     same(got, want)

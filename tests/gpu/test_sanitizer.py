@@ -6,18 +6,7 @@ elsewhere.
 
 import pytest
 import torch
-from on_device import (
-    DEVICE,
-    HALF,
-    a_lol,
-    each_dtype,
-    each_kernel,
-    leaves,
-    loss_inputs,
-    peaky,
-    score,
-    split,
-)
+from on_device import DEVICE, HALF, Step, each_dtype, each_kernel, each_op
 from torch import Tensor
 
 import lolkernels as lk
@@ -82,12 +71,8 @@ def test_coefficients(with_ref: bool, ratio: int, backend: str) -> None:
 
 @each_kernel
 @each_dtype
-def test_whole_calls(dtype: torch.dtype, backend: str) -> None:
-    p, wanted = leaves(peaky(23, 17, 131, dtype=dtype, bias=True))
-    seq, side = loss_inputs(23, split(23, 9), torch.full((23,), -5.0, device=DEVICE))
+@each_op
+def test_whole_calls(op: str, dtype: torch.dtype, backend: str) -> None:
     for budget in (None, 4 * 131 * 6):
-        out = a_lol(p, seq, side, backend=backend, memory_budget=budget)
-        scored = score(p, backend=backend, memory_budget=budget)
-        for total in (out.loss, scored.logps.sum()):
-            assert all(g.isfinite().all() for g in torch.autograd.grad(total, wanted))
+        assert all(t.isfinite().all() for t in Step(op, backend, dtype, budget)())
     lk.check_errors()
