@@ -106,7 +106,8 @@ def fuse_lm_head(
     model's ``router_aux_loss_coef * aux_loss`` in it, as that of the model's own forward has.
 
     Args:
-        model: a causal LM, such as transformers' ``AutoModelForCausalLM`` gives.
+        model: a causal LM, such as transformers' ``AutoModelForCausalLM`` gives, or an
+            encoder-decoder model.
         backend, memory_budget: see :func:`lolkernels.linear_logprob`.
         main_grad: the backward adds the head's gradient to its weight's ``main_grad``, as Megatron
             names it (``accumulate_into`` there); a tied embedding's own part stays in ``grad``.
@@ -203,7 +204,8 @@ def _model_forward(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if completion_mask is None:
-            if self.training and kwargs.get("labels") is not None:
+            seen = self.training and not torch.compiler.is_compiling()
+            if seen and kwargs.get("labels") is not None:
                 _warn_of_labels(self._fusion)
             return self._unfused_forward(*args, **kwargs)
         return _scored(self, completion_mask, *args, **kwargs)

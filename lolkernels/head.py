@@ -26,7 +26,8 @@ class LogprobHead(nn.Module):
     ``head(hidden, labels, seq, objective=..., **side)`` :func:`lolkernels.linear_loss`'s.
 
     Args:
-        linear: the layer whose ``weight`` (V, D) and ``bias`` are used; its parameters are shared.
+        linear: the layer whose ``weight`` (V, D) and ``bias`` are used, with PEFT's adapters on it
+            (see :func:`operands`); its parameters are shared.
         softcap, logit_scale: of the model, see :func:`lolkernels.linear_logprob`.
         backend, memory_budget: as there.
     """
@@ -127,8 +128,9 @@ def operands(layer: Any, hidden: Tensor) -> Operands:
     """What a linear layer multiplies and adds, with the adapters that PEFT has put on it.
 
     LoRA's W x + b + s B A drop(x) is [x, s A drop(x)] [W, B]^T + b, and DoRA scales the rows of
-    [W, B] to the lengths that it learns: each call copies W (DoRA: in the adapter's dtype), and a
-    trained adapter costs what a trained head costs. Gradients reach all of them by autograd.
+    [W, B] to the lengths that it learns; trained tokens are other rows of W. Each call of these
+    copies W (DoRA: in the adapter's dtype), and to train them costs what it costs to train W: three
+    GEMMs, of D + r columns, and a gradient of W's size. Autograd carries it on.
 
     Raises:
         ValueError: DoRA beside another adapter, or with dropout while training.
