@@ -1,4 +1,4 @@
-"""Draws the README's plots from the JSON of run.py and its mode scaling, each light and dark.
+"""Draws the docs' plots from the JSON of run.py and its mode scaling, each light and dark.
 
 python benchmarks/run.py plots
 python benchmarks/run.py plots benchmarks/results/cpu.json --plots floor error --format png

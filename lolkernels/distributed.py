@@ -98,7 +98,8 @@ class _Gather(torch.autograd.Function):
 
 
 def total_size(rows: int, device: torch.device, group: Group) -> int | Tensor:
-    return rows if group is None else total(torch.tensor(rows, device=device), group)
+    """The rows of the whole vocabulary."""
+    return rows if group is None else total(torch.full((), rows, device=device), group)
 
 
 # --- the vocabulary in shards ---------------------------------------------------------------------
@@ -118,8 +119,8 @@ def shards(labels: Tensor, rows: int, group: Group) -> Shards:
     """The ranks' numbers of rows may differ: they are exchanged."""
     place = torch.arange(1, labels.numel() + 1, device=labels.device)
     check = (labels.flatten() * place).sum()
-    count = torch.tensor([rows, labels.numel()], device=labels.device)
-    ((sizes, *told),) = (t.unbind(1) for t in gather(group, torch.cat([count, check[None]])))
+    mine = torch.stack([check.new_full((), rows), check.new_full((), labels.numel()), check])
+    sizes, *told = gather(group, mine)[0].unbind(1)
     ends = sizes.cumsum(0)
     rank = dist.get_rank(group)
     owner = torch.bucketize(labels, ends, right=True).clamp(max=sizes.numel() - 1)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import ROOT
 
+import lolkernels as lk
+from lolkernels.testing import peaky
 from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
 from tests.ranks.harness import SCENARIOS
 
@@ -47,3 +50,29 @@ def test_on_ranks(ranks: int, name: str, found: Any) -> None:
         assert name in results, f"rank {rank} never came to it: {list(results)[-1:]} stopped it"
         problem, _ = results[name]
         assert not problem, f"rank {rank}: {problem}"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [None, 2000], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_the_weight_only_itself_is_saved(
+    dtype: torch.dtype, budget: int | None, frozen: bool
+) -> None:
+    """FSDP2 and ZeRO-3 release and gather a weight: a view or a copy of it would not follow."""
+    p = peaky(9, 8, 300, dtype=dtype, bias=True)
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_(not frozen)
+    seq = lk.Sequences.from_lengths([4, 5])
+    options = {"bias": p.bias, "softcap": 30.0, "memory_budget": budget}
+    calls = [
+        lambda: lk.linear_logprob(h, w, p.labels, **options).logps.sum(),
+        lambda: lk.linear_logprob(h, w, p.labels, entropy_grad=True, **options).entropy.sum(),
+        lambda: lk.linear_loss(lk.objectives.nll, h, w, p.labels, seq, **options),
+    ]
+    for call in calls:
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            call().backward()
+        assert any(t is w for t in saved)
+        for t in saved:
+            shared = t.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()
+            assert t is w or not (shared or t.shape == w.shape)

@@ -25,6 +25,7 @@ from on_device import (
     size,
     split,
 )
+from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives, testing

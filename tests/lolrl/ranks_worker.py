@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,13 +20,15 @@ from tests.lolrl.toys import make_config, make_llama, make_rows, make_tokenizer
 
 def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
     torch.set_num_threads(1)
+    zero = "ACCELERATE_USE_DEEPSPEED" in os.environ  # which has no float64
+    dtype = torch.float32 if zero else torch.float64
     tokenizer = make_tokenizer()
-    reference = make_llama(len(tokenizer), dtype=torch.float64)
+    reference = make_llama(len(tokenizer), dtype=dtype)
     rows = annotate(
         reference, tokenizer, make_rows(24), config=AnnotateConfig(keep="all"), progress=False
     ).dataset
     trainer = LoLTrainer(
-        make_llama(len(tokenizer), dtype=torch.float64),
+        make_llama(len(tokenizer), dtype=dtype),
         args=make_config(
             folder,
             objective="a_lol",
@@ -44,8 +48,15 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
-    state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
-    save_file(state, folder / f"rank{rank}.safetensors")
+    gathered: Any = contextlib.nullcontext()
+    if zero:
+        import deepspeed
+
+        assert not any(p.numel() for p in trainer.model.parameters())
+        gathered = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
+    with gathered:
+        state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
+        save_file(state, folder / f"rank{rank}.safetensors")
     lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
     (folder / f"rank{rank}.json").write_text(json.dumps(lines))
     if torch.distributed.is_initialized():
