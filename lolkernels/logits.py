@@ -42,12 +42,7 @@ def logprob(
             read ``logits`` after it. Whoever needs them in a backward meets autograd's error, as
             does a second backward; the entropy has no gradient then.
         tp_group: vocab-parallel: a process group whose ranks hold consecutive columns, in their
-<<<<<<< HEAD
             order; the results are the same on all. Not with ``inplace``.
-=======
-            order; the results are the same on all. For p near 1 the gradient is then exact to 1e-7
-            of its coefficient, not of itself: ``linear_logprob`` loses nothing.
->>>>>>> ranks
 
     Raises:
         ValueError, TypeError: name the argument and what to change.

@@ -143,10 +143,9 @@ def linear_loss(
     labels, whole = labels.long(), seq
     picked = None if torch.compiler.is_compiling() else active_rows(objective, inputs, options, seq)
     ranks = tp_group is not None or seq.cp_group is not None
-    poison = None
     if picked is not None or ranks:
         vocab = distributed.total_size(weight.shape[0], hidden.device, tp_group)
-        poison = deferred.check_labels(labels, vocab)  # of skipped sequences too
+        deferred.check_labels(labels, vocab)  # of skipped sequences too
         for key, (_, value) in inputs.items():
             deferred.check_side(key, value)
     if picked is not None:
@@ -176,7 +175,6 @@ def linear_loss(
             tp_group=tp_group,
         )
         out, names = _composed(objective, made, inputs, options, seq, weights)
-        out[0] = out[0] if poison is None else out[0] + poison.sum()
     else:
         spec = tuple((key, kind) for key, (kind, _) in inputs.items())
         side_values = [value for _, value in inputs.values()]
