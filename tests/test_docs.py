@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import lolkernels as lk
 from lolkernels import info
+from lolkernels.backends.contract import Backend
 from lolkernels.objectives import REGISTRY, defaults, side_inputs
 from lolrl import cli
 from lolrl.files import write_jsonl
@@ -227,6 +228,12 @@ def test_every_backend_and_only_those_is_in_the_table() -> None:
     section = TEXTS["docs/devices.md"].split("## Backends")[1].split("\n## ")[0]
     offered = set(lk.available_backends()) - {"cuda_host"}  # the tests' own
     assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == offered
+
+
+def test_contributing_fills_in_the_whole_record_of_a_backend() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    given = re.findall(r"^       (\w+)=", text.split("BACKEND = Backend(")[1], re.MULTILINE)
+    assert given == [f for f in Backend._fields if f not in Backend._field_defaults]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
