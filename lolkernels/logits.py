@@ -38,8 +38,7 @@ def logprob(
         inplace_backward: the backward writes the gradient over ``logits`` and allocates nothing.
             Whoever needs the logits after that meets autograd's error, as does a second backward.
         tp_group: vocab-parallel: a process group whose ranks hold consecutive columns, in their
-            order; the results are the same on all. For p near 1 the gradient is then exact to 1e-7
-            of its coefficient, not of itself: ``linear_logprob`` loses nothing.
+            order; the results are the same on all.
 
     Raises:
         ValueError, TypeError: name the argument and what to change.
