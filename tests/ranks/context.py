@@ -110,7 +110,7 @@ def sums_within_sums() -> None:
     want = lk.loss_and_coef(
         objectives.simpo, logps, lk.Sequences.from_lengths([3, 0, 5, 4], group_size=2)
     )
-    mine_seq, _ = split(seq, group_size=2)
+    mine_seq, _ = split(seq, dist.group.WORLD, group_size=2)
     loss, coef, _ = lk.loss_and_coef(objectives.simpo, logps[own], mine_seq)
     close({"loss": loss, "coef": coef}, {"loss": want[0], "coef": want[1][own]})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lolkernels as lk
-from lolkernels import objectives
+from lolkernels import objectives, walk_cpu
 from lolkernels.testing import eager, fuzz, peaky
 from tests.ranks.harness import close, own, parts, raises, scenario
 
@@ -105,6 +106,15 @@ def confident_labels_keep_their_digits() -> None:
     for name in ("logps", "dhidden"):
         for row, want in zip(got[name], truth[name], strict=True):
             close({name: row}, {name: want}, 2e-5)
+
+
+@scenario(2)
+def sharding_costs_no_product() -> None:
+    """Three for a trained head, although the combined log-prob asks for a gradient of lse too."""
+    p = peaky(9, 8, 31)
+    with mock.patch.object(walk_cpu, "matmul", wraps=walk_cpu.matmul) as products:
+        sharded(p, parts(31))
+    assert products.call_count == 3
 
 
 @scenario(2)
