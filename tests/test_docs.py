@@ -1,23 +1,21 @@
-"""README, docs and examples: code and commands run as they stand, and what they name exists.
+"""README and docs: code and commands run as they stand, and what they name exists.
 
 A fenced block is run in the order of its page; one marked ``not-run`` (it needs a network, a GPU,
 several processes or an hour) is only held to name what exists.
 """
 
 import ast
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from test_examples import EXAMPLES, skip_without
 
 import lolkernels as lk
 from lolkernels import info
@@ -32,7 +30,6 @@ GENERATED = {"models.md"}  # see test_families
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 PAGES = [page for page in PAGES if Path(page).name not in GENERATED]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-EXAMPLES = sorted((ROOT / "python" / "examples").glob("*.py"))
 FENCE = re.compile(r"^```(\w*) *([\w-]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # How many blocks are not run, so that none is taken out of the tests unseen.
 NOT_RUN = {"README.md": 1, "docs/benchmarks.md": 1, "docs/recipe.md": 1, "docs/devices.md": 2}
@@ -50,13 +47,6 @@ def commands(page: str, mark: str = "") -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
             if words:
                 yield words
-
-
-def skip_without(code: str) -> None:
-    """Skips where a trainer that the code imports is not installed."""
-    for name in re.findall(r"^(?:import|from) (lightning|trl|peft|datasets|deepspeed)", code, re.M):
-        if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: make test installs it")
 
 
 @pytest.fixture
@@ -160,7 +150,7 @@ def test_the_commands_of_a_page_run(
             monkeypatch.setattr(sys, "argv", words[2:])
             info.main()
         else:
-            # test_an_example_runs_as_it_says does.
+            # test_examples runs it.
             assert words[0] == "python" and ROOT / words[1] in EXAMPLES, words
 
 
@@ -234,29 +224,6 @@ def test_contributing_fills_in_the_whole_record_of_a_backend() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     given = re.findall(r"^       (\w+)=", text.split("BACKEND = Backend(")[1], re.MULTILINE)
     assert given == [f for f in Backend._fields if f not in Backend._field_defaults]
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_as_it_says(example: Path, tmp_path: Path) -> None:
-    """The command in its docstring; a word in capitals is a folder. Examples judge themselves."""
-    text = example.read_text(encoding="utf-8")
-    skip_without(text)
-    where = example.relative_to(ROOT).as_posix()
-    lines = [line for line in str(ast.get_docstring(ast.parse(text))).splitlines() if where in line]
-    words = [str(tmp_path) if word.isupper() else word for word in shlex.split(lines[0])]
-    words[words.index(where)] = str(example)
-    run = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    done = subprocess.run(
-        [sys.executable, *run, *words[1:]],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
 
 
 def test_the_two_versions_agree() -> None:
