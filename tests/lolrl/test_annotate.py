@@ -1,7 +1,5 @@
 """Annotation: the reference's log-probs, advantages, and a cache that is never stale."""
 
-from __future__ import annotations
-
 import copy
 import json
 import operator

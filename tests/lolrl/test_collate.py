@@ -1,7 +1,5 @@
 """Batches: exact contents, and log-probs that do not depend on padding or company."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

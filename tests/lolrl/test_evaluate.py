@@ -1,7 +1,5 @@
 """Generation and the report: sampling against the model's own distribution, figures by hand."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Before the first update the policy is the reference, or training does not start."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The order of rows: its law, its independence of everything but seed, epoch and place."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """States without pickle: what goes in comes out, bit for bit, and nothing else can get in."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import random
