@@ -116,15 +116,21 @@ def draw(choices: Any) -> Any:
     return choices[int(torch.randint(len(choices), ()))]
 
 
+def drawn_logits(n: int, v: int, shifts: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Rows of any spread, with columns of -inf or without, and their labels."""
+    std = float(torch.empty(()).uniform_(1, 6))
+    raw = torch.randn(n, v) * std + draw(shifts)
+    raw = raw.masked_fill(torch.rand(n, v) < draw((0.0, 0.0, 0.5)), -INF)
+    labels = torch.randint(v, (n,))
+    raw[torch.arange(n), labels] = torch.randn(n) * std
+    return raw, labels
+
+
 def fuzz_case(backend: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
     n, v, dtype, options = 1 + seed % 5, draw(WIDTHS), draw(HALF), draw(OPTIONS)
     layout = draw(("rows", "padded", "columns", "steps"))
-    std = float(torch.empty(()).uniform_(1, 6))
-    raw = torch.randn(n, v) * std + draw((0.0, 0.0, -20.0, 20.0))
-    raw = raw.masked_fill(torch.rand(n, v) < draw((0.0, 0.0, 0.5)), -INF)
-    labels = torch.randint(v, (n,))
-    raw[torch.arange(n), labels] = torch.randn(n) * std
+    raw, labels = drawn_logits(n, v, (0.0, 0.0, -20.0, 20.0))
     x, y = zoned(raw.to(dtype), layout), zoned(labels, layout)
     before = x.view.clone()
 
@@ -204,11 +210,7 @@ def fuzz_exps(backend: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
     n, v, dtype, out_dtype = 1 + seed % 5, draw(WIDTHS), draw(HALF), draw(HALF)
     options, layout = draw(OPTIONS), draw(("rows", "padded", "columns", "steps"))
-    std = float(torch.empty(()).uniform_(1, 6))
-    raw = torch.randn(n, v) * std
-    raw = raw.masked_fill(torch.rand(n, v) < draw((0.0, 0.0, 0.5)), -INF)
-    labels = torch.randint(v, (n,))
-    raw[torch.arange(n), labels] = torch.randn(n) * std
+    raw, labels = drawn_logits(n, v, (0.0,))
     labels = labels.where(torch.rand(n) < 0.8, draw((-1, v)))
     labels = labels.where(raw.isfinite().any(1), 0)
     if not options.get("softcap"):  # one row in two stands out of its label's reach, early or late

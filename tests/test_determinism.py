@@ -50,24 +50,6 @@ def test_100_forwards_and_20_backwards_are_bit_equal(name, backend, dtype) -> No
     assert all(float(t.abs().max()) > 0 for t in first)
 
 
-@each_dtype
-@pytest.mark.parametrize("backend", OFTEN)
-@pytest.mark.parametrize("name", NAMES)
-def test_one_and_two_threads_agree(name: str, backend: str, dtype: torch.dtype) -> None:
-    """Our row functions bit for bit; the library's GEMM may split its sums by threads."""
-    call, leaves = calls(backend, dtype, n=97, d=16, v=2300)[name]
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(run(call, leaves))
-    for one, two in zip(*results, strict=True):
-        if name == "logprob":  # no GEMM in it
-            assert torch.equal(one, two)
-        else:
-            bound = 2**-7 if one.dtype != torch.float32 else 2e-6
-            assert float((one - two).abs().max()) <= bound * float(one.abs().max())
-
-
 @each_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_fresh_memory_full_of_nan_changes_nothing(name: str, backend: str) -> None:

@@ -41,24 +41,22 @@ def test_the_route_of_a_shape(backend: str, dtype: torch.dtype, words: tuple[str
     assert f"{extra / 2**20:.1f} MiB" in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
+def test_the_command_and_bad_flags(monkeypatch, capsys) -> None:
+    def call(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["info", *flags])
+        info.main()
+
+    call("--rows", "8", "--hidden", "4", "--vocab", "9", "--device", "cpu")
+    assert "route of (8, 4) x (9, 4)" in capsys.readouterr().out
+    for flags, words in (
         (["--rows", "8"], "--rows, --hidden and --vocab"),
         (["--rows", "8", "--hidden", "-4", "--vocab", "9"], "all > 0"),
-        (["--backend", "nope"], "invalid choice"),
-    ],
-)
-def test_bad_flags_are_named(flags: list[str], words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lolkernels.info", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and words in done.stderr
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call(*flags)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_the_command() -> None:
-    flags = ["--rows", "8", "--hidden", "4", "--vocab", "9", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lolkernels.info", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "route of (8, 4) x (9, 4)" in done.stdout, done.stderr
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lolkernels.info"], capture_output=True, text=True)
+    assert done.returncode == 0 and lk.__version__ in done.stdout, done.stderr

@@ -216,13 +216,8 @@ def test_why_there_are_no_cuda_kernels_is_one_line(
 def test_a_hash_changes_with_the_sources_of_its_own_object(
     build_script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (
-        "setup.py",
-        "csrc/shared.h",
-        "csrc/bindings.cpp",
-        "csrc/cpu/a.h",
-        "csrc/cuda/b.cu",
-    ):
+    names = ("setup.py", "csrc/shared.h", "csrc/bindings.cpp", "csrc/cpu/a.h", "csrc/cuda/b.cu")
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.chdir(tmp_path)

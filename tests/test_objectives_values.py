@@ -1,5 +1,6 @@
 """Values and options of objectives, what the family reports, reductions, and the ratio."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from objective_forms import FORMS, draw
+from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
@@ -40,34 +42,22 @@ def test_good_values_pass() -> None:
 def test_options_may_be_numpy_numbers_and_tensors_are_refused() -> None:
     np = pytest.importorskip("numpy")
     drawn = draw(ROWS["a_lol"], 0.3)
+    call = functools.partial(
+        lk.loss_and_coef, objectives.a_lol, drawn.stats["logps"], drawn.seq, **drawn.side
+    )
     for number in (np.float32(0.5), np.float64(0.5), np.int64(2)):
-        got, plain = (
-            lk.loss_and_coef(
-                objectives.a_lol, drawn.stats["logps"], drawn.seq, **drawn.side, clip=value
-            )[1]
-            for value in (number, float(number))
-        )
-        assert torch.equal(got, plain)
+        assert torch.equal(call(clip=number)[1], call(clip=float(number))[1])
     for fn, option in (
         (objectives.a_lol, "clip"), (objectives.a_lol_kl, "beta"), (objectives.dpo, "beta"),
         (objectives.dpo, "label_smoothing"), (objectives.simpo, "gamma"),
         (objectives.grpo, "beta"), (objectives.q_learning, "gamma"), (objectives.ppo, "value_clip"),
     ):  # fmt: skip
-        form = ROWS[fn.__name__]
-        drawn = draw(form, 0.3)
-        for bad, words in (
-            (torch.tensor(0.9), f"tensor: pass float\\({option}\\)"),
-            (NAN, option),
-            (True, option),
-            ("0.9", option),
-        ):
+        drawn = draw(ROWS[fn.__name__], 0.3)
+        given = {k: drawn.stats[k] for k in objectives.statistics(fn)} | drawn.side
+        for bad in (torch.tensor(0.9), NAN, True, "0.9"):
+            words = f"tensor: pass float\\({option}\\)" if isinstance(bad, Tensor) else option
             with pytest.raises(ValueError, match=words):
-                fn(
-                    **{k: drawn.stats[k] for k in objectives.statistics(fn)},
-                    **drawn.side,
-                    seq=drawn.seq,
-                    **{option: bad},
-                )
+                fn(**given, seq=drawn.seq, **{option: bad})
 
 
 def test_pairs_and_lists_need_their_groups() -> None:

@@ -6,8 +6,6 @@ prints one JSON object {case name: {field of Compiled: value} | {"error": text}}
 without TRITON_INTERPRET=1, under which ``triton.jit`` makes functions that cannot be compiled.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

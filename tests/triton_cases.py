@@ -4,8 +4,6 @@ Block sizes, warps and stages come from the functions that the launchers use, so
 compiled is what is launched.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Offline fixtures: toy tokenizers of four kinds and a tiny model (see toys.py)."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line: every verb end to end on a tiny model, and every failure as one line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Configuration: every field explained, strict in, the same out."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

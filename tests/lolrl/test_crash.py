@@ -1,7 +1,5 @@
 """Killed at random moments, the run goes on by itself and ends with the same bits."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Rows: what is accepted, and a hundred malformed ones, each named by file, line and field."""
 
-from __future__ import annotations
-
 import functools
 import json
 from typing import Any

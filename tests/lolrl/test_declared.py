@@ -1,7 +1,5 @@
 """What the objective declares and the user says: filter, sampling, options, columns, groups."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The demo's stages on a synthetic corpus; the real one, slow, where its text can be fetched."""
 
-from __future__ import annotations
-
 import json
 import random
 import socket

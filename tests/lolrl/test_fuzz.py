@@ -1,7 +1,5 @@
 """Mutated files give a documented error or a good result, quickly, and write nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """The meter: every figure from hand-made batches, over ranks, and through a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

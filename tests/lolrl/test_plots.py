@@ -1,7 +1,5 @@
 """Plots and tables: what is drawn and printed is what was given."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Rewards, the judge, and the corpus they are measured on: values, archives made on the spot."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import socket

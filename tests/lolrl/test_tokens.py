@@ -1,7 +1,5 @@
 """Tokens of prompt and completion on four toy tokenizers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The trainer's arithmetic: one update by hand, accumulation, fused against eager, resume."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import shutil

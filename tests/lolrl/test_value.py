@@ -1,7 +1,5 @@
 """The value head: what it computes, what it learns, and what it must not look at."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

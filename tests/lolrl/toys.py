@@ -1,7 +1,5 @@
 """Made on the spot, offline: toy tokenizers of four kinds, tiny models, rows with rewards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
