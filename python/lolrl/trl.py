@@ -46,7 +46,7 @@ __all__ = ["ALoLConfig", "ALoLTrainer", "use_lolkernels"]
 FIRST, LAST = Version("1.15"), Version("1.17")  # the seam: from, and before
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ROWS, COLUMNS = 2048, 4096  # of a tile of logits
-# Of a computed top logit, in units of the last place: two roundings of the label's, one of each.
+# How far logps + lse may be from the label's logit, in units of the last place of the larger.
 ULPS = 8
 
 
