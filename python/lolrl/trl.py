@@ -46,7 +46,7 @@ __all__ = ["ALoLConfig", "ALoLTrainer", "use_lolkernels"]
 FIRST, LAST = Version("1.15"), Version("1.17")  # the seam: from, and before
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ROWS, COLUMNS = 2048, 4096  # of a tile of logits
-# Of a computed top logit, in units of the last place: two roundings of the label's, one of each.
+# How far logps + lse may be from the label's logit, in units of the last place of the larger.
 ULPS = 8
 
 
@@ -126,24 +126,20 @@ class use_lolkernels:  # noqa: N801
         if unknown:
             raise ValueError(f"outputs={sorted(unknown)} are not known; they are {OUTPUTS}")
         head = {"bias": bias, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
-        out = lk.linear_logprob(
-            hidden, weight, targets, temperature=temperature, **head, **self.options
-        )
+
+        def score(temperature: float) -> lk.LogprobOutput:
+            return lk.linear_logprob(
+                hidden, weight, targets, temperature=temperature, **head, **self.options
+            )
+
+        out = score(temperature)
+        logps, lse = out.logps.detach(), out.lse.detach()
         squares = means = top = None
+        if "log_sum_sq_probs" in outputs:
+            # sum p^2 = sum exp(2 z) / (sum exp z)^2, and 2 z are the logits at half temperature
+            with torch.no_grad():
+                squares = score(temperature / 2).lse - 2 * lse
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            logps, lse = out.logps.detach(), out.lse.detach()
-            if "log_sum_sq_probs" in outputs:
-                # sum p^2 = sum exp(2 z) / (sum exp z)^2, and 2 z are the logits at half temperature
-                double = lk.linear_logprob(
-                    hidden,
-                    weight,
-                    targets,
-                    temperature=temperature / 2,
-                    backend=self.options["backend"],
-                    memory_budget=self.options["memory_budget"],
-                    **head,
-                )
-                squares = double.lse - 2 * lse
             if "mean_logits" in outputs:
                 means = _mean_logits(hidden, weight, **head) / temperature
             if "is_top1" in outputs:
