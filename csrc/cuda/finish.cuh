@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
                            slope,
                            rest,
                            share};
+#pragma unroll
     for (int i = 0; i < 8; ++i) args.out[i][row] = stats[i];
   }
   if (args.unit == nullptr) return;
