@@ -2,8 +2,7 @@
 
     PYTHONPATH=. python benchmarks/predict.py [rows]
 
-The walk over whole rows runs with kernels and products that do nothing. An op of torch counts as
-one launch; some, such as a sort, are several.
+Kernels and products do nothing. An op of torch is one launch; some, such as a sort, are several.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-import time
+import timeit
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -35,28 +34,15 @@ GOALS = {4096: 1.08, 2048: 1.15, 896: 1.30}  # over the products alone, by hidde
 HOST = ("empty", "detach", "item", "_local_scalar", "lift_fresh", "_unsafe_view")  # no kernel
 
 
-@dataclass
-class Count:
-    launched: Counter[str] = field(default_factory=Counter)  # of ours and of torch's
-    products: list[int] = field(default_factory=list)  # their flops
-    logit_bytes: int = 0  # of sweeps, and of products that write more than 2 bytes a logit
-    other_bytes: int = 0
+class Count(TorchDispatchMode):
+    """Counts torch's ops within it, inside the bodies of ours too."""
 
-    @property
-    def launches(self) -> int:
-        return self.launched.total() + len(self.products)
-
-    def seconds(self) -> float:
-        moved = (self.logit_bytes + self.other_bytes) / BANDWIDTH
-        return sum(self.products) / FLOPS + moved + LAUNCH * self.launches
-
-
-class Counting(TorchDispatchMode):
-    """Counts torch's ops, inside the bodies of ours too."""
-
-    def __init__(self, count: Count) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.count = count
+        self.launched: Counter[str] = Counter()  # kernels of ours and of torch's
+        self.products: list[int] = []  # their flops
+        self.logit_bytes = 0  # of sweeps, and of products that write more than 2 bytes a logit
+        self.other_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "lolkernels":
@@ -66,43 +52,37 @@ class Counting(TorchDispatchMode):
         view = not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
         made = size(*tree_leaves(out))
         if made and not view and not any(name in str(func) for name in HOST):
-            self.count.launched[str(func)] += 1
-            self.count.other_bytes += size(*tree_leaves((args, kwargs))) + made
+            self.launched[str(func)] += 1
+            self.other_bytes += size(*tree_leaves((args, kwargs))) + made
         return out
+
+    @property
+    def launches(self) -> int:
+        return self.launched.total() + len(self.products)
+
+    @property
+    def seconds_beyond(self) -> float:  # the products
+        return (self.logit_bytes + self.other_bytes) / BANDWIDTH + LAUNCH * self.launches
 
 
 def size(*values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
 
 
-def noted(kernel: Callable[..., Any], count: Count) -> Callable[..., Any]:
-    return lambda *args, **k: (count.launched.update([kernel.__name__]), kernel(*args, **k))[1]
-
-
 @contextlib.contextmanager
 def nothing_runs(count: Count) -> Iterator[None]:
     """Within the block the backend "counted" stands for a GPU's: its kernels only count."""
 
-    def exps_(x: Tensor, *_: Any, out: Tensor, **__: Any) -> Exps:
-        count.logit_bytes += size(x, out)
-        return Exps(*(x.new_empty(x.shape[0]) for _ in Exps._fields))
-
-    def sums(x: Tensor, *_: Any, **__: Any) -> Exps:
-        count.logit_bytes += size(x)
-        return Exps(*(x.new_empty(x.shape[0]) for _ in Exps._fields))
-
-    def dlogits_(x: Tensor, *_: Any, out: Tensor, **__: Any) -> Tensor:
-        count.logit_bytes += size(x, out)
-        return out
-
-    def sequence_coef(logps: Tensor, ref: Any, cu: Any, weight: Tensor, **_: Any) -> list[Tensor]:
-        return [torch.empty(t.shape) for t in (weight, logps, weight, weight)]
-
-    def finish(sums: Any, labels: Any, vocab: int, out: Any, flags: Any, unit: Any, _: Any) -> None:
-        count.other_bytes += 3 * size(unit)  # in and out, and the labels' rows of the weight
-
-    def add_labels(table: Tensor, labels: Tensor, rows: Tensor, *_: Any) -> None:
-        count.other_bytes += 3 * size(rows)
+    def kernel(name: str, *args: Any, out: Tensor | None = None, **_: Any) -> Any:
+        count.launched[name] += 1
+        if name in ("exps_", "sums", "dlogits_"):
+            count.logit_bytes += size(args[0], out)
+            return out if name == "dlogits_" else Exps(*torch.empty(6, len(args[0])))
+        if name == "sequence_coef":
+            return [torch.empty(len(args[i])) for i in (3, 0, 3, 3)]
+        # E W in and out with the labels' rows of the weight, or hidden with its rows of dweight.
+        count.other_bytes += 3 * size(args[5] if name == "finish" else args[2])
+        return None
 
     def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         count.products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -111,67 +91,56 @@ def nothing_runs(count: Count) -> Iterator[None]:
         elif accumulate:
             count.other_bytes += 2 * size(out)
 
-    def kept_rows(
-        v: int, d: int, item: int, budget: Any, _: Any = None, longest: Any = None
-    ) -> int:
-        return held(v, d, item, budget, torch.device("cuda"), longest, CARD)
+    def kept_rows(v: int, d: int, e: int, budget: Any, _: Any, most: Any = None) -> int:
+        return held(v, d, e, budget, torch.device("cuda"), most, CARD)
 
-    held, kernels = memory.kept_rows, (exps_, sums, dlogits_, sequence_coef, finish, add_labels)
-    record = TABLE["reference"]._replace(name="counted", panels=False)
-    record = record._replace(**{k.__name__: noted(k, count) for k in kernels})
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.dict(TABLE, counted=record))
-        patches.enter_context(mock.patch.dict(deferred._flags))
-        for module, values in (
-            (deferred, {"immediate": lambda device: False, "check_values": lambda *_: None}),
-            (walk_gpu, {"matmul": matmul}),
-            (memory, {"kept_rows": kept_rows}),
-        ):
-            patches.enter_context(mock.patch.multiple(module, **values))
+    names = ("exps_", "sums", "dlogits_", "sequence_coef", "finish", "add_labels")
+    kernels = {name: partial(kernel, name) for name in names}
+    held, record = memory.kept_rows, TABLE["reference"]._replace(panels=False, **kernels)
+    values = {"immediate": lambda device: False, "check_values": lambda *_: None}
+    with (
+        mock.patch.dict(TABLE, counted=record._replace(name="counted")),
+        mock.patch.dict(deferred._flags),
+        mock.patch.multiple(deferred, **values),
+        mock.patch.multiple(memory, kept_rows=kept_rows),
+        mock.patch.multiple(walk_gpu, matmul=matmul),
+    ):
         deferred.flags(torch.device("cpu"))  # made once
         yield
 
 
-def make(op: str, n: int, d: int, v: int, *, frozen: bool = False, **options: Any) -> Any:
+def make(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Any, Any]:
     """A forward in bfloat16, and its backward: of linear_logprob, score, or an objective's name."""
     h, w = (torch.empty(k, d, dtype=torch.bfloat16) for k in (n, v))
     leaves = [t.requires_grad_() for t in (h, w)[: 0 if op == "score" else 2 - frozen]]
     y, vector, s = torch.empty(n, dtype=torch.int64), torch.empty(n), max(1, n // 512)
     seq = lk.Sequences.from_lengths([n // s] * (s - 1) + [n - n // s * (s - 1)])
     side = {"ref_logps": vector, "advantages": torch.empty(s)} if op == "a_lol" else {}
-    options = {"backend": "counted", **options}
 
-    def forward() -> Tensor:
-        if op in ("linear_logprob", "score"):
-            return lk.linear_logprob(h, w, y, **options).logps
-        objective = lk.objectives.REGISTRY[op]
-        return lk.linear_loss(objective, h, w, y, seq, **side, **options)
-
-    def backward(out: Tensor) -> Any:
-        return leaves and torch.autograd.grad(out, leaves, vector if out.dim() else vector[0])
-
-    return forward, backward
+    known, options = lk.objectives.REGISTRY.get(op), {"backend": "counted"}
+    loss = known and partial(lk.linear_loss, known, h, w, y, seq, **options, **side)
+    up = {1: vector, 0: vector[0]}
+    return (
+        loss or (lambda: lk.linear_logprob(h, w, y, **options).logps),
+        lambda out: leaves and torch.autograd.grad(out, leaves, up[out.dim()]),
+    )
 
 
-def count(*call: Any, **options: Any) -> tuple[Count, Count]:
+def count(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Count, Count]:
     """Of the forward and of the backward of :func:`make`."""
-    there, back, (forward, backward) = Count(), Count(), make(*call, **options)
-    with nothing_runs(there), Counting(there):
+    there, back, (forward, backward) = Count(), Count(), make(op, n, d, v, frozen)
+    with nothing_runs(there), there:
         out = forward()
-    with nothing_runs(back), Counting(back):
+    with nothing_runs(back), back:
         backward(out)
     return there, back
 
 
-def host_microseconds(op: str, *, frozen: bool, calls: int = 200) -> float:
+def host_microseconds(op: str, frozen: bool) -> float:
     """The median of calls on few rows: what Python and torch take where kernels do nothing."""
-    times, (forward, backward) = [], make(op, 16, 16, 64, frozen=frozen)
+    forward, backward = make(op, 16, 16, 64, frozen)
     with nothing_runs(Count()):
-        for _ in range(calls):
-            start = time.perf_counter()
-            backward(forward())
-            times.append(time.perf_counter() - start)
-    return 1e6 * sorted(times)[calls // 2]
+        return 1e6 * sorted(timeit.repeat(lambda: backward(forward()), number=1, repeat=200))[100]
 
 
 def main(n: int) -> None:
@@ -179,17 +148,16 @@ def main(n: int) -> None:
         "op, D | launches: forward (products), backward | bytes a logit | GEMMs | ratio | host us"
     )
     cases = [*itertools.product(("a_lol", "linear_logprob"), (False, True)), ("score", True)]
-    for op, frozen in cases:
-        host = host_microseconds(op, frozen=frozen)
-        for d, goal in GOALS.items():
-            v = 151_936 if d == 896 else 128_256
-            there, back = count(op, n, d, v, frozen=frozen)
-            flops, moved = sum(there.products + back.products), there.logit_bytes + back.logit_bytes
-            ratio = (there.seconds() + back.seconds()) * FLOPS / flops
-            launches = f"{there.launches} ({len(there.products)}), {back.launches}"
-            parts = (launches, f"{moved / n / v:.1f}", f"{flops / (2 * n * v * d):.2f}")
-            said = f"{ratio:.3f}" if frozen else f"{ratio:.3f} (goal {goal})"
-            print(f"{op}{' frozen' * frozen}, {d}", *parts, said, f"{host:.0f}", sep=" | ")
+    for (op, frozen), (d, goal) in itertools.product(cases, GOALS.items()):
+        v = 151_936 if d == 896 else 128_256
+        a, b = count(op, n, d, v, frozen)
+        flops, moved = sum(a.products + b.products), (a.logit_bytes + b.logit_bytes) / (n * v)
+        ratio = 1 + (a.seconds_beyond + b.seconds_beyond) * FLOPS / flops
+        print(
+            f"{op}{' frozen' * frozen}, {d} | {a.launches} ({len(a.products)}), {b.launches} | "
+            f"{moved:.1f} | {flops / (2 * n * v * d):.2f} | {ratio:.3f}"
+            f"{f' (goal {goal})' * (not frozen)} | {host_microseconds(op, frozen):.0f}"
+        )
 
 
 if __name__ == "__main__":

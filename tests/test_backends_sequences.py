@@ -175,3 +175,30 @@ def test_the_op_refuses_what_it_cannot_compute(name: str, change: dict[str, obje
     cpu.sequence_coef(**good)
     with pytest.raises(RuntimeError, match=rf"\b{name} must"):
         cpu.sequence_coef(**(good | change))
+
+
+@each_module
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+def test_coefficients_are_scaled_by_sequence(backend: ModuleType, ratio: int) -> None:
+    logps, ref_logps, cu, weight = case([3, 0, 700, 5], 0.01)
+    scale = torch.tensor([2.0, 0.3, -0.25, 0.0])
+    options = {"ratio": ratio, "log_low": -0.5, "log_high": 0.5, "beta": 0.1}
+    loss, coef, *rest = backend.sequence_coef(logps, ref_logps, cu, weight, **options)
+    got = backend.sequence_coef(logps, ref_logps, cu, weight, **options, scale=scale)
+    torch.testing.assert_close(got[1], coef * scale.repeat_interleave(cu.diff()), rtol=3e-7, atol=0)
+    for x, y in zip((got[0], *got[2:]), (loss, *rest), strict=True):
+        assert torch.equal(x, y)
+
+
+@each_module
+@pytest.mark.parametrize("where", ["none", "ref", "weight", "logps"])
+def test_a_nan_input_is_noted(backend: ModuleType, where: str) -> None:
+    logps, ref_logps, cu, weight = case([3, 0, 700, 5], 0.01)
+    {"ref": ref_logps, "weight": weight, "logps": logps}.get(where, torch.zeros(4))[2] = NAN
+    flags, options = torch.tensor(1, dtype=torch.int32), {"log_low": -0.5, "log_high": 0.5}
+    if backend is cpu:
+        with pytest.raises(RuntimeError, match="flags are for a GPU"):
+            cpu.sequence_coef(logps, ref_logps, cu, weight, ratio=1, **options, flags=flags)
+        return
+    backend.sequence_coef(logps, ref_logps, cu, weight, ratio=1, **options, flags=flags)
+    assert int(flags) == (3 if where in ("ref", "weight") else 1)

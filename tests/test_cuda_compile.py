@@ -19,9 +19,9 @@ NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a", "100")
 THREADS, BLOCKS = 256, 3  # kMaxThreads and kMinBlocks of rows.cuh
 REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8  # they are handed out by eights
-SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor
+SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor, or four of 128
 # row_stats, exps, dlogits, sequence_coef, finish, add_labels, merge_spans
-KERNELS = 12 + 44 + 44 + 3 + 3 + 9 + 1
+KERNELS = 12 + 56 + 44 + 3 + 3 + 9 + 1
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
@@ -85,8 +85,8 @@ def test_registers_suffice(built: Built, arch: str) -> None:
     assert len({kernel.name for kernel in kernels}) == len(kernels) == KERNELS
     for kernel in kernels:
         assert kernel.stack == 0 and kernel.spills == 0, kernel
-        sequence = kernel.name.startswith("sequence_coef")
-        assert kernel.registers <= (SEQUENCE_REGISTERS if sequence else REGISTERS), kernel
+        few = kernel.name.startswith(("sequence_coef", "add_labels"))
+        assert kernel.registers <= (SEQUENCE_REGISTERS if few else REGISTERS), kernel
 
 
 def test_the_bounds_are_those_of_the_source() -> None:
@@ -120,8 +120,11 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
         if kind in ("sequence_coef", "merge_spans"):
             continue
         given = [word.strip() for word in rest.rstrip(">").split(",")]
-        if kind == "row_stats" and given[2] == "true":
+        sums_only = kind == "exps" and given[1].endswith("Nowhere")
+        if (kind == "row_stats" and given[2] == "true") or (sums_only and given[3] == "true"):
             bits = None
+        elif sums_only:
+            continue
         elif kind in ("exps", "dlogits") and given[3] == "true":
             bits = 8 * min(16, 16 // sizes[given[0]] * sizes[given[1]])
         else:
@@ -131,7 +134,7 @@ def test_whole_vectors_are_loaded_and_stored(built: Built) -> None:
             assert re.search(r"\bLDG\.E\.128", code), name
             assert bits is None or re.search(rf"\bSTG\.E\.{bits}", code), name
             assert not re.search(r"(?<!BAR\.)\b(RED|ATOM|ATOMG)\.", code), name
-    assert contiguous == 6 + 22 + 22
+    assert contiguous == 6 + 28 + 22
 
 
 def test_only_the_c_shim_of_torch_is_needed(built: Built) -> None:

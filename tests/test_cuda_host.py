@@ -263,7 +263,7 @@ MUTANTS = [
     ("exps.cuh", "pack < done && pack", "pack"),
     (
         "exps.cuh",
-        "if (edge_done && has_edge) {\n      narrow(fall",
+        "if (kWritten && edge_done && has_edge) {\n      narrow(fall",
         "if (false) {\n      narrow(fall",
     ),
     ("exps.cuh", "s.dev + s.rest * fall", "s.dev"),

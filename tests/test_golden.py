@@ -193,7 +193,8 @@ def test_ppo_with_its_value_loss(entry: dict[str, Any]) -> None:
 
     values = read("vpreds").requires_grad_()
     policy, total = loss(values, 0.0), loss(values, params["vf_coef"])
-    assert close(policy, torch.from_numpy(ARRAYS[f"{key}.loss_policy"]))
+    # Terms of about 1 cancel in it to a ten-thousandth.
+    assert close(policy, torch.from_numpy(ARRAYS[f"{key}.loss_policy"]), 10 * TOL)
     value = torch.from_numpy(ARRAYS[f"{key}.loss_value"])  # with its coefficient
     assert close(total, policy.detach() + value)
     dlogits, dvalues = torch.autograd.grad(total, (logits, values))

@@ -85,13 +85,20 @@ def test_opcheck_logprob(sample: tuple[Any, ...], inplace: bool) -> None:
     p, _ = tensors(sample)
     common = ((1.5, sample[7], 0.8), sample[8])
     logits = (p.hidden.detach().double() @ p.weight.detach().double().T).to(sample[3])
-    head = (logits.requires_grad_(sample[-1]), p.labels, False)
-    check(OPS.logprob_v3.default, (*head, *common, inplace))
-    logits = logits.detach()
-    _, lse, _, _ = OPS.logprob_v3(logits, p.labels, False, *common, False)
-    abc = [torch.randn_like(lse) for _ in range(3)]
-    op = OPS.logprob_gradient_v2_ if inplace else OPS.logprob_gradient_v2
-    check(op.default, (abc, lse, logits, p.labels, *common))
+    x = logits.clone()
+    if inplace:
+        check(OPS.logprob_exps_v3_.default, (x, p.labels, *common))
+    sums = list(OPS.logprob_exps_v3_(x, p.labels, *common)) if inplace else []
+    x = x.requires_grad_(sample[-1] and not inplace)
+    check(OPS.logprob_v3.default, (x, p.labels, False, sums, *common))
+    logps, lse, *_ = OPS.logprob_v3(x.detach(), p.labels, False, sums, *common)
+    if inplace:
+        own = (torch.randn_like(lse), torch.randn_like(lse))
+        check(OPS.logprob_gradient_v3_.default, (x.detach(), p.labels, *own))
+    else:
+        abc = [torch.randn_like(lse) for _ in range(3)]
+        arguments = (abc, lse, logps, x.detach(), p.labels, *common)
+        check(OPS.logprob_gradient_v3.default, arguments)
 
 
 def length_normalised(logps: Tensor, rewards: PerSequence, seq: lk.Sequences) -> Tensor:

@@ -135,7 +135,7 @@ MUTANTS = [
     ("cpu/vec.h", "magnitude >= 0x7c00u ? special", "magnitude > 0x7c00u ? special"),
     ("contract.h", "p == V{} ? V{} : p * (b + c * z)", "p * (b + c * z)"),
     ("contract.h", "dlogit(p, z, a + b, c)", "dlogit(p, z, b, c)"),
-    ("contract.h", "-std::expm1(t)", "1.0f - static_cast<float>(std::exp(t))"),
+    ("contract.h", "-std::expm1(logp)", "1.0f - static_cast<float>(std::exp(logp))"),
     ("contract.h", "log_ratio > rule.log_high", "log_ratio >= rule.log_low"),
     ("contract.h", "rule.beta - weight * ratio", "rule.beta + weight * ratio"),
     ("cpu/sequences.cpp", "last == first", "false"),

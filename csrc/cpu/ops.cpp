@@ -79,13 +79,13 @@ void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, cons
   const Matrix x = matrix(logits, "logits", kCpu);
   const int64_t n = x.rows;
   DlogitsArgs args{x,
-                         matrix_like(x, out),
-                         vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu),
-                         vector<float>(lse, "lse", ScalarType::Float, n, kCpu),
-                         vector<float>(a, "a", ScalarType::Float, n, kCpu),
-                         vector<float>(b, "b", ScalarType::Float, n, kCpu),
-                         vector<float>(c, "c", ScalarType::Float, n, kCpu),
-                         logit_map(scale, softcap, temperature)};
+                   matrix_like(x, out),
+                   vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu),
+                   vector<float>(lse, "lse", ScalarType::Float, n, kCpu),
+                   vector<float>(a, "a", ScalarType::Float, n, kCpu),
+                   vector<float>(b, "b", ScalarType::Float, n, kCpu),
+                   vector<float>(c, "c", ScalarType::Float, n, kCpu),
+                   logit_map(scale, softcap, temperature)};
   if (logps) args.logps = vector<float>(*logps, "logps", ScalarType::Float, n, kCpu);
   torch::stable::parallel_for(0, n, grain(n, n * x.cols), [&](int64_t begin, int64_t end) {
     row_kernels().dlogits(args, begin, end);

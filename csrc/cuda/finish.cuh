@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
   }
   const bool spoilt = !(lse < HUGE_VALF);
   if (threadIdx.x == 0) {
-    const float logp = mine > others ? -log1pf(others / mine) : target - lse;
+    const float logp = mine > others ? -log1pf(others / mine) : (target - base) - log_total;
     const float stats[] = {spoilt ? NAN : logp,
                            spoilt ? NAN : lse,
                            spoilt ? NAN : log_total - dev / total,
@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
                            slope,
                            rest,
                            share};
+#pragma unroll
     for (int i = 0; i < 8; ++i) args.out[i][row] = stats[i];
   }
   if (args.unit == nullptr) return;

@@ -211,7 +211,8 @@ void add_labels_op(const Tensor& table, const Tensor& labels, const Tensor& rows
   args.table = matrix(table, "table", here.device);
   args.rows = matrix(rows, "rows", here.device);
   const int64_t n = args.rows.rows;
-  STD_TORCH_CHECK(args.rows.cols == args.table.cols, "rows (n, D) and table (V, D) must have one D");
+  STD_TORCH_CHECK(args.rows.cols == args.table.cols,
+                  "rows (n, D) and table (V, D) must have one D");
   STD_TORCH_CHECK(writes_once(args.table), "table must not hold two elements in one place");
   check_size(args.rows);
   args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);

@@ -21,16 +21,18 @@ def statistics(sums: Exps) -> RowStats:
     mine, fall = (sums.target_logit - base).exp(), (sums.anchor - base).exp()
     rest = sums.rest * fall
     total = rest + mine
-    lse = base + total.log()
+    log_total = total.log()
+    lse = base + log_total
     lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
-    logps = torch.where(mine > rest, -torch.log1p(rest / mine), sums.target_logit - lse)
+    below = (sums.target_logit - base) - log_total
+    logps = torch.where(mine > rest, -torch.log1p(rest / mine), below)
     others = fall * (sums.deviation + sums.rest * (sums.anchor - base))
     own = mine * (sums.target_logit - base)
     deviation = torch.where(fall == 0, 0.0, others) + torch.where(mine == 0, 0.0, own)
     return RowStats(
         logps=logps + 0.0 * lse,  # nan where the row is spoilt
         lse=lse,
-        entropy=total.log() - deviation / total,
+        entropy=log_total - deviation / total,
         max_logit=sums.max_logit,
         target_logit=sums.target_logit,
         slope=sums.slope,

@@ -306,7 +306,8 @@ def finish(
     dev = tl.where(fall == 0.0, 0.0, others) + tl.where(mine == 0.0, 0.0, mine * (target - base))
     rest = rest * fall
     total = rest + mine
-    lse = base + tl.log(total)
+    log_total = tl.log(total)
+    lse = base + log_total
     lse = tl.where(lse == POS_INF, NAN, lse)
     share = fall / total
     if HAS_FLAGS:
@@ -314,12 +315,12 @@ def finish(
         lse = tl.where(bad, NAN, lse)
         share = tl.where(bad, NAN, share)
         tl.atomic_or(flags_ptr, 1, mask=bad)
-    logps = tl.where(mine > rest, -log_of_1_plus(rest / mine), target - lse)
+    logps = tl.where(mine > rest, -log_of_1_plus(rest / mine), (target - base) - log_total)
     spoilt = lse != lse
     rest = rest / total
     tl.store(logps_out + row, tl.where(spoilt, NAN, logps))
     tl.store(lse_out + row, lse)
-    tl.store(entropy_out + row, tl.where(spoilt, NAN, tl.log(total) - dev / total))
+    tl.store(entropy_out + row, tl.where(spoilt, NAN, log_total - dev / total))
     tl.store(max_out + row, tl.load(max_ptr + row))
     tl.store(target_out + row, target)
     tl.store(slope_out + row, slope)
