@@ -67,7 +67,8 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) benchmarks/card.py --out $(CARD) --stages smoke,bench $(ARGS)
 
-# Whole training steps, the largest batch, memory beside the formula.
+# Whole training steps, the largest batch, memory beside the formula; ARGS=--fits: what fits into
+# 1, 2 and 4 GiB at Qwen2.5-0.5B's shape, beside lolrl plan.
 bench-train: install
 	$(BIN)/python benchmarks/run.py train $(ARGS)
 

@@ -25,8 +25,8 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -67,7 +67,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make(out: Path, *, wheels: bool) -> dict[str, Any]:
+def make(out: Path, *, wheels: bool) -> None:
     """Raises BundleError where something of it cannot be made."""
     shutil.rmtree(out, ignore_errors=True)
     (out / "wheels").mkdir(parents=True)
@@ -78,32 +78,26 @@ def make(out: Path, *, wheels: bool) -> dict[str, Any]:
     for name in OBJECTS:
         if built_from(out / f"{name}.abi3.so") != hashes[name]:
             raise BundleError(f"the sources of {name} changed while it was built: try again")
-    listed = sorted((out / "wheels").iterdir())
-    manifest = {
-        "objects": {
-            f"{name}.abi3.so": {
-                "sha256": sha256(out / f"{name}.abi3.so"),
-                "sources": hashes[name],
-                "architectures": ARCHITECTURES if name == "_CUDA" else "x86-64",
-            }
-            for name in OBJECTS
-        },
-        "wheels": {path.name: sha256(path) for path in listed},
-        "python": "3.12",
-        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    objects = {
+        f"{name}.abi3.so": {
+            "sha256": sha256(out / f"{name}.abi3.so"),
+            "sources": hashes[name],
+            "architectures": ARCHITECTURES if name == "_CUDA" else "x86-64",
+        }
+        for name in OBJECTS
     }
+    wheels_made = {path.name: sha256(path) for path in sorted((out / "wheels").iterdir())}
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    manifest = {"objects": objects, "wheels": wheels_made, "python": "3.12", "made": made}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    sizes = sorted(
-        ((p.stat().st_size, p.name) for p in out.rglob("*") if p.is_file()), reverse=True
-    )
+    sizes = sorted((p.stat().st_size, p.name) for p in out.rglob("*") if p.is_file())
     total = sum(size for size, _ in sizes)
     if total > LIMIT:
         raise BundleError(
-            f"{out} has {total:,} bytes, more than {LIMIT:,}; the largest file is {sizes[0][1]} "
-            f"({sizes[0][0]:,}): take it out of requirements/peers-gpu.txt"
+            f"{out} has {total:,} bytes, more than {LIMIT:,}; the largest file is {sizes[-1][1]} "
+            f"({sizes[-1][0]:,}): take it out of requirements/peers-gpu.txt"
         )
     print(f"{out}: {total:,} bytes in {len(sizes)} files")
-    return manifest
 
 
 def build(out: Path) -> None:
@@ -152,11 +146,8 @@ def repack(path: Path) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    if path.suffix != ".xz":
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder)
-        return
-    with tempfile.TemporaryFile() as plain, lzma.open(path) as file:
+    opened = lzma.open if path.suffix == ".xz" else open
+    with tempfile.TemporaryFile() as plain, opened(path, "rb") as file:
         shutil.copyfileobj(file, plain, 2**20)
         with zipfile.ZipFile(plain) as archive:
             archive.extractall(folder)
@@ -164,18 +155,15 @@ def unpack(path: Path, folder: Path) -> None:
 
 def place(bundle: Path, wheels: Path, journal: Journal, *, building: bool, compiler: bool) -> None:
     """Puts the objects into the package and what wheels hold there; each says how it went."""
-    manifest = {"objects": {}, "wheels": {}}
-    if (bundle / "manifest.json").exists():
-        manifest = json.loads((bundle / "manifest.json").read_text())
+    path, manifest = bundle / "manifest.json", {"wheels": {}}
+    if path.exists():
+        manifest = json.loads(path.read_text())
     for name, digest in manifest["wheels"].items():
-        attempt(journal, f"wheel {name}", lambda n=name, d=digest: wheel(bundle, wheels, n, d))
-    hashes = wanted()
+        attempt(journal, f"wheel {name}", partial(wheel, bundle, wheels, name, digest))
+    hashes, how = wanted(), {"building": building, "compiler": compiler}
     for name in OBJECTS:
-        attempt(
-            journal,
-            f"object {name}",
-            lambda n=name: place_object(n, hashes[n], bundle, building=building, compiler=compiler),
-        )
+        step = partial(place_object, name, hashes[name], bundle, **how)
+        attempt(journal, f"object {name}", step)
 
 
 def attempt(journal: Journal, task: str, step: Callable[[], str]) -> None:

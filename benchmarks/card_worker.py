@@ -280,8 +280,10 @@ class Bench:
         dtype = "bf16" if self.device.kind == "cuda" else "fp32"
         case = module.Case(model, mode, count, length, dtype, self.device.kind)
         memory = list(self.sizes.memory) or None
-        found = module.measure_case(case, memory, min(self.rounds, 5), self.device, self.ends)
-        self.device.fill()
+        try:
+            found = module.measure_case(case, memory, min(self.rounds, 5), self.device, self.ends)
+        finally:  # what is measured next needs it
+            self.device.fill()
         return judged(found)
 
     def kernels(self, vocab: int) -> dict[str, Any]:

@@ -215,6 +215,7 @@ class Worker:
     def __init__(self, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
+        self.wait = partial(torch.cuda.synchronize, self.device) if device != "cpu" else dict
         self.call: Callable[[], Any] = dict
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -222,25 +223,22 @@ class Worker:
             return {"seconds": self.time(request["repeats"])}
         self.call = dict  # the last case's tensors go first
         inputs = make_inputs(Shape(**request["shape"]), device=self.device)
-        self.call = build_call(request["op"], inputs)
-        sizes = {}
+        self.call, sizes = build_call(request["op"], inputs), {}
         for name, tensor in self.call().items():
             if tensor is not None:
-                sizes[name] = tensor.numel()
-                path = f"{request['file']}-{name}"
-                kept = torch.from_file(path, shared=True, size=tensor.numel())
+                sizes[name] = n = tensor.numel()
+                kept = torch.from_file(f"{request['file']}-{name}", shared=True, size=n)
                 kept.copy_(tensor.detach().reshape(-1))
         return {"sizes": sizes, "seconds": self.time(2)}
 
     def time(self, repeats: int) -> float:
         """Seconds of the median call."""
-        wait = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else dict
         times = []
         for _ in range(repeats):
-            wait()
+            self.wait()
             start = time.perf_counter()
             self.call()
-            wait()
+            self.wait()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 

@@ -494,14 +494,14 @@ def _peak_here(c: Contestant) -> int:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         result = call()
-        peak = _status("VmHWM") - before - c.returned(result)
+        peak = status("VmHWM") - before - c.returned(result)
         del result
     return peak + c.holds
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A field of /proc/self/status in bytes: VmRSS (resident) or VmHWM (its high-water mark)."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.partition(f"\n{name}:")[2].split()[0])

@@ -407,15 +407,12 @@ def error_plot(records: list[Record], theme: Theme) -> Plot:
     return Plot(figure, title)
 
 
-def tokens_plot(records: list[Record], theme: Theme) -> Plot:
-    return growth(*growth_case(records, "tokens"), theme, logarithmic=True)
-
-
-def vocab_plot(records: list[Record], theme: Theme) -> Plot:
-    return growth(*growth_case(records, "vocab"), theme, logarithmic=False)
-
-
-PLOTS = {"tokens": tokens_plot, "vocab": vocab_plot, "floor": floor_plot, "error": error_plot}
+PLOTS: dict[str, Callable[[list[Record], Theme], Plot]] = {
+    "tokens": lambda found, t: growth(*growth_case(found, "tokens"), t, logarithmic=True),
+    "vocab": lambda found, t: growth(*growth_case(found, "vocab"), t, logarithmic=False),
+    "floor": floor_plot,
+    "error": error_plot,
+}
 
 
 def draw(records: list[Record], name: str, theme: Theme) -> Plot:

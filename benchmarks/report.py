@@ -67,11 +67,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
-    query = [
-        f"--id={device.index or 0}",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader",
-    ]
+    query = [f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}"]
+    query.append("--format=csv,noheader")
     done = subprocess.run(["nvidia-smi", *query], text=True, capture_output=True, timeout=60)
     values = [value.strip() for value in done.stdout.split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
@@ -179,15 +176,12 @@ def ratios(row: dict[str, Any], floor: dict[str, Any]) -> dict[str, float] | Non
 
 def measured(goal: dict[str, Any], row: dict[str, Any], other: dict[str, Any]) -> float | None:
     """time: median of the rounds' ratios, at most the limit; bandwidth: the same, at least it.
-    per row: ratio of the medians per row of hidden states. memory: ratio of extra bytes. formula:
-    distance of the extra bytes from the documented ones, as a share of these.
+    memory: ratio of extra bytes. formula: distance of the extra bytes from the documented ones, as
+    a share of these.
     """
-    if goal["of"] in ("time", "bandwidth", "per row"):
+    if goal["of"] in ("time", "bandwidth"):
         found = ratios(row, other)
-        if found is None:
-            return None
-        per = other["tokens"] / row["tokens"] if goal["of"] == "per row" else 1.0
-        return found["median"] * per
+        return found["median"] if found else None
     if row["extra_bytes"] is None:
         return None
     if goal["of"] == "memory":

@@ -68,15 +68,10 @@ class Case:
         """The bytes of a step by the formulas of lolrl plan, which know no TRL."""
         if contestant not in plan.LOSSES:
             return None
-        setup = Setup(
-            dtype=self.dtype,
-            lora=RANK if self.mode == "lora" else 0,
-            seq_len=self.seq_len,
-            prompt_share=PROMPT,
-            checkpointing=self.checkpointing,
-            memory_budget=self.memory_budget,
-            device=self.device,
-        )
+        how = {"dtype": self.dtype, "device": self.device, "seq_len": self.seq_len}
+        how |= {"lora": RANK if self.mode == "lora" else 0, "prompt_share": PROMPT}
+        how |= {"checkpointing": self.checkpointing, "memory_budget": self.memory_budget}
+        setup = Setup(**how)
         return plan.step_bytes(self.shape, setup, self.sequences, contestant)
 
 

@@ -379,7 +379,6 @@ def rows_of(**more: dict[str, Any]) -> list[dict[str, Any]]:
     ("of", "against", "want"),
     [
         ("time", "b", 1.05),
-        ("per row", "b", 0.525),
         ("memory", "b", 0.5),
         ("formula", None, 0.05),
         ("bandwidth", "b", 2 * 20 / 21),

@@ -6,6 +6,7 @@ The records here are invented: they show what is drawn, not how fast anything is
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,16 @@ NAMES = ("tokens", "vocab", "floor", "error")
 
 
 def row(contestant: str, ms: float, dtype: str = "fp32", **more: Any) -> dict[str, Any]:
-    return {
-        "label": contestant,
-        "contestant": contestant,
-        "op": "linear_loss",
-        "shape": f"T=1024 D=768 V=50257 L=128 {dtype}",
-        "tokens": 1024,
-        "frozen_head": False,
-        "times_ms": [ms],
-        "median_ms": ms,
-        "sum_error_nat": None,
-        "extra_bytes": None,
-        "formula_bytes": None,
-        **more,
-    }
+    shape = f"T=1024 D=768 V=50257 L=128 {dtype}"
+    known = {"label": contestant, "contestant": contestant, "op": "linear_loss", "shape": shape}
+    known |= {"frozen_head": False, "times_ms": [ms], "median_ms": ms, "tokens": 1024}
+    return {**known, **dict.fromkeys(("sum_error_nat", "extra_bytes", "formula_bytes")), **more}
 
 
 def axis_case(axis: str, unit: str, points: list[int], letter: str) -> dict[str, Any]:
     rows = []
     for x in points:
-        shape = "T=1024 D=256 V=8192 L=128 fp32".replace(
-            {"T": "T=1024", "V": "V=8192"}[letter], f"{letter}={x}"
-        )
+        shape = re.sub(rf"{letter}=\d+", f"{letter}={x}", "T=1024 D=256 V=8192 L=128 fp32")
         size, memory = x / points[0], 48 * 2**20
         memory = memory if axis == "tokens" else int(memory * (0.6 + 0.4 * size))
         common = {"shape": shape, "x": x, "full_chunks": x > points[1]}
@@ -49,52 +38,32 @@ def axis_case(axis: str, unit: str, points: list[int], letter: str) -> dict[str,
         rows.append(row("gemms", 10 * size, **common))
         if x <= points[-2]:
             rows.append(row("eager", 1 + 17 * size, **common, extra_bytes=int(2**25 * size)))
-    return {
-        "title": axis,
-        "axis": axis,
-        "unit": unit,
-        "floor": "gemms",
-        "rows": rows,
-    }
+    return {"title": axis, "axis": axis, "unit": unit, "floor": "gemms", "rows": rows}
 
 
 @pytest.fixture
 def records() -> list[dict[str, Any]]:
-    return make_records()
-
-
-def make_records() -> list[dict[str, Any]]:
-    where = {"device": "Some CPU", "threads": 2}
-    peers = {
-        "title": "linear_loss",
-        "floor": "gemms",
-        "rows": [
-            row("lolkernels", 108.0, sum_error_nat=7e-6),
-            row("gemms", 100.0),
-            row("eager", 127.0, sum_error_nat=2e-5),
-            row("torch lce", 616.0, sum_error_nat=2e-5),
-            row("cce no filter", 150.0, sum_error_nat=3e-5, version="25.1.1"),
-            row("cce torch_compile", 140.0, sum_error_nat=3e-5, version="25.1.1"),
-            row("trl", 0, median_ms=None, times_ms=[], skipped="not installed"),
-        ],
-    }
-    half = {
-        "title": "bf16",
-        "floor": "gemms",
-        "rows": [
-            row("lolkernels", 108.0, "bf16", label="lolkernels bf16", sum_error_nat=8e-6),
-            row("eager", 70.0, "bf16", label="eager bf16", sum_error_nat=0.32),
-            row("lolkernels", 109.0, label="lolkernels fp32", sum_error_nat=6e-6),
-        ],
-    }
+    peers = [
+        row("lolkernels", 108.0, sum_error_nat=7e-6),
+        row("gemms", 100.0),
+        row("eager", 127.0, sum_error_nat=2e-5),
+        row("torch lce", 616.0, sum_error_nat=2e-5),
+        row("cce no filter", 150.0, sum_error_nat=3e-5, version="25.1.1"),
+        row("cce torch_compile", 140.0, sum_error_nat=3e-5, version="25.1.1"),
+        row("trl", 0, median_ms=None, times_ms=[], skipped="not installed"),
+    ]
+    half = [
+        row("lolkernels", 108.0, "bf16", label="lolkernels bf16", sum_error_nat=8e-6),
+        row("eager", 70.0, "bf16", label="eager bf16", sum_error_nat=0.32),
+        row("lolkernels", 109.0, label="lolkernels fp32", sum_error_nat=6e-6),
+    ]
+    cases = [{"title": "t", "floor": "gemms", "rows": rows} for rows in (peers, half)]
     scaling = [
         axis_case("tokens", "token", [256 << k for k in range(10)], "T"),
         axis_case("vocab", "column", [32768, 65536, 131072, 196608, 262144], "V"),
     ]
-    return [
-        {"environment": where, "rounds": 3, "cases": [peers, half], "goals": []},
-        {"environment": where, "rounds": 3, "cases": scaling, "goals": []},
-    ]
+    common = {"environment": {"device": "Some CPU", "threads": 2}, "rounds": 3, "goals": []}
+    return [{**common, "cases": found} for found in (cases, scaling)]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

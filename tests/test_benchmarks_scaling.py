@@ -38,14 +38,8 @@ def test_a_flat_cost_has_no_slope_and_a_line_needs_two_sizes() -> None:
 
 
 def row(contestant: str, x: int, ms: float, extra: int | None, full: bool = True) -> dict:
-    return {
-        "contestant": contestant,
-        "x": x,
-        "median_ms": ms,
-        "extra_bytes": extra,
-        "formula_bytes": extra,
-        "full_chunks": full,
-    }
+    known = {"contestant": contestant, "x": x, "median_ms": ms, "full_chunks": full}
+    return {**known, "extra_bytes": extra, "formula_bytes": extra}
 
 
 @pytest.fixture
