@@ -85,20 +85,24 @@ def fuse_lm_head(
         out = model(input_ids, attention_mask=..., completion_mask=mask)      # .logps (N,), .seq
         out = model(..., completion_mask=mask, objective=a_lol, ref_logps=r, advantages=a)  # .loss
 
-    ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
-    position t - 1. With ``inputs_embeds`` (as under PEFT's prompt tuning) the tokens are given as
-    ``labels``, and the mask is about the last of them where it is shorter. An encoder-decoder model
-    scores its decoder's tokens: ``labels``, from t = 0. Per-token side inputs are ``(N,)`` packed
-    in that order, or ``(B, T)``. Further keywords: ``reduction``, ``temperature``, ``group_size``
-    (rows that one loss value couples), ``totals=(num_sequences, num_tokens)`` for the denominators
-    of a larger update, and ``cu_seqlens`` (S + 1,) for S sequences packed into one row (1, T),
-    without attention_mask: position_ids that start again keep them apart, which is tried once. A
-    keyword that neither these, the objective nor the model's forward knows is a TypeError. A call
-    without ``completion_mask`` does what it did before: generation is unchanged, and ``labels``
-    alone give the model's own loss, with a warning while training. The result is a
-    :class:`FusedOutput`. :func:`unfuse_lm_head` undoes it. PEFT models are patched inside; LoRA,
-    DoRA, modules_to_save and trainable_token_indices on the head are included (each call with LoRA
-    copies the head's weight, and its gradient costs what a trained head's does).
+    The result is a :class:`FusedOutput`. A call without ``completion_mask`` does what it did
+    before: generation is unchanged, and ``labels`` alone give the model's own loss, with a warning
+    while training. :func:`unfuse_lm_head` undoes it. The keywords of a call:
+
+    * ``completion_mask[b, t]`` marks ``input_ids[b, t]`` as a token to score (t >= 1), predicted by
+      position t - 1. With ``inputs_embeds`` (as under PEFT's prompt tuning) the tokens are given as
+      ``labels``, and the mask is about the last of them where it is shorter. An encoder-decoder
+      model scores its decoder's tokens: ``labels``, from t = 0.
+    * Per-token side inputs are ``(N,)``, packed in the mask's order, or ``(B, T)``.
+    * ``reduction``, ``temperature``, and ``group_size``: rows that one loss value couples.
+    * ``totals=(num_sequences, num_tokens)``: the denominators of a larger update.
+    * ``cu_seqlens`` (S + 1,): S sequences are packed into one row (1, T), without attention_mask.
+      position_ids that start again keep them apart, which is tried once.
+    * A keyword that neither these, the objective nor the model's forward knows is a TypeError.
+
+    PEFT models are patched inside. LoRA, DoRA, modules_to_save and trainable_token_indices on the
+    head are included; each call with LoRA copies the head's weight, and its gradient costs what a
+    trained head's does.
 
     The hidden states are those that the model's own forward gives its head. A factor or a tanh
     soft-cap behind the head is found by observation, and both paths are compared on a few tokens.

@@ -77,9 +77,9 @@ def linear_loss(
     that composition: the objective's own body runs once, on all log-probs, and the rows that
     ``memory_budget`` does not hold cost a fourth GEMM.
 
-    An objective that names ``entropy`` has logits held in place of their exponentials. The rows of
-    a group that ``memory_budget`` does not hold have their logits made twice; with
-    ``accumulate_into`` so have all rows that it does not hold (with ``entropy`` all).
+    For an objective that names ``entropy`` logits are held in place of their exponentials. Where
+    ``memory_budget`` does not hold all rows of a group, the logits of the others are made twice;
+    with ``accumulate_into`` this goes for all rows beyond it (with ``entropy`` for every row).
 
     Args:
         objective: one of ``lolkernels.objectives`` or any callable that names statistics (``logps,

@@ -127,13 +127,14 @@ class Sequences:
         group_size: int = 1,
         cp_group: Any = None,
     ) -> Sequences:
-        """One sequence a row of ``mask``. A mask on a GPU is waited for here.
+        """One sequence per row of ``mask``. This waits for a mask that is on a GPU.
 
         Args:
             mask: ``(B, T)`` bool (or 0/1 integers), True at the tokens that count. Packed rows are
                 then ``hidden[mask]``; ``linear_loss`` also takes the unpacked ``(B, T, D)``.
-            cu_seqlens: ``(S + 1,)`` offsets of the S sequences that a mask ``(1, T)`` holds one
-                behind the other, in tokens, marked or not; those behind the last are padding.
+            cu_seqlens: ``(S + 1,)`` offsets, in tokens, of the S sequences that a mask ``(1, T)``
+                holds one behind the other. They count tokens whether marked or not; what stands
+                behind the last is padding.
             group_size, cp_group: see the class; with a group ``mask`` is of the rank's positions.
 
         Raises:

@@ -1,7 +1,7 @@
 """The cuda backend with a GEMM of its own for NVIDIA's Hopper: no float32 logits in memory.
 
 For x = hidden W^T + bias (fp32 accumulation) the GEMM's epilogue makes the exponentials and sums of
-``exps_`` while the logits are in registers: 2 bytes a logit go through memory instead of 10.
+``exps_`` while the logits are in registers: 2 bytes per logit go through memory instead of 10.
 
 Chosen by name only: where it is faster than the vendor's GEMM with a sweep over its logits has not
 been measured. The names hold the rows and columns of a tile; two warpgroups work together on one of

@@ -19,7 +19,7 @@ from .contract import REACH, SHIFT, Backend, Exps, RowStats
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SEQUENCE_BLOCK = 512  # tokens at a time in sequence_coef
 WIDTH = 1024  # columns of hidden, and labels, at a time
-STAGES = 1  # the sweeps have no dot product to pipeline: many programs a processor hide latency
+STAGES = 1  # the sweeps have no dot product to pipeline: many programs per processor hide latency
 
 
 @cache
@@ -38,21 +38,21 @@ def why_unavailable() -> str | None:
 
 
 def stats_block(vocab: int, itemsize: int) -> tuple[int, int, int]:
-    """(GROUPS, VEC, num_warps) of ``row_stats``: 16 columns a thread, 16 bytes a load."""
+    """(GROUPS, VEC, num_warps) of ``row_stats``: 16 columns per thread, 16 bytes per load."""
     vec = 16 // itemsize
     block = max(vec, min(_power_of_2(vocab), 4096))
     return block // vec, vec, max(1, min(8, block // 512))
 
 
 def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
-    """(BLOCK, num_warps) of ``dlogits_``: 16 columns a thread, 8 where tanh takes registers."""
+    """(BLOCK, num_warps) of ``dlogits_``: 16 columns per thread, 8 where tanh takes registers."""
     columns = 8 if cap else 16
     block = min(_power_of_2(vocab), 256 * columns)
     return block, max(1, min(8, block // (32 * columns)))
 
 
 def exps_block(vocab: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of ``exps_``: 8 columns a thread, because its sums take registers too."""
+    """(BLOCK, num_warps) of ``exps_``: 8 columns per thread, as its sums take registers too."""
     return dlogits_block(vocab, cap=True)
 
 
@@ -241,7 +241,7 @@ def sequence_coef(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`loss (s,), coef (n,), log_ratio (s,), clipped (s,)`, float32, for the A-LoL family.
 
-    One launch. Memory traffic: 8 bytes a token read, 4 written.
+    One launch. Memory traffic: 8 bytes read and 4 written per token.
     """
     num_sequences = weight.shape[0]
     loss, log_ratio, clipped = (

@@ -417,8 +417,8 @@ def dlogits(
     logps_ptr,
     out_ptr,  # (n, V)
     V,
-    parts,  # programs a row
-    span,  # columns a program: a multiple of BLOCK
+    parts,  # programs per row
+    span,  # columns per program: a multiple of BLOCK
     x_row,
     x_col,
     out_row,
@@ -513,7 +513,7 @@ def sequence_coef(
     HAS_BETA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The A-LoL family on one sequence a program, in fp64: tokens are few, their sum is large.
+    """The A-LoL family on one sequence per program, in fp64: tokens are few, their sum is large.
 
     Bytes a token: 8 read, 4 written.
     """
