@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def test_two_ranks_without_accumulation_equal_one(one: dict, tmp_path: Path) -> 
     compare(train("torchrun", tmp_path / "two", 4, 1), one)
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_two_ranks_of_zero3_equal_one(one: dict, tmp_path: Path) -> None:
     """In float32; 8 updates of 3e-3 each move the parameters."""
     compare(train("zero3", tmp_path / "two", 2, 2), one, parameters=1e-4, logged=1e-3)

@@ -7,6 +7,7 @@ import functools
 import runpy
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -372,7 +373,7 @@ def compiled_run(loss: Any, wrap: Any, *, compile_it: bool) -> dict[str, Tensor]
 # --- ZeRO-3 ---------------------------------------------------------------------------------------
 
 
-@scenario(2)
+@scenario(*((2,) if find_spec("deepspeed") else ()))
 def zero3() -> None:
     """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
     import deepspeed
