@@ -73,7 +73,11 @@ class RowWalk(Walk):
             if hold or (held is None and unit is None and self.gemm is None):  # nothing is written
                 x = buffer[: j - i] if held is None else held
                 self.logits(h, x)
-                sums = self.backend.sums(x, labels, **self.options)
+                if self.half_range:  # anchored as where they are kept: statistics of the same bits
+                    e = self.narrow(buffer[: j - i])
+                    sums = self.backend.exps_(x, labels, None, **self.options, out=e)
+                else:
+                    sums = self.backend.sums(x, labels, **self.options)
             elif self.gemm is not None:
                 e = buffer[: j - i] if held is None else held
                 out = None if held is None and unit is None else e  # scoring writes none
