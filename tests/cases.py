@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import cuda_host_backend as cuda_host
+import judges
 import pytest
 import torch
+from judges import LOGPROB_ATOL, Problem, eager, peaky
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import testing
 from lolkernels.backends import cpu, reference, triton
-from lolkernels.testing import LOGPROB_ATOL, Problem, eager, peaky
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +86,7 @@ def fuzz_test(check: Callable[[int, str], tuple[float, int]], canaries: int) -> 
 
 def judge_outputs(out: Any, truth: Any, dtype: torch.dtype) -> tuple[float, int]:
     """Log-probs and statistics against float64; returns the worst log-prob error and canaries."""
-    canaries = testing.accept_logprobs(out.logps, truth.logps.detach())
+    canaries = judges.accept_logprobs(out.logps, truth.logps.detach())
     if not out.logps.numel():
         return 0.0, canaries
     scale = 1e-12 / LOGPROB_ATOL if dtype == torch.float64 else 1.0
@@ -112,7 +112,7 @@ def rounded_sizes(sizes: dict[str, float], problem: Problem, tiny: float = 0.0) 
     if dtype != problem.weight.dtype or dtype not in HALF[1:] or n == 0:
         return sizes
     h, w = float(problem.hidden.abs().max()), float(problem.weight.abs().max())
-    known, eps = testing.STATISTICS_TOL[dtype], torch.finfo(dtype).eps
+    known, eps = judges.STATISTICS_TOL[dtype], torch.finfo(dtype).eps
     own, last = eps / 4 if dtype == torch.bfloat16 else 0.0, eps / 2 / n**0.5
     roundings = {"hidden": (own, v**0.5 * w), "weight": (last, n**0.5 * h), "bias": (last, n**0.5)}
     return {

@@ -4,16 +4,17 @@ import itertools
 import warnings
 from typing import Any
 
+import judges
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from cases import BACKENDS, DTYPES, HALF, calls, each_backend
+from judges import eager, peaky
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 from lolkernels.backends import TABLE
-from lolkernels.testing import eager, peaky
 
 NARROW = {b: HALF if b == "reference" else DTYPES[b] for b in BACKENDS}
 
@@ -120,7 +121,7 @@ def test_every_requires_grad_pattern(name, backend, dtype, pattern) -> None:
         elif name == "a_lol":  # another path may form the same gradient in another order
             # Over whole rows the gradients of half-precision logits are rounded on the way.
             size = 100.0 if not TABLE[backend].panels and dtype != torch.float32 else 10.0
-            testing.accept_gradient(leaf.grad, whole, whole.double(), size=size)
+            judges.accept_gradient(leaf.grad, whole, whole.double(), size=size)
         else:
             assert torch.equal(leaf.grad, whole)
 
@@ -300,13 +301,13 @@ def test_every_pair_of_dtypes_works_forward_and_backward(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
         out = lk.linear_logprob(h, w, p.labels)
-        testing.accept_logprobs(out.logps, truth)
+        judges.accept_logprobs(out.logps, truth)
         by_op = torch.autograd.grad(out.logps.sum(), (h, w))
         loss = lk.linear_loss(objectives.nll, h, w, p.labels, seq, reduction="sum")
         by_loss = torch.autograd.grad(-loss, (h, w))
     for leaf, a, b in zip((h, w), by_op, by_loss, strict=True):
         assert a.dtype == b.dtype == leaf.dtype
-        testing.accept_gradient(a, b, b.double(), size=10.0)
+        judges.accept_gradient(a, b, b.double(), size=10.0)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from cases import ROOT
+from judges import peaky
 
 import lolkernels as lk
-from lolkernels.testing import peaky
 from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
 from tests.ranks.harness import SCENARIOS
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import judges
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 from lolkernels.objectives import PerSequence, PerToken
 
 DATA = Path(__file__).parent / "data"
@@ -98,7 +99,7 @@ def close(got: Tensor, want: Tensor, tol: float = TOL) -> bool:
     if float(want.abs().max()) < 1e-15:  # a sum that cancels
         return float(got.detach().abs().max()) < 1e-15
     flat = got.detach().reshape(-1, got.shape[-1]) if got.dim() else got.detach().reshape(1)
-    return testing.accept(lambda x: judge(x.reshape(want.shape)), flat) >= 2
+    return judges.accept(lambda x: judge(x.reshape(want.shape)), flat) >= 2
 
 
 def test_the_file_holds_four_cases_of_each_configuration() -> None:

@@ -4,15 +4,15 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import judges
 import pytest
 import torch
 from cases import DTYPES, HALF, each_dtype, fuzz_test, judge_outputs, rounded_sizes
+from judges import LAYOUTS, Problem, RedZones, eager, eager_logits, fuzz, peaky
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import testing
 from lolkernels.backends import TABLE
-from lolkernels.testing import LAYOUTS, Problem, RedZones, eager, eager_logits, fuzz, peaky
 
 
 class Drawn:
@@ -93,13 +93,13 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
         assert value.dtype == dtype and bool((value[~keep] == 0).all())
     worst, canaries = judge_outputs(out._make(t[keep] for t in out), truth, dtype)
     kept = replace(problem, hidden=problem.hidden[keep], labels=problem.labels[keep])
-    sizes = testing.gradient_sizes(kept, {name: g[keep] for name, g in drawn.upstream.items()})
+    sizes = judges.gradient_sizes(kept, {name: g[keep] for name, g in drawn.upstream.items()})
     if not TABLE[backend].panels:
         sizes = rounded_sizes(sizes, kept)
     for name, grad, peer, true in zip(leaves, grads, peer_grads, true_grads, strict=True):
         assert grad.dtype == leaves[name].dtype
         try:
-            canaries += testing.accept_gradient(grad, peer, true, sizes[name])
+            canaries += judges.accept_gradient(grad, peer, true, sizes[name])
         except AssertionError as error:
             raise AssertionError(f"d{name}: {error}") from None
     return worst, canaries
@@ -126,9 +126,9 @@ def test_a_sequence_of_4096_tokens_sums_to_a_millinat(backend: str, dtype: torch
         logps = lk.linear_logprob(p.hidden, p.weight, p.labels, backend=backend).logps
         truth = eager(p.double()).logps
         rounded = eager_logits((p.hidden @ p.weight.T), p.labels, **p.options).logps
-    assert testing.accept_logprobs(logps, truth, [4096]) == 3
+    assert judges.accept_logprobs(logps, truth, [4096]) == 3
     if dtype != torch.float32:  # the criterion tells fp32 logits from rounded ones
-        assert testing.logprob_faults(rounded, truth, [4096])
+        assert judges.logprob_faults(rounded, truth, [4096])
 
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_loss"])

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import judges
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from cases import DTYPES, HALF, fuzz_test, rounded_sizes
+from judges import LAYOUTS, Problem, RedZones, eager, fuzz, peaky
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 from lolkernels.backends import TABLE
 from lolkernels.objectives import PerSequence, PerToken
-from lolkernels.testing import LAYOUTS, Problem, RedZones, eager, fuzz, peaky
 
 REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
 
@@ -151,10 +152,10 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
         )
         skipped = seq.expand(drawn.side["advantages"] <= 0)
     assert torch.equal(computed, ~skipped)
-    canaries = testing.accept_logprobs(out.logps[computed], true["logps"][computed])
+    canaries = judges.accept_logprobs(out.logps[computed], true["logps"][computed])
 
     # An error of d in each log-prob moves the loss by sum |coef| d (and by the ratio's own share).
-    atol = 1e-12 if wide == torch.float64 else testing.LOGPROB_ATOL
+    atol = 1e-12 if wide == torch.float64 else judges.LOGPROB_ATOL
     size = max(1.0, true["logps"].abs().sum().item())
     blur = atol * (true["coef"].abs().sum().item() / abs(drawn.upstream)) * size + 1e-6 * abs(
         true["loss"].item()
@@ -165,7 +166,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     seq_size = 1 + true["seq_loss"].abs()
     assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
 
-    sizes = testing.gradient_sizes(problem, {"logps": true["coef"]})
+    sizes = judges.gradient_sizes(problem, {"logps": true["coef"]})
     if not TABLE[backend].panels:
         weights = objectives.reduction_weights(seq, drawn.reduction)
         # Of float16 in units of the largest weight, half its smallest number.
@@ -177,7 +178,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     for name, grad in zip(trainable, grads, strict=True):
         assert grad.dtype == trainable[name].dtype
         try:
-            canaries += testing.accept_gradient(
+            canaries += judges.accept_gradient(
                 grad, peer[name], true[name], sizes[name] * math.sqrt(longest)
             )
         except AssertionError as error:

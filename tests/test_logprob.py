@@ -4,15 +4,15 @@ import math
 import random
 from typing import Any
 
+import judges
 import pytest
 import torch
 from cases import DTYPES, each_backend, each_dtype, fuzz_test, judge_outputs
+from judges import LAYOUTS, VOCABULARIES, RedZones, eager_logits
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import testing
 from lolkernels.backends import TABLE
-from lolkernels.testing import LAYOUTS, VOCABULARIES, RedZones, eager_logits
 
 OPTIONS = [
     {"temperature": t, "softcap": s, "logit_scale": f}
@@ -53,12 +53,12 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
         results.append((e, torch.autograd.grad(total, leaf)[0]))
     (truth, true_grad), (_, peer_grad) = results
     worst, canaries = judge_outputs(out, truth, dtype)
-    head = testing.Problem(logits, torch.eye(v), labels, **options)
-    size = testing.gradient_sizes(head, drawn)["hidden"] if v <= 300 else 0.0
+    head = judges.Problem(logits, torch.eye(v), labels, **options)
+    size = judges.gradient_sizes(head, drawn)["hidden"] if v <= 300 else 0.0
     if not size:  # the same bound without an identity of V x V
         biggest = sum(float(g.abs().max()) for g in drawn.values())
         size = 40 * biggest * options["logit_scale"] / options["temperature"]
-    canaries += testing.accept_gradient(grad, peer_grad, true_grad, size)
+    canaries += judges.accept_gradient(grad, peer_grad, true_grad, size)
     return worst, canaries
 
 
@@ -97,7 +97,7 @@ def test_gradient_at_a_target_of_high_probability(backend, p, dtype, shift) -> N
         off = (g.double() - truth).abs() - allowed
         return [] if bool((off <= 0).all()) else [f"{off.max().item():.1e} above 1%"]
 
-    assert testing.accept(judge, grad, blind=8 * unit) >= 2
+    assert judges.accept(judge, grad, blind=8 * unit) >= 2
     # The fault this test is for: p rounded to the logits' dtype before one is subtracted.
     softmax = torch.softmax(y, -1).to(torch.bfloat16).double()
     rounded = -softmax * upstream.double()[:, None]
@@ -111,7 +111,7 @@ def test_leading_dimensions_and_int32_labels() -> None:
     out = lk.logprob(logits, labels.to(torch.int32))
     want = torch.log_softmax(logits.double(), -1).gather(-1, labels[..., None]).squeeze(-1)
     assert out.logps.shape == (2, 3, 4)
-    testing.accept_logprobs(out.logps.reshape(-1), want.reshape(-1))
+    judges.accept_logprobs(out.logps.reshape(-1), want.reshape(-1))
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
@@ -133,7 +133,7 @@ def test_batched_views_of_any_stride(backend: str) -> None:
         (grad,) = torch.autograd.grad(out.logps.sum(), leaf)
         true = x.double().clone().requires_grad_()
         want = torch.log_softmax(true, -1).gather(-1, labels[..., None]).squeeze(-1)
-        testing.accept_logprobs(out.logps.reshape(-1), want.detach().reshape(-1))
+        judges.accept_logprobs(out.logps.reshape(-1), want.detach().reshape(-1))
         (true_grad,) = torch.autograd.grad(want.sum(), true)
         assert float((grad.double() - true_grad).abs().max()) <= 1e-6
 
@@ -147,7 +147,7 @@ def test_more_than_2_to_the_31_logits() -> None:
     labels = torch.arange(n) % v
     got = lk.logprob(logits, labels, backend="cpu").logps
     want = torch.log_softmax(row.double(), -1)[0, labels]
-    testing.accept_logprobs(got, want, [1] * n)
+    judges.accept_logprobs(got, want, [1] * n)
 
 
 # --- the gradient in the place of the logits ------------------------------------------------------

@@ -4,14 +4,16 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import judges
 import pytest
 import torch
 from objective_forms import FORMS, Form, by_hand, draw
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 from lolkernels.objectives import PerSequence, PerToken
+from lolkernels.testing import check_objective
 
 forms = pytest.mark.parametrize("form", FORMS, ids=str)
 ROWS = {form.name: form for form in FORMS}  # the last row of each
@@ -42,9 +44,7 @@ def test_losses_and_gradients_equal_the_closed_form(form: Form, spread: float) -
 @pytest.mark.parametrize("form", ROWS.values(), ids=list(ROWS))
 def test_what_an_objective_declares_is_true(form: Form) -> None:
     whole = {k: torch.tensor(v, dtype=torch.float64) for k, v in form.whole.items()}
-    found = testing.check_objective(
-        form.objective, group_size=form.group_size, **whole, **form.options
-    )
+    found = check_objective(form.objective, group_size=form.group_size, **whole, **form.options)
     mark = objectives.traits(form.objective)
     assert found.token_local == mark.token_local  # declared wherever it holds
     assert (found.gradient_error is None) == ("clipped" in mark.metrics)
@@ -56,7 +56,7 @@ def test_eager_linear_logprob_and_linear_loss_agree(form: Form, reduction: str) 
     drawn = draw(form, 0.3)
     seq, n = drawn.seq, drawn.seq.num_tokens
     scaling = {"softcap": 20.0, "temperature": 0.8}
-    p = testing.peaky(n, 5, 11, std=1.0, lift=0.0, dtype=torch.float64, bias=True, **scaling)
+    p = judges.peaky(n, 5, 11, std=1.0, lift=0.0, dtype=torch.float64, bias=True, **scaling)
     operands = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
     head = {"bias": p.bias, "backend": "reference", **scaling}
     call = {**drawn.side, **form.options}
@@ -75,7 +75,7 @@ def test_eager_linear_logprob_and_linear_loss_agree(form: Form, reduction: str) 
         loss = lk.aggregate(form.objective(**given, seq=seq, **call), seq, reduction)
         return [loss, *gradients(loss)]
 
-    want = judged(testing.eager(p))
+    want = judged(judges.eager(p))
     found = [judged(lk.linear_logprob(*operands[:2], p.labels, **head))]
     for rows_held in (1, 4, 8, 1000):  # sequences longer than a block, and all in one
         loss = lk.linear_loss(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import with_entropy
+from judges import Problem, eager, peaky
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lolkernels as lk
 from lolkernels import objectives, step
 from lolkernels.objectives import PerSequence
-from lolkernels.testing import Problem, eager, peaky
 
 CHECKS = (
     "test_schema",

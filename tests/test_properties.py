@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from judges import Problem, peaky
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
-from lolkernels.testing import Problem, peaky
 
 BACKENDS = {"cpu": torch.float32, "reference": torch.float64}
 TOL = {torch.float32: 2e-5, torch.float64: 1e-12}

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from cases import each_backend, each_dtype
+from judges import peaky
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
-from lolkernels.testing import peaky
 
 INF, NAN = math.inf, math.nan
 

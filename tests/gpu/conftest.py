@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import judges
 import pytest
 import torch
 
-from lolkernels import deferred, testing
+from lolkernels import deferred
 from lolkernels.backends import TABLE
 
 HERE = Path(__file__).parent
@@ -46,7 +47,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
     for dtype in HALF:
-        monkeypatch.setitem(testing.GRADIENT_TOL, dtype, 2 * testing.GRADIENT_TOL[dtype])
+        monkeypatch.setitem(judges.GRADIENT_TOL, dtype, 2 * judges.GRADIENT_TOL[dtype])
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import judges
 import pytest
 import torch
+from judges import Problem
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 from lolkernels.backends import TABLE
-from lolkernels.testing import Problem
 
 DEVICE = torch.device(os.environ.get("LOLKERNELS_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -42,9 +43,9 @@ def size(full: int, dry: int) -> int:
 
 
 def peaky(n: int, d: int, v: int, **options: Any) -> Problem:
-    """:func:`lolkernels.testing.peaky` made on the device: a large one takes the host seconds."""
+    """:func:`judges.peaky` made on the device: a large one takes the host seconds."""
     if n * d + v * d < 2**20:
-        return moved(testing.peaky(n, d, v, **options))
+        return moved(judges.peaky(n, d, v, **options))
     dtype, std, lift = options.pop("dtype", torch.float32), 3.0, 6.0
     bias = options.pop("bias", False)
     generator = torch.Generator(DEVICE).manual_seed(options.pop("seed", 0))
@@ -108,7 +109,7 @@ def score(p: Problem, **options: Any) -> lk.LogprobOutput:
 
 
 def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0) -> None:
-    """:func:`lolkernels.testing.accept_gradient`, for a large gradient without its canaries.
+    """:func:`judges.accept_gradient`, for a large gradient without its canaries.
 
     A dry run is content with less in bfloat16, which Triton's interpreter cuts off.
     """
@@ -116,10 +117,10 @@ def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0
         top = max(float(truth.abs().max()), 1e-3 * size)
         assert float((grad.double() - truth).abs().max()) <= 0.03 * top
     elif grad.numel() > 2**24:
-        faults = testing.gradient_faults(grad, peer, truth, size)
+        faults = judges.gradient_faults(grad, peer, truth, size)
         assert not faults, "; ".join(faults)
     else:
-        testing.accept_gradient(grad, peer, truth, size)
+        judges.accept_gradient(grad, peer, truth, size)
 
 
 @contextmanager
@@ -147,8 +148,8 @@ def judge(p: Problem, got: list[Tensor], frozen: bool, upstream: dict[str, Tenso
     for q in (p.double(), p):
         own, wanted = leaves(q, frozen)
         wide = {k: g.double() for k, g in upstream.items()}
-        results.append(gradients(testing.eager(own), wanted, wide))
-    sizes = testing.gradient_sizes(p, upstream).values()
+        results.append(gradients(judges.eager(own), wanted, wide))
+    sizes = judges.gradient_sizes(p, upstream).values()
     for grad, truth, peer, bound in zip(got, *results, sizes, strict=False):
         accept_gradient(grad, peer, truth, bound)
 
@@ -172,7 +173,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
         assert equal_bits(a, b), f"output {i} differs by {float((a - b).abs().max())}"
 
 
-class RedZones(testing.RedZones):
+class RedZones(judges.RedZones):
     """Between borders on the device."""
 
     def _allocate(self, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ apart): a ratio is the exponential of a sum of them.
 
 from typing import Any
 
+import judges
 import pytest
 import torch
+from judges import Problem
 from on_device import (
     DEVICE,
     HALF,
@@ -28,8 +30,7 @@ from on_device import (
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
-from lolkernels.testing import Problem
+from lolkernels import objectives
 
 FULL = [  # rows, hidden size, vocabulary
     (1, 8, 1),
@@ -63,7 +64,7 @@ each_case = pytest.mark.parametrize(
 def judge_loss(
     p: Problem, objective: Any, lengths: list[int], backend: str, frozen: bool, **options: Any
 ) -> None:
-    truth = testing.eager(p.double()).logps
+    truth = judges.eager(p.double()).logps
     seq, side = loss_inputs(len(truth), lengths, truth)
     side = {k: v for k, v in side.items() if k in lk.side_inputs(objective)}
     q, wanted = leaves(p, frozen)
@@ -72,7 +73,7 @@ def judge_loss(
         **side, backend=backend, return_outputs=True, **options,
     )  # fmt: skip
     got = list(torch.autograd.grad(out.loss, wanted))
-    testing.accept_logprobs(out.logps, truth, lengths)
+    judges.accept_logprobs(out.logps, truth, lengths)
     reduction = options.get("reduction", "seq-mean")
     given = {k: v.double() for k, v in side.items()}
     loss, coef, _ = lk.loss_and_coef(objective, out.logps.double(), seq, reduction, **given)
@@ -140,8 +141,8 @@ def test_linear_logprob(
     p = peaky(*shape, dtype=dtype, **options)
     q, wanted = leaves(p)
     out = score(q, backend=backend)
-    truth = testing.eager(p.double())
-    testing.accept_logprobs(out.logps, truth.logps, split(shape[0]))
+    truth = judges.eager(p.double())
+    judges.accept_logprobs(out.logps, truth.logps, split(shape[0]))
     for name, factor in (("lse", 1), ("entropy", 3), ("max_logit", 1)):
         want = getattr(truth, name)
         bound = factor * 2e-5 * max(1.0, float(want.abs().max()) / 30)
@@ -163,7 +164,7 @@ def test_masked_rows_take_no_part(chunk: int | None, dtype: torch.dtype, backend
     keep = mask & (labels != -100)
     options = {"mask": mask, "backend": backend, "memory_budget": chunk and 4 * v * chunk}
     out = lk.linear_logprob(q.hidden, q.weight, labels, bias=q.bias, **options)
-    testing.accept_logprobs(out.logps[keep], testing.eager(p.double()).logps[keep])
+    judges.accept_logprobs(out.logps[keep], judges.eager(p.double()).logps[keep])
     assert not out.logps[~keep].any() and not out.lse[~keep].any()
     g = torch.randn(n, device=DEVICE)
     got = gradients(out, wanted, {"logps": g})
@@ -181,8 +182,8 @@ def test_logprob(shape: tuple[int, ...], options: Any, dtype: torch.dtype, backe
         logits.to(dtype).to(t).requires_grad_() for t in (dtype, torch.float64, dtype)
     )
     out = lk.logprob(mine, p.labels, backend=backend, **p.options)
-    want, eager = (testing.eager_logits(t, p.labels, **p.options) for t in (exact, peer))
-    testing.accept_logprobs(out.logps, want.logps.detach(), split(shape[0]))
+    want, eager = (judges.eager_logits(t, p.labels, **p.options) for t in (exact, peer))
+    judges.accept_logprobs(out.logps, want.logps.detach(), split(shape[0]))
     g = {k: torch.randn(shape[0], device=DEVICE) for k in ("logps", "lse", "entropy")}
     grads = [
         torch.autograd.grad(sum((getattr(o, k) * v).sum() for k, v in g.items()), t)[0]
@@ -217,7 +218,7 @@ def test_the_error_of_dweight_does_not_grow_with_chunks(dtype: torch.dtype, back
     n, v = size(1024, 32), size(1025, 130)
     p = peaky(n, 64, v, dtype=dtype)
     exact, wanted = leaves(p.double())
-    (truth,) = torch.autograd.grad(-testing.eager(exact).logps.mean(), wanted[1:])
+    (truth,) = torch.autograd.grad(-judges.eager(exact).logps.mean(), wanted[1:])
     seq = lk.Sequences.from_lengths([n]).to(DEVICE)
 
     def error(budget: int) -> float:
@@ -247,7 +248,7 @@ def test_the_log_prob_of_a_long_sequence(
         seq, side = loss_inputs(n, [n], torch.zeros(n, device=DEVICE))
         scored = score(p, backend=backend).logps, a_lol(p, seq, side, backend=backend).logps
         parts = zip(p.hidden.split(512), p.labels.split(512), strict=True)
-        exact = (testing.eager(Problem(h, p.weight, y).double()).logps for h, y in parts)
+        exact = (judges.eager(Problem(h, p.weight, y).double()).logps for h, y in parts)
         truth = torch.cat(list(exact))
     for logps in scored:
         error = logps.double() - truth

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from judges import eager, fuzz
 from on_device import BACKENDS, DEVICE, ON_GPU, gradients, judge, leaves, moved, score
 from torch import Tensor
 
 import lolkernels as lk
 from lolkernels import objectives
-from lolkernels.testing import eager, fuzz
 
 CPU = torch.device("cpu")
 CORPUS, BLOCK = (100, 10) if ON_GPU else (12, 4)

@@ -7,8 +7,10 @@ at once.
 import math
 from collections.abc import Callable
 
+import judges
 import pytest
 import torch
+from judges import Problem
 from on_device import (
     DEVICE,
     ON_GPU,
@@ -25,8 +27,7 @@ from on_device import (
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
-from lolkernels.testing import Problem
+from lolkernels import objectives
 
 N, D, V = 24, 32, size(2049, 131)
 LENGTHS = [5, 0, 12, 7]
@@ -69,14 +70,14 @@ def test_log_probs(given: str, bad: int, dtype: torch.dtype, backend: str) -> No
     if given == "hidden":
         q = zoned(spoilt(p, bad), zones)
         out, leaf = score(q, backend=backend), q.hidden
-        truth = testing.eager(p.double()).logps
+        truth = judges.eager(p.double()).logps
     else:
         logits = (p.hidden @ p.weight.T).detach()
         leaf = zones.place("logits", logits).requires_grad_()
         labels = zones.place("labels", spoilt(p, bad).labels)
         out = lk.logprob(leaf, labels, backend=backend)
         truth = logits.double().log_softmax(1).gather(1, p.labels[:, None]).squeeze(1)
-    testing.accept_logprobs(out.logps[good], truth[good])
+    judges.accept_logprobs(out.logps[good], truth[good])
     assert all(t[ROW].isnan() for t in (out.logps, out.lse, out.entropy))
     (grad,) = torch.autograd.grad(out.logps.sum(), leaf)
     assert torch.equal(grad.isnan().any(1), ~good)

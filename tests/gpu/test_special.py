@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import judges
 import pytest
 import torch
 from on_device import (
@@ -20,7 +21,7 @@ from on_device import (
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives, testing
+from lolkernels import objectives
 
 INF = math.inf
 N, D, V = 16, 32, size(9000, 300)
@@ -50,10 +51,10 @@ def out_of_reach(name: str, labels: Tensor) -> Tensor:
 def test_a_bias_of_minus_infinity(where: str, dtype: torch.dtype, backend: str) -> None:
     p = peaky(N, D, V, dtype=dtype)
     bias = out_of_reach(where, p.labels).to(dtype)
-    p = testing.Problem(p.hidden, p.weight, p.labels, bias)
+    p = judges.Problem(p.hidden, p.weight, p.labels, bias)
     q, wanted = leaves(p)
-    out, truth = score(q, backend=backend), testing.eager(p.double())
-    testing.accept_logprobs(out.logps, truth.logps)
+    out, truth = score(q, backend=backend), judges.eager(p.double())
+    judges.accept_logprobs(out.logps, truth.logps)
     assert float((out.entropy - truth.entropy).abs().max()) <= 6e-5
     got = torch.autograd.grad(out.logps.sum(), wanted)
     judge(p, list(got[:2]), False, {"logps": torch.ones(N, device=DEVICE)})
@@ -118,7 +119,7 @@ def test_shifted_logits(shift: float, dtype: torch.dtype, backend: str) -> None:
     out = lk.logprob(logits, labels, backend=backend)
     assert out.logps[1].isnan() and out.lse[1] == -INF and out.max_logit[1] == -INF
     plain = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
-    truth = testing.eager_logits(logits.double(), labels, **plain)
+    truth = judges.eager_logits(logits.double(), labels, **plain)
     assert float((out.logps - truth.logps)[good].abs().max()) <= 2e-5
     assert float((out.entropy - truth.entropy)[good].abs().max()) <= 6e-5
 
@@ -182,7 +183,7 @@ def test_a_ratio_that_overflows_lands_on_its_side_of_the_clip(
     unlikely = (p.hidden @ p.weight.T).argmin(1)
     for log_ratio in (50.0, 88.7, 89.0, 200.0, 1e4, -50.0, -89.0, -200.0, -300.0):
         q, wanted = leaves(
-            p if log_ratio > 0 else testing.Problem(100 * p.hidden, p.weight, unlikely)
+            p if log_ratio > 0 else judges.Problem(100 * p.hidden, p.weight, unlikely)
         )
         with torch.no_grad():
             logps = score(q, backend=backend).logps

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from judges import eager, peaky
 from objective_forms import FORMS
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import lolkernels as lk
 from lolkernels import objectives
-from lolkernels.testing import eager, peaky
 from tests.ranks.harness import close, raises, scenario
 from tests.ranks.vocabulary import F64, objective_problem
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import ROOT
+from judges import peaky
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lolkernels as lk
-from lolkernels.testing import peaky
 from tests.lolrl.toys import make_llama
 from tests.ranks.harness import close, scenario
 from tests.ranks.vocabulary import F64

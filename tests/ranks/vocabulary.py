@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from judges import eager, fuzz, peaky
 from objective_forms import FORMS, Form
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +15,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lolkernels as lk
 from lolkernels import objectives, walk_cpu
-from lolkernels.testing import eager, fuzz, peaky
 from tests.ranks.harness import close, own, parts, raises, scenario
 
 F64 = torch.float64

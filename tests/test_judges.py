@@ -1,10 +1,9 @@
 """The judges themselves: what they reject, what they forgive, and that red zones notice."""
 
+import judges
 import pytest
 import torch
-
-from lolkernels import testing
-from lolkernels.testing import LAYOUTS, RedZones, eager, fuzz, peaky
+from judges import LAYOUTS, RedZones, eager, fuzz, peaky
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +29,7 @@ def test_fuzz_covers_what_it_names() -> None:
     assert {c.softcap for c in cases} == {None, 5.0, 30.0}
     assert len({c.temperature for c in cases}) >= 3 and len({c.logit_scale for c in cases}) >= 3
     sizes = {c.weight.shape[0] for c in cases}
-    assert set(testing.VOCABULARIES) <= sizes
+    assert set(judges.VOCABULARIES) <= sizes
     again = fuzz(7)
     assert torch.equal(again.hidden, cases[7].hidden) and torch.equal(again.weight, cases[7].weight)
 
@@ -51,8 +50,8 @@ def test_the_eager_formula_is_torchs() -> None:
 def test_log_probs_are_judged_by_token_by_sequence_and_by_sign() -> None:
     truth = -torch.rand(400, dtype=torch.float64) * 5 - 0.01
     good = truth.float()
-    assert testing.logprob_faults(good, truth, [100, 300]) == []
-    assert testing.accept_logprobs(good, truth, [100, 300]) == 3
+    assert judges.logprob_faults(good, truth, [100, 300]) == []
+    assert judges.accept_logprobs(good, truth, [100, 300]) == 3
     for wrong, word in (
         (good + 3e-5, "per token"),
         (good + 1e-5, "per sequence"),  # small, but all on one side
@@ -60,10 +59,10 @@ def test_log_probs_are_judged_by_token_by_sequence_and_by_sign() -> None:
         (good.masked_fill(torch.arange(400) == 5, torch.nan), "finite"),
         (good[:-1], "shape"),
     ):
-        faults = testing.logprob_faults(wrong, truth, [100, 300][: 2 if len(wrong) == 400 else 1])
+        faults = judges.logprob_faults(wrong, truth, [100, 300][: 2 if len(wrong) == 400 else 1])
         assert any(word in f for f in faults), word
-    assert testing.logprob_faults(good[:0], truth[:0]) == []
-    assert testing.logprob_faults(truth + 1e-11, truth)  # float64 is held to 1e-12
+    assert judges.logprob_faults(good[:0], truth[:0]) == []
+    assert judges.logprob_faults(truth + 1e-11, truth)  # float64 is held to 1e-12
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -74,8 +73,8 @@ def test_gradients_with_a_known_fault_are_rejected(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(64, 32, generator=generator, dtype=torch.float64) * 1e-3
     good = truth.to(dtype)
-    assert testing.accept_gradient(good, good, truth) == 3
-    step = testing.GRADIENT_TOL[dtype] * float(truth.abs().max())
+    assert judges.accept_gradient(good, good, truth) == 3
+    step = judges.GRADIENT_TOL[dtype] * float(truth.abs().max())
     one_wrong = good.clone()
     one_wrong[5, 3] += 3 * step
     block = good.clone()
@@ -89,18 +88,18 @@ def test_gradients_with_a_known_fault_are_rejected(dtype: torch.dtype) -> None:
         "shape": good[:-1],
     }
     for name, wrong in wrongs.items():
-        assert testing.gradient_faults(wrong, good, truth), name
+        assert judges.gradient_faults(wrong, good, truth), name
 
 
 def test_a_gradient_that_cancels_is_known_to_a_share_of_its_size() -> None:
     truth = torch.full((4, 4), 1e-7, dtype=torch.float64)
     off = torch.full((4, 4), 3e-6)
-    assert testing.gradient_faults(off, truth.float(), truth)
-    assert testing.gradient_faults(off, truth.float(), truth, size=1.0) == []
-    assert testing.gradient_faults(10 * off, truth.float(), truth, size=1.0)
+    assert judges.gradient_faults(off, truth.float(), truth)
+    assert judges.gradient_faults(off, truth.float(), truth, size=1.0) == []
+    assert judges.gradient_faults(10 * off, truth.float(), truth, size=1.0)
     zero = torch.zeros(4, 4, dtype=torch.float64)
-    assert testing.gradient_faults(torch.zeros(4, 4), zero.float(), zero) == []
-    assert testing.gradient_faults(torch.full((4, 4), 1e-3), zero.float(), zero, size=1.0)
+    assert judges.gradient_faults(torch.zeros(4, 4), zero.float(), zero) == []
+    assert judges.gradient_faults(torch.full((4, 4), 1e-3), zero.float(), zero, size=1.0)
 
 
 def test_gradient_sizes_bound_the_gradients() -> None:
@@ -109,7 +108,7 @@ def test_gradient_sizes_bound_the_gradients() -> None:
     leaves = [t.requires_grad_() for t in (p.hidden, p.weight, p.bias)]
     out = eager(p)._asdict()
     total = sum((out[name] * g).sum() for name, g in upstream.items())
-    sizes = testing.gradient_sizes(p, upstream)
+    sizes = judges.gradient_sizes(p, upstream)
     for grad, size in zip(torch.autograd.grad(total, leaves), sizes.values(), strict=True):
         assert 0 < float(grad.abs().max()) <= size
 
@@ -120,21 +119,21 @@ def test_gradient_sizes_bound_the_gradients() -> None:
 def test_accept_refuses_a_judge_that_sees_nothing() -> None:
     result = torch.randn(5, 3)
     with pytest.raises(AssertionError, match="accepts a wrong result: zeros"):
-        testing.accept(lambda x: [], result)
+        judges.accept(lambda x: [], result)
     with pytest.raises(AssertionError, match=r"accepts a wrong result: 1\.02 x"):
-        testing.accept(lambda x: [] if float(x.abs().sum()) > 0 else ["zero"], result)
+        judges.accept(lambda x: [] if float(x.abs().sum()) > 0 else ["zero"], result)
     with pytest.raises(AssertionError, match="rolled rows"):
-        testing.accept(lambda x: [] if abs(float((x - result).sum())) < 1e-3 else ["sum"], result)
+        judges.accept(lambda x: [] if abs(float((x - result).sum())) < 1e-3 else ["sum"], result)
     with pytest.raises(AssertionError, match="broken"):
-        testing.accept(lambda x: ["broken"], result)
+        judges.accept(lambda x: ["broken"], result)
 
 
 def test_canaries_that_change_nothing_are_left_out() -> None:
     ones = torch.ones(1, 3)
     exact = lambda x: [] if torch.equal(x, ones) else ["differs"]  # noqa: E731
-    assert testing.accept(exact, ones) == 2  # one row cannot be rolled
-    assert testing.accept(exact, ones, blind=0.5) == 1
-    assert testing.accept(lambda x: [], torch.zeros(0, 3)) == 0
+    assert judges.accept(exact, ones) == 2  # one row cannot be rolled
+    assert judges.accept(exact, ones, blind=0.5) == 1
+    assert judges.accept(lambda x: [], torch.zeros(0, 3)) == 0
 
 
 # --- red zones ------------------------------------------------------------------------------------

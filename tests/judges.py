@@ -1,6 +1,6 @@
 """Inputs at a realistic scale, float64 truth, an eager baseline, tolerances, canaries, red zones.
 
-Shared by tests and benchmarks. A result is judged three ways: against the same formula in float64
+A result is judged three ways: against the same formula in float64
 on the same (already rounded) inputs, beside what eager torch reaches in the inputs' dtype. Every
 judgement must also reject wrong results (:func:`accept`), and every tensor of a fuzz case lies
 between red zones.
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .objectives import check_objective as check_objective
 
 LOGPROB_ATOL = 2e-5  # nat per token
 SEQUENCE_ATOL = 1e-3  # nat per sequence

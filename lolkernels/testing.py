@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import reference
-from ..objectives import (
+from .backends import reference
+from .objectives import (
     DIFFERENTIABLE,
     NO_RATIO,
     Evaluated,
@@ -22,7 +22,7 @@ from ..objectives import (
     statistics,
     traits,
 )
-from ..sequences import Sequences
+from .sequences import Sequences
 
 LENGTHS = (4, 2, 3, 1, 5, 2)
 SPREADS = (0.05, 1.5)  # of log-ratios: within every clip, and beyond
