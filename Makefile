@@ -68,9 +68,11 @@ bench-gpu:
 	$(PYTHON) benchmarks/card.py --out $(CARD) --stages smoke,bench $(ARGS)
 
 # Whole training steps, the largest batch, memory beside the formula; ARGS=--fits: what fits into
-# 1, 2 and 4 GiB at Qwen2.5-0.5B's shape, beside lolrl plan.
-bench-train: install
+# 1, 2 and 4 GiB at Qwen2.5-0.5B's shape, beside lolrl plan. Then TRL's own trainer, with its kernel
+# and with ours.
+bench-train: install $(STAMPS)/engines
 	$(BIN)/python benchmarks/run.py train $(ARGS)
+	$(BIN)/python benchmarks/trl_steps.py
 
 bench-scaling: install
 	$(BIN)/python benchmarks/run.py scaling --out benchmarks/results/cpu-scaling $(ARGS)
