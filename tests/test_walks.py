@@ -484,7 +484,7 @@ def step_of(
         made, out[8] = out[8], None
         return [dh, ops["loss"]._scaled(made, g, w.dtype)]
     need = [op != "score", op != "score" and not frozen, False]
-    out = ops["logprob"]._op._init_fn(h, w, y, None, *common, need, into)
+    out = ops["logprob"]._op._init_fn(h, w, y, None, False, *common, need, into)
     if op == "score":
         return []
     logps, lse, entropy, _, slope, rest, share, unit, kept = out
