@@ -25,7 +25,7 @@ def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
     command += ["--nproc-per-node", str(ranks), "-m", "tests.ranks.worker", str(folder)]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     assert all(f.exists() for f in files), done.stderr[-4000:]
     return [json.loads(f.read_text()) for f in files]
