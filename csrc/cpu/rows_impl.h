@@ -279,6 +279,9 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
       }
       F32 p[kUnroll] = {}, pz[kUnroll] = {};
       const auto exponential = [&](int64_t at, int u) {
+        // Where nothing is written the logits come from memory: panels that are written are in
+        // cache.
+        if (!Out::kWritten && row.stride == 1) __builtin_prefetch(row.data + col + kBlock + at);
         const F32 t = load<F32>(block.z + at) - anchor;
         const F32 near = at_least(t, splat(kExpMin));
         const F32 e = t < kExpMin ? F32{} : exp_in_range(near);
@@ -301,7 +304,8 @@ void exps(const ExpsArgs& args, int64_t begin, int64_t end) {
       for (; i < block.count; i += kStep) {
         for (int u = 0; u < kUnroll; ++u) {
           const int64_t at = i + u * kLanes;
-          store(block.z + at, exponential(at, u));
+          const F32 e = exponential(at, u);
+          if constexpr (Out::kWritten) store(block.z + at, e);
         }
       }
       for (i = done; i < left && Out::kWritten; i += kLanes) {
