@@ -64,7 +64,8 @@ class Fusion:
     check: bool
     checked: bool = False
     called: bool = False
-    warned: bool = False
+    warned: set[str] = dataclasses.field(default_factory=set)
+    reached: bool = False  # by any call of the model
     packs: bool = False  # packed sequences were found to be kept apart
     logit_map: seam.LogitMap | None = None
 
@@ -149,6 +150,7 @@ def fuse_lm_head(
             module._had_forward = "forward" in vars(module)
             module._unfused_forward = module.forward
             module.forward = types.MethodType(function, module)
+        inner._fusion_hook = inner.register_forward_hook(_notice_a_bypass)
     if check and all(map(is_materialised, inner.parameters())):
         try:
             _compare(inner)
@@ -179,7 +181,8 @@ def unfuse_lm_head(model: Any) -> Any:
         else:
             del module.forward
         del module._unfused_forward, module._had_forward
-    del inner._fusion
+    inner._fusion_hook.remove()
+    del inner._fusion, inner._fusion_hook
     return model
 
 
@@ -207,6 +210,7 @@ def _model_forward(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        self._fusion.reached = True
         if completion_mask is None:
             seen = self.training and not torch.compiler.is_compiling()
             if seen and kwargs.get("labels") is not None:
@@ -218,15 +222,31 @@ def _model_forward(cls: Any) -> Any:
 
 
 def _warn_of_labels(fusion: Fusion) -> None:
-    if not fusion.warned:
-        fusion.warned = True
-        warnings.warn(
-            "the fused model is given labels without completion_mask: its loss is the model's own, "
-            "with all logits in memory. Pass completion_mask for log-probs, and objective= for a "
-            "loss; a transformers Trainer needs remove_unused_columns=False for it, and a "
-            "compute_loss_func or compute_loss of yours",
-            stacklevel=3,
+    _warn_once(
+        fusion,
+        "the fused model is given labels without completion_mask: its loss is the model's own, "
+        "with all logits in memory. Pass completion_mask for log-probs, and objective= for a "
+        "loss; a transformers Trainer needs remove_unused_columns=False for it, and a "
+        "compute_loss_func or compute_loss of yours",
+    )
+
+
+def _notice_a_bypass(model: Any, *_: Any) -> None:
+    """After a call, while none has come to the fused forward: another is in its place."""
+    fusion = getattr(model, "_fusion", None)  # a copy of the model keeps this hook when unfused
+    if fusion is not None and not fusion.reached:
+        _warn_once(
+            fusion,
+            "something has replaced the model's forward since fuse_lm_head, which is not used now: "
+            "TRL's trainers do (lolrl.trl.use_lolkernels is for them), and use_liger_kernel does; "
+            "call fuse_lm_head after what replaces it",
         )
+
+
+def _warn_once(fusion: Fusion, message: str) -> None:
+    if message not in fusion.warned:
+        fusion.warned.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _compare(model: Any) -> None:

@@ -9,7 +9,7 @@ is `trl.trainer.utils._ChunkedLogProbFunction`. `use_lolkernels` stands in for i
     trl.SFTTrainer(...).train()
 
 Nothing else of a trainer, a script or a model changes. `lolkernels.fuse_lm_head` has no effect on a
-model in a TRL trainer, whose own forward takes its place, and does no harm.
+model in a TRL trainer, whose own forward takes its place: a warning says so, once.
 
 `ALoLTrainer` takes what TRL's trainers take, and a `reward`; it needs no `use_lolkernels`.
 """
