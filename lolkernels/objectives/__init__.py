@@ -28,7 +28,7 @@ from .a_lol import (
     warn_unlearned,
     wbc,
 )
-from .gradients import Evaluated, call, evaluate, loss_and_coef, weighted_loss_and_coef
+from .gradients import Evaluated, call, evaluate, loss_and_coef
 from .policy_gradient import grpo, gspo, ppo
 from .preference import dpo, ipo, kto, pro, simpo
 from .reductions import REDUCTIONS, aggregate, reduction_weights
@@ -105,5 +105,4 @@ __all__ = [
     "traits",
     "warn_unlearned",
     "wbc",
-    "weighted_loss_and_coef",
 ]

@@ -124,14 +124,7 @@ def loss_and_coef(
     Raises:
         ValueError: the objective does not read ``logps``, or returns another shape.
     """
-    return weighted_loss_and_coef(fn, logps, seq, reduction_weights(seq, reduction), **side)
-
-
-def weighted_loss_and_coef(
-    fn: Objective, logps: Tensor, seq: Sequences, weights: Tensor, **side: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`loss_and_coef` with the reduction given as one weight per loss value."""
-    named = statistics(fn)
+    named, weights = statistics(fn), reduction_weights(seq, reduction)
     if "logps" not in named:
         raise ValueError(
             f"objective {name_of(fn)} reads {', '.join(named)}, no logps: call evaluate"
