@@ -10,9 +10,13 @@ from judges import peaky
 from torch import Tensor
 
 import lolkernels as lk
-from lolkernels import objectives
+from lolkernels import deferred, objectives
 
 INF, NAN = math.inf, math.nan
+# Triton's interpreter is slow: its longest tables belong to the exhaustive run.
+patient = pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow), "reference"]
+)
 
 
 # --- rows of logits -------------------------------------------------------------------------------
@@ -79,7 +83,9 @@ def test_the_truth_table_of_rows(name: str, dtype: torch.dtype, backend: str) ->
 @each_dtype
 @pytest.mark.parametrize("v", [2, 129, 2048, 4099])
 @pytest.mark.parametrize("where", ["first tile", "middle", "last tile", "all but the label"])
-def test_whole_tiles_of_minus_infinity(where, v, dtype, backend) -> None:
+def test_whole_tiles_of_minus_infinity(
+    where: str, v: int, dtype: torch.dtype, backend: str
+) -> None:
     """exp(-inf - -inf) in an online log-sum-exp is NaN when the first tile holds nothing else."""
     n = 5
     logits = torch.randn(n, v)
@@ -150,7 +156,82 @@ def test_a_row_that_is_spoilt_spoils_no_other(backend: str) -> None:
 # --- what stands at a masked place reaches nothing ------------------------------------------------
 
 
+@each_backend
+@pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e10])
+def test_masked_places_cannot_affect_any_result(poison: float, backend: str) -> None:
+    b, t, d, v = 4, 9, 8, 50
+    h0, w0 = torch.randn(b, t, d), torch.randn(v, d)
+    labels0 = torch.randint(v, (b, t))
+    mask = torch.rand(b, t) < 0.5
+    mask[:, 3] = True
+    ref0 = -torch.rand(b, t)
+    seq = lk.Sequences.from_mask(mask)
+    advantages = torch.rand(b)
+    outcomes = []
+    for poisoned in (False, True):
+        h, ref, labels = h0.clone(), ref0.clone(), labels0.clone()
+        if poisoned:
+            h[~mask], ref[~mask], labels[~mask] = poison, poison, -(2**40)
+        h.requires_grad_()
+        w = w0.clone().requires_grad_()
+        out = lk.linear_logprob(h, w, labels, mask=mask, backend=backend)
+        by_op = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), (h, w))
+        side = {"ref_logps": ref, "advantages": advantages, "return_outputs": True}
+        full = lk.linear_loss(objectives.a_lol_seq, h, w, labels, seq, backend=backend, **side)
+        by_loss = torch.autograd.grad(full.loss, (h, w))
+        outcomes.append([*out, *by_op, *full[:-1], *full.metrics.values(), *by_loss])
+        assert all(bool((g[~mask] == 0).all()) for g in (by_op[0], by_loss[0]))
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+
+
 # --- ratios that overflow -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are refused on a CPU, but reach the kernels on a GPU."""
+    monkeypatch.setattr(deferred, "check_values", lambda name, value: None)
+
+
+LOG_RATIOS = [50.0, -50.0, 88.7, -88.7, 89.0, -89.0, 200.0, -200.0, 1e4, -1e4, INF, -INF]
+
+
+@patient
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("log_ratio", LOG_RATIOS)
+@pytest.mark.parametrize("clip", [0.9, 0.2, 1.5, None])
+@pytest.mark.parametrize("name", ["a_lol", "a_lol_seq", "r_lol"])
+def test_a_ratio_that_overflows_lands_on_its_side_of_the_clip(
+    name: str, clip: float | None, log_ratio: float, sign: float, backend: str
+) -> None:
+    """exp overflows float32 at 88.72 nats; 0.043 nat a token are enough over 2,048 tokens."""
+    objective = getattr(objectives, name)
+    p = peaky(6, 4, 9)
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
+    seq = lk.Sequences.from_lengths([6])
+    logps = lk.linear_logprob(h, w, p.labels).logps.detach()
+    ref = logps - (log_ratio if name == "a_lol_seq" else log_ratio / 6)
+    weight = "rewards" if name == "r_lol" else "advantages"
+    side = {"ref_logps": ref, weight: torch.tensor([sign])}
+    out = lk.linear_loss(
+        objective, h, w, p.labels, seq, clip=clip, backend=backend, return_outputs=True, **side
+    )
+    grads = torch.autograd.grad(out.loss, (h, w))
+    assert bool(out.loss.isfinite()) and all(bool(g.isfinite().all()) for g in grads)
+    effective = sign if name == "r_lol" else max(sign, 0.0)
+    if clip is None:  # exp's own range
+        assert (float(grads[0].abs().max()) > 1e6) == (log_ratio > 20 and effective != 0)
+        return
+    low = 1 - clip if clip < 1 else math.exp(log_ratio if log_ratio < 0 else 0)  # no lower bound
+    bound = 1 + clip if log_ratio > 0 else low
+    want = -effective * bound * float(logps.double().sum())
+    assert abs(out.loss.item() - want) <= 1e-4 * max(1.0, abs(want))
+    _, coef, _ = lk.loss_and_coef(objective, logps, seq, clip=clip, **side)
+    assert float((coef + effective * bound).abs().max()) <= 1e-5
+    if effective * bound > 1e-3 or effective == 0:
+        assert all((float(g.abs().max()) == 0) == (effective == 0) for g in grads)
 
 
 def test_masking_comes_before_exp() -> None:
