@@ -24,7 +24,7 @@ def statistics(sums: Exps) -> RowStats:
     log_total = total.log()
     lse = base + log_total
     lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
-    below = (sums.target_logit - base) - log_total
+    below = sums.target_logit - lse
     logps = torch.where(mine > rest, -torch.log1p(rest / mine), below)
     others = fall * (sums.deviation + sums.rest * (sums.anchor - base))
     own = mine * (sums.target_logit - base)

@@ -88,9 +88,10 @@ def exps_(
 
 
 def sums(logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
-    """Those of :func:`exps_`."""
+    """Those of :func:`exps_`; in float64 from the row's maximum, which keeps the last digit."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return exps_(wide, labels, None, out=torch.empty_like(wide), **scaling)
+    top = _transform(wide, **scaling)[0].amax(1) if wide is logits else None
+    return exps_(wide, labels, top, out=torch.empty_like(wide), **scaling)
 
 
 def dlogits_(
