@@ -28,6 +28,63 @@ def exps(x: Tensor, labels: Tensor, out: Tensor | None = None) -> list[Tensor]:
     return [*cpu.exps_(x, labels, anchor, out=out), x if out is None else out]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_layout_gives_the_same_bits(dtype: torch.dtype) -> None:
+    n, v = 5, 2100
+    x = (torch.randn(n, v) * 3).to(dtype)
+    labels = torch.randint(v, (n,))
+    stats = cpu.row_stats(x, labels)
+    grad = gradient(x, labels, out=torch.empty(n, v))
+    made = exps(x, labels, out=torch.empty(n, v))
+    layouts: dict[str, Tensor] = {
+        "transposed": x.t().contiguous().t(),
+        "every second column": torch.stack([x, -x], 2).flatten(1)[:, ::2],
+        "every second row": torch.stack([x, -x], 1).flatten(0, 1)[::2],
+        "offset": torch.cat([-x, x], 1)[:, v:],
+        "both strided": torch.empty(2 * n, 3 * v, dtype=dtype)[::2, 1::3].copy_(x),
+    }
+    for name, view in layouts.items():
+        for got, want in zip(cpu.row_stats(view, labels), stats, strict=True):
+            assert torch.equal(got, want), name
+        assert torch.equal(gradient(view, labels, out=torch.empty(v, n).t()), grad), name
+        for got, want in zip(exps(view, labels, torch.empty(v, n).t()), made, strict=True):
+            assert torch.equal(got, want), name
+        if dtype == torch.float32:
+            for got, want in zip(exps(view.clone(), labels), made, strict=True):
+                assert torch.equal(got, want), name
+            assert torch.equal(gradient(view, labels), grad), name
+    row = x[:1].expand(n, v)
+    for got, want in zip(cpu.row_stats(row, labels)[1:], stats[1:], strict=True):
+        assert torch.equal(got, want[:1].expand(n))
+
+
+def test_classes_at_minus_infinity_change_no_bit() -> None:
+    x, labels = torch.randn(6, 1500) * 3, torch.randint(1500, (6,))
+    longer = torch.nn.functional.pad(x, (0, 5000), value=-torch.inf)
+    for got, want in zip(cpu.row_stats(longer, labels), cpu.row_stats(x, labels), strict=True):
+        assert torch.equal(got, want)
+    grad, longer = gradient(x.clone(), labels), gradient(longer, labels)
+    assert torch.equal(longer[:, :1500], grad) and (longer[:, 1500:] == 0).all()
+
+
+def test_column_panels_combine_to_the_whole_row() -> None:
+    x, labels = torch.randn(7, 3000) * 3, torch.randint(3000, (7,))
+    panels = [(0, 1000), (1000, 1001), (1001, 3000)]
+    parts = [cpu.row_stats(x[:, i:j], labels - i) for i, j in panels]
+    target, lse, expected, top = cpu.row_stats(x, labels)
+    assert torch.equal(torch.stack([p[0] for p in parts]).amax(0), target)
+    assert torch.equal(torch.stack([p[3] for p in parts]).amax(0), top)
+    part_lse = torch.stack([p[1] for p in parts]).double()
+    torch.testing.assert_close(part_lse.logsumexp(0), lse.double(), rtol=0, atol=2e-6)
+    mean = (torch.stack([p[2] for p in parts]) * (part_lse - lse).exp()).sum(0)
+    torch.testing.assert_close(mean, expected.double(), rtol=0, atol=2e-5)
+    k = torch.randn(7)
+    whole = cpu.dlogits_(x.clone(), labels, lse, k, -k, k)
+    for i, j in panels:
+        cpu.dlogits_(x[:, i:j], labels - i, lse, k, -k, k)
+    assert torch.equal(x, whole)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 0), (3, 0)])
 def test_nothing_to_do(shape: tuple[int, int]) -> None:
     n = shape[0]
@@ -44,7 +101,9 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
     ("n", "v", "runs"),
     [(61, 5003, 60), (1, 300_000, 2), (3, 70_001, 2), (513, 1000, 2), (4000, 33, 2)],
 )
-def test_results_are_bit_identical_for_any_number_of_threads(n, v, runs, dtype) -> None:
+def test_results_are_bit_identical_for_any_number_of_threads(
+    n: int, v: int, runs: int, dtype: torch.dtype
+) -> None:
     x, labels = (torch.randn(n, v) * 3).to(dtype), torch.randint(v, (n,))
     threads, runs = torch.get_num_threads(), runs if dtype == torch.float32 else 2
 
@@ -188,7 +247,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None
     vars(cpu._compiled).pop("why_unavailable", None)
 
 
-def test_a_missing_library_says_what_to_do(elsewhere, tmp_path) -> None:
+def test_a_missing_library_says_what_to_do(
+    elsewhere: Callable[[Path], None], tmp_path: Path
+) -> None:
     elsewhere(tmp_path / "_C.abi3.so")
     reason = cpu.why_unavailable()
     assert reason is not None and "missing" in reason and "pip install" in reason
@@ -196,7 +257,9 @@ def test_a_missing_library_says_what_to_do(elsewhere, tmp_path) -> None:
         cpu.row_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
-def test_a_library_that_does_not_load_says_why(elsewhere, tmp_path) -> None:
+def test_a_library_that_does_not_load_says_why(
+    elsewhere: Callable[[Path], None], tmp_path: Path
+) -> None:
     library = tmp_path / "_C.abi3.so"
     library.write_bytes(b"not a shared object")
     elsewhere(library)

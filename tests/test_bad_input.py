@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +15,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lolkernels as lk
-from lolkernels import backends, objectives
+from lolkernels import backends, checks, objectives
 from lolkernels.backends import TABLE
 from lolkernels.objectives import PerSequence
 
 N, D, V = 6, 4, 11
-SEQ = lk.Sequences.from_lengths([4, 2])
 NAN, INF = math.nan, math.inf
 
 
@@ -92,26 +93,44 @@ Row = tuple[dict[str, Any], type[Exception], str]
 
 HEAD_ROWS: dict[str, Row] = {
     "hidden is a list": ({"hidden": [[1.0]]}, TYPE, "hidden.*list"),
+    "hidden is None": ({"hidden": None}, TYPE, "hidden"),
     "hidden bool": ({"hidden": torch.ones(N, D, dtype=torch.bool)}, TYPE, "hidden.*bool"),
     "hidden complex": ({"hidden": torch.ones(N, D) * 1j}, TYPE, "hidden.*complex"),
     "hidden float8": ({"hidden": torch.ones(N, D).to(torch.float8_e4m3fn)}, TYPE, "hidden.*float8"),
     "hidden of rank 1": ({"hidden": torch.randn(D)}, VALUE, "hidden"),
+    "hidden of rank 0": ({"hidden": torch.tensor(1.0)}, VALUE, "hidden"),
     "hidden too wide": ({"hidden": torch.randn(N, D + 1)}, VALUE, f"hidden.*{D + 1}"),
+    "hidden too narrow": ({"hidden": torch.randn(N, D - 1)}, VALUE, f"hidden.*{D - 1}"),
+    "weight is None": ({"weight": None}, TYPE, "weight"),
     "weight is a module": ({"weight": torch.nn.Linear(D, V)}, TYPE, "weight.*Linear"),
     "weight of rank 1": ({"weight": torch.randn(D)}, VALUE, "weight"),
+    "weight of rank 3": ({"weight": torch.randn(1, V, D)}, VALUE, "weight"),
     "weight transposed": ({"weight": torch.randn(D, V)}, VALUE, "weight"),
+    "weight not gathered": ({"weight": torch.randn(0)}, VALUE, "weight"),
     "weight without rows": ({"weight": torch.randn(0, D)}, VALUE, "weight.*empty.*gathered"),
     "weight without columns": ({"weight": torch.randn(V, 0)}, VALUE, "weight.*empty"),
     "labels is a list": ({"labels": [0] * N}, TYPE, "labels.*list"),
     "labels of floats": ({"labels": torch.zeros(N)}, TYPE, "labels.*float32"),
+    "labels of bools": ({"labels": torch.zeros(N, dtype=torch.bool)}, TYPE, "labels.*bool"),
     "labels of int16": ({"labels": torch.zeros(N, dtype=torch.int16)}, TYPE, "labels.*int16"),
+    "labels of uint8": ({"labels": torch.zeros(N, dtype=torch.uint8)}, TYPE, "labels.*uint8"),
+    "labels that require grad": (
+        {"labels": torch.zeros(N, requires_grad=True)},
+        TYPE,
+        "labels.*float32",
+    ),
     "labels too short": ({"labels": torch.zeros(N - 1, dtype=torch.int64)}, VALUE, "labels"),
+    "labels too long": ({"labels": torch.zeros(N + 1, dtype=torch.int64)}, VALUE, "labels"),
     "labels of rank 2": ({"labels": torch.zeros(N, 1, dtype=torch.int64)}, VALUE, "labels"),
+    "labels of rank 0": ({"labels": torch.tensor(0)}, VALUE, "labels"),
     "bias too short": ({"bias": torch.randn(V - 1)}, VALUE, "bias"),
+    "bias of rank 2": ({"bias": torch.randn(V, 1)}, VALUE, "bias"),
     "bias is a number": ({"bias": 0.5}, TYPE, "bias.*float"),
     "budget of zero": ({"memory_budget": 0}, VALUE, "memory_budget"),
+    "negative budget": ({"memory_budget": -5}, VALUE, "memory_budget"),
     "budget is a float": ({"memory_budget": 1e6}, TYPE, "memory_budget.*float"),
     "budget is a bool": ({"memory_budget": True}, TYPE, "memory_budget.*bool"),
+    "budget is text": ({"memory_budget": "80M"}, TYPE, "memory_budget.*str"),
 }
 TRAINED = torch.randn(V, D, requires_grad=True)
 HOOKED = torch.randn(V, D, requires_grad=True)
@@ -163,15 +182,23 @@ SCALING_ROWS |= {
     "backend of another device": ({"backend": "CPU"}, VALUE, "backend.*CPU"),
     "tp_group is a number": ({"tp_group": 2}, TYPE, "tp_group.*process group"),
 }
-MASK = torch.ones(N, dtype=torch.bool)
 MASK_ROWS: dict[str, Row] = {
     "entropy_grad is text": ({"entropy_grad": "yes"}, TYPE, "entropy_grad.*bool"),
-    "mask of integers": ({"mask": MASK.long()}, TYPE, r"mask.*int64.*bool\(\)"),
-    "mask too short": ({"mask": MASK[1:]}, VALUE, "mask"),
+    "mask of integers": (
+        {"mask": torch.ones(N, dtype=torch.int64)},
+        TYPE,
+        r"mask.*int64.*bool\(\)",
+    ),
+    "mask of floats": ({"mask": torch.ones(N)}, TYPE, "mask.*float32"),
+    "mask too short": ({"mask": torch.ones(N - 1, dtype=torch.bool)}, VALUE, "mask"),
     "mask is a list": ({"mask": [True] * N}, TYPE, "mask.*list"),
-    "mask elsewhere": ({"mask": MASK.to("meta")}, VALUE, "mask.*meta"),
+    "mask elsewhere": (
+        {"mask": torch.ones(N, dtype=torch.bool, device="meta")},
+        VALUE,
+        "mask.*meta",
+    ),
 }
-LABEL_VALUES = [V, -1, 2**31, -(2**63), 2**63 - 1]
+LABEL_VALUES = [V, V + 3, -1, -7, 2**31, 2**31 + 1, -(2**63), 2**63 - 1]
 
 
 def with_label(value: int) -> Tensor:
@@ -235,33 +262,58 @@ def nan_at(shape: int, index: int) -> Tensor:
 
 LOSS_ROWS: dict[str, Row] = {
     "objective is text": ({"objective": "a_lol"}, TYPE, "objective"),
+    "objective is None": ({"objective": None}, TYPE, "objective"),
     "objective without seq": ({"objective": no_seq}, TYPE, "no_seq.*logps and seq"),
     "objective with *args": ({"objective": starred}, TYPE, "starred"),
     "seq is a list": ({"seq": [4, 2]}, TYPE, "seq.*list"),
+    "seq is lengths": ({"seq": torch.tensor([4, 2])}, TYPE, "seq.*Tensor"),
     "seq of another batch": ({"seq": lk.Sequences.from_lengths([4, 3])}, VALUE, "hidden.*7"),
-    "seq elsewhere": ({"seq": SEQ.to("meta")}, VALUE, "seq is on meta"),
+    "seq elsewhere": (
+        {"seq": lk.Sequences.from_lengths([4, 2]).to("meta")},
+        VALUE,
+        "seq is on meta",
+    ),
     "unknown reduction": ({"reduction": "mean"}, VALUE, "reduction.*mean"),
+    "reduction none": ({"reduction": "none"}, VALUE, "reduction.*none"),
     "an unknown option": ({"clipp": 0.9}, TYPE, "clipp.*ref_logps"),
     "another objective's input": ({"rewards": torch.ones(2)}, TYPE, "rewards"),
     "ref_logps missing": ({"ref_logps": ...}, TYPE, "ref_logps is missing"),
     "advantages missing": ({"advantages": ...}, TYPE, "advantages is missing"),
     "ref_logps per sequence": ({"ref_logps": torch.zeros(2)}, VALUE, r"ref_logps.*\(6,\).*\(2,\)"),
     "advantages per token": ({"advantages": torch.zeros(N)}, VALUE, r"advantages.*\(2,\).*\(6,\)"),
+    "advantages of rank 2": ({"advantages": torch.zeros(2, 1)}, VALUE, "advantages"),
     "advantages a list": ({"advantages": [1.0, 2.0]}, TYPE, "advantages.*list"),
     "advantages bool": ({"advantages": torch.ones(2, dtype=torch.bool)}, TYPE, "advantages.*bool"),
-    "advantages elsewhere": ({"advantages": torch.ones(2).to("meta")}, VALUE, "advantages.*meta"),
+    "advantages complex": ({"advantages": torch.ones(2) * 1j}, TYPE, "advantages.*complex"),
+    "advantages elsewhere": (
+        {"advantages": torch.ones(2, device="meta")},
+        VALUE,
+        "advantages.*meta",
+    ),
     "advantages nan": ({"advantages": nan_at(2, 1)}, VALUE, r"advantages\[1\] = nan"),
+    "advantages inf": ({"advantages": torch.tensor([1.0, INF])}, VALUE, r"advantages\[1\] = inf"),
     "ref_logps nan": ({"ref_logps": nan_at(N, 4)}, VALUE, r"ref_logps\[4\] = nan"),
+    "ref_logps -inf": ({"ref_logps": torch.full((N,), -INF)}, VALUE, r"ref_logps\[0\] = -inf"),
     "ref_logps positive": ({"ref_logps": torch.ones(N)}, VALUE, "ref_logps must hold log-probs"),
     "clip misspelt": ({"clp": 0.2}, TYPE, r"clp is not an input.*did you mean clip\?"),
+    "clip of zero": ({"clip": 0.0}, VALUE, "clip.*None.*0.0"),
+    "clip of 0": ({"clip": 0}, VALUE, "clip"),
+    "clip negative": ({"clip": -0.1}, VALUE, "clip"),
+    "clip nan": ({"clip": NAN}, VALUE, "clip"),
     "clip inf": ({"clip": INF}, VALUE, "clip.*finite"),
+    "clip text": ({"clip": "0.9"}, VALUE, "clip"),
+    "clip True": ({"clip": True}, VALUE, "clip"),
     "an ignored label": ({"labels": with_label(-100)}, VALUE, r"labels\[3\] = -100 "),
+    "clip a list": ({"clip": [0.9]}, VALUE, "clip"),
+    "clip a tensor": ({"clip": torch.tensor([0.9])}, VALUE, "clip"),
 }
 OTHER_LOSSES: dict[str, tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = {
     "beta nan": (objectives.a_lol_kl, {"beta": NAN}, VALUE, "beta"),
     "beta inf": (objectives.a_lol_kl, {"beta": INF}, VALUE, "beta"),
+    "beta text": (objectives.a_lol_kl, {"beta": "0.1"}, VALUE, "beta"),
     "floor zero": (objectives.r_gold, {"floor": 0.0}, VALUE, "floor"),
     "floor above one": (objectives.r_gold, {"floor": 1.5}, VALUE, "floor"),
+    "floor nan": (objectives.r_gold, {"floor": NAN}, VALUE, "floor"),
     "an ambiguous input": (
         ambiguous,
         {"seq": lk.Sequences.from_lengths([2, 0, 1, 1, 1, 1]), "extra": torch.ones(N)},
@@ -273,30 +325,39 @@ OTHER_LOSSES: dict[str, tuple[Callable[..., Any], dict[str, Any], type[Exception
 }
 
 
-Case = tuple[str, Callable[..., Any], dict[str, Any], type[Exception], str]
-
-
-def rows() -> Iterator[Case]:
-    tables: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Row]]] = [
-        (lk.linear_logprob, good(), HEAD_ROWS | SCALING_ROWS | MASK_ROWS | LABEL_ROWS),
-        (lk.logprob, good_logits(), SCALING_ROWS | LABEL_ROWS | LOGITS_ROWS),
-        (lk.linear_loss, good_loss(), HEAD_ROWS | SCALING_ROWS | LABEL_ROWS | LOSS_ROWS),
-    ]
-    for function, base, table in tables:
-        for name, (change, error, words) in table.items():
-            yield f"{function.__name__}: {name}", function, base | change, error, words
+def rows() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], type[Exception], str]]:
+    for name, (change, error, words) in {
+        **HEAD_ROWS,
+        **SCALING_ROWS,
+        **MASK_ROWS,
+        **LABEL_ROWS,
+    }.items():
+        yield f"linear_logprob: {name}", lk.linear_logprob, {**good(), **change}, error, words
+    for name, (change, error, words) in {**SCALING_ROWS, **LABEL_ROWS, **LOGITS_ROWS}.items():
+        yield f"logprob: {name}", lk.logprob, {**good_logits(), **change}, error, words
+    for name, (change, error, words) in {
+        **HEAD_ROWS,
+        **SCALING_ROWS,
+        **LABEL_ROWS,
+        **LOSS_ROWS,
+    }.items():
+        yield f"linear_loss: {name}", lk.linear_loss, {**good_loss(), **change}, error, words
     for name, (objective, change, error, words) in OTHER_LOSSES.items():
+        needed = lk.side_inputs(objective)
         base = {**good_loss(), "objective": objective, "rewards": torch.ones(2)}
-        for side in {"ref_logps", "advantages", "rewards"} - set(lk.side_inputs(objective)):
-            del base[side]
-        yield f"linear_loss: {name}", lk.linear_loss, base | change, error, words
+        kept = {
+            k: v
+            for k, v in base.items()
+            if k not in ("ref_logps", "advantages", "rewards") or k in needed
+        }
+        yield f"linear_loss: {name}", lk.linear_loss, {**kept, **change}, error, words
 
 
 BAD = list(rows())
 
 
 def test_the_table_is_large_and_the_good_arguments_work(spy: Spy) -> None:
-    assert len(BAD) >= 100
+    assert len(BAD) >= 120
     assert bool(lk.linear_logprob(**good()).logps.isfinite().all())
     assert bool(lk.logprob(**good_logits()).logps.isfinite().all())
     assert bool(lk.linear_loss(**good_loss()).isfinite())
@@ -310,7 +371,14 @@ def test_the_table_is_large_and_the_good_arguments_work(spy: Spy) -> None:
 @pytest.mark.parametrize(
     ("name", "function", "arguments", "error", "words"), BAD, ids=[b[0] for b in BAD]
 )
-def test_bad_input_is_named_before_any_launch(name, function, arguments, error, words, spy) -> None:
+def test_bad_input_is_named_before_any_launch(
+    name: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    spy: Spy,
+) -> None:
     arguments = {k: v for k, v in arguments.items() if v is not ...}
     with pytest.raises(error, match=f"(?s){words}") as caught:
         function(**arguments)
@@ -320,23 +388,30 @@ def test_bad_input_is_named_before_any_launch(name, function, arguments, error, 
 
 # --- the smaller public functions -----------------------------------------------------------------
 
+SEQ = lk.Sequences.from_lengths([4, 2])
 S = lk.Sequences
 SMALL: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask is a list": (lambda: S.from_mask([[True]]), TYPE, "mask.*list"),
+    "mask of rank 1": (lambda: S.from_mask(torch.ones(3, dtype=torch.bool)), VALUE, "mask"),
     "mask of floats": (lambda: S.from_mask(torch.ones(2, 3)), TYPE, r"mask.*bool\(\)"),
     "mask of other numbers": (lambda: S.from_mask(torch.full((2, 3), 2)), VALUE, "mask.*0 and 1"),
     "lengths negative": (lambda: S.from_lengths([3, -1]), VALUE, "lengths.*-1"),
     "lengths of floats": (lambda: S.from_lengths(torch.ones(3)), TYPE, "lengths.*float32"),
+    "lengths of rank 2": (lambda: S.from_lengths(torch.ones(2, 2).long()), VALUE, "lengths"),
     "lengths bool": (lambda: S.from_lengths(torch.ones(2).bool()), TYPE, "lengths.*bool"),
     "cu_seqlens falling": (lambda: S.from_cu_seqlens([0, 4, 3]), VALUE, "cu_seqlens"),
     "cu_seqlens from one": (lambda: S.from_cu_seqlens([1, 4]), VALUE, "cu_seqlens"),
     "cu_seqlens empty": (lambda: S.from_cu_seqlens([]), VALUE, "cu_seqlens"),
+    "cu_seqlens of floats": (lambda: S.from_cu_seqlens(torch.zeros(2)), TYPE, "cu_seqlens"),
     "group of zero": (lambda: S.from_lengths([1, 2], group_size=0), VALUE, "group_size.*0"),
+    "group of 1.0": (lambda: S.from_lengths([1, 2], group_size=1.0), VALUE, "group_size"),
     "group is a bool": (lambda: S.from_lengths([1, 2], group_size=True), VALUE, "group_size"),
     "group does not divide": (lambda: S.from_lengths([1, 2, 3], group_size=2), VALUE, "group_size"),
     "totals negative": (lambda: SEQ.with_totals(num_sequences=-1), VALUE, "total_sequences.*-1"),
     "totals nan": (lambda: SEQ.with_totals(num_tokens=NAN), VALUE, "total_tokens"),
+    "totals inf": (lambda: SEQ.with_totals(num_tokens=INF), VALUE, "total_tokens"),
     "sum of another length": (lambda: SEQ.sum(torch.ones(7)), VALUE, r"\(6,\)"),
+    "sum of rank 2": (lambda: SEQ.sum(torch.ones(6, 1)), VALUE, r"\(6,\)"),
     "sum of a list": (lambda: SEQ.sum([1.0] * 6), TYPE, "tensor"),
     "mean of another length": (lambda: SEQ.mean(torch.ones(5)), VALUE, r"\(6,\)"),
     "expand of tokens": (lambda: SEQ.expand(torch.ones(6)), VALUE, r"\(2,\)"),
@@ -419,7 +494,9 @@ def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_the_next_best_backend_takes_the_place_of_a_missing_one(monkeypatch) -> None:
+def test_the_next_best_backend_takes_the_place_of_a_missing_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def chosen() -> str:
         return backends.pick(None, torch.device("cuda"), torch.float32)
 
@@ -438,3 +515,20 @@ def test_the_next_best_backend_takes_the_place_of_a_missing_one(monkeypatch) -> 
 
 
 # --- what the checks cost -------------------------------------------------------------------------
+
+
+def test_the_argument_checks_cost_microseconds(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = good()
+    hidden, weight, bias, labels = (arguments[k] for k in ("hidden", "weight", "bias", "labels"))
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        checks.head(hidden, weight, bias, labels)
+        checks.scaling(0.7, 30.0, 1.0)
+        checks.budget(10**6)
+        checks.label_values(labels, V)
+        times.append(time.perf_counter() - start)
+    median = 1e6 * statistics.median(times)
+    with capsys.disabled():
+        print(f"\nargument checks: median {median:.0f} us (goal 50)")
+    assert median < 1000  # a loaded machine is slow, but not twenty times

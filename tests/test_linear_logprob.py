@@ -133,7 +133,9 @@ def test_a_sequence_of_4096_tokens_sums_to_a_millinat(backend: str, dtype: torch
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_loss"])
 @each_dtype
-def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(op, dtype) -> None:
+def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(
+    op: str, dtype: torch.dtype
+) -> None:
     """Accumulating dweight in bfloat16 costs a factor of 7 at 1,024 chunks."""
     p = peaky(2048, 32, 300, dtype=dtype, std=2.0)
     upstream = torch.randn(2048)
@@ -171,6 +173,28 @@ def test_the_error_of_dweight_does_not_grow_with_the_number_of_chunks(op, dtype)
 # --- options --------------------------------------------------------------------------------------
 
 
+def test_masked_and_ignored_rows_are_the_same_as_rows_left_out() -> None:
+    p = peaky(50, 16, 300)
+    keep = torch.rand(50) < 0.5
+    results = []
+    for how in ("mask", "ignored", "both", "selected"):
+        h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        labels, mask, rows = p.labels.clone(), None, slice(None)
+        if how in ("ignored", "both"):
+            labels[~keep] = -100
+        if how in ("mask", "both"):
+            mask = keep
+        if how == "selected":
+            rows = keep
+        out = lk.linear_logprob(h[rows], w, labels[rows], mask=mask)
+        (out.logps.sum() + out.entropy.sum() + out.lse.sum()).backward()
+        kept = out if how == "selected" else [t[keep] for t in out]
+        results.append([*(t.detach() for t in kept), h.grad, w.grad])
+        assert bool((h.grad[~keep] == 0).all())
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
 def test_leading_dimensions_and_int32_labels() -> None:
     p = peaky(24, 8, 40)
     flat = lk.linear_logprob(p.hidden, p.weight, p.labels)
@@ -191,6 +215,22 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
     (out.logps.sum() + out.lse.sum()).backward()
     assert h.grad.shape == h.shape
     assert float(w.grad.abs().max()) == 0.0 and float(bias.grad.abs().max()) == 0.0
+
+
+def test_neither_the_budget_nor_the_batch_moves_a_log_prob() -> None:
+    """The ratio of step 0 is one whatever the batch: 1e-5 nat a token between any two shapes."""
+    p = peaky(64, 48, 5000, std=4.0)
+    first = lk.linear_logprob(p.hidden, p.weight, p.labels).logps
+    for budget in (1, 2048 * 4 * 5, 2**30):
+        again = lk.linear_logprob(p.hidden, p.weight, p.labels, memory_budget=budget).logps
+        assert float((first - again).abs().max()) <= 1e-5
+    alone = torch.cat(
+        [
+            lk.linear_logprob(p.hidden[i : i + 1], p.weight, p.labels[i : i + 1]).logps
+            for i in range(64)
+        ]
+    )
+    assert float((first - alone).abs().max()) <= 1e-5
 
 
 def test_outputs_are_differentiable_but_for_the_largest_logit() -> None:

@@ -314,7 +314,9 @@ objectives.REGISTRY.pop("said_to_be_token_local")
         (of_whole_lengths, False),
     ],
 )
-def test_no_value_depends_on_the_memory_budget(objective, refused, rows) -> None:
+def test_no_value_depends_on_the_memory_budget(
+    objective: Callable[..., Tensor], refused: bool, rows: int
+) -> None:
     h, w = torch.randn(20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
     labels, seq = torch.randint(50, (20,)), lk.Sequences.from_lengths([5, 3, 8, 4])
     side = {"rewards": torch.tensor([1.0, 3.0, -2.0, 0.5])} if objective is whitened else {}
@@ -423,3 +425,28 @@ def test_step_zero_ratio_is_one_whatever_the_batch_shape() -> None:
         assert float(seq.sum(out.logps - ref).abs().max()) <= 1e-3
         ratio = -out.seq_loss / seq.sum(out.logps)
         assert float((ratio - 1).abs().max()) <= 1e-3
+
+
+def test_the_denominators_may_be_those_of_a_larger_update() -> None:
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, sequences of uneven length, one without tokens."""
+    lengths = [3, 9, 1, 0, 14, 2, 5, 6]
+    p = peaky(sum(lengths), 8, 31, dtype=torch.float64)
+    advantages = torch.rand(8, dtype=torch.float64) + 0.1
+    for reduction in REDUCTIONS:
+        outcomes = []
+        for parts in (1, 2, 4, 8):
+            h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+            total, row, size = 0.0, 0, 8 // parts
+            for i in range(0, 8, size):
+                seq = lk.Sequences.from_lengths(lengths[i : i + size])
+                rows = slice(row, row := row + seq.num_tokens)
+                seq = seq.with_totals(num_sequences=8, num_tokens=sum(lengths))
+                options = {"reduction": reduction, "advantages": advantages[i : i + size]}
+                batch = (h[rows], w, p.labels[rows], seq)
+                loss = lk.linear_loss(objectives.a_lol_ref_free, *batch, **options)
+                loss.backward()
+                total += loss.item()
+            outcomes.append((torch.tensor(total, dtype=torch.float64), h.grad, w.grad))
+        for other in outcomes[1:]:
+            for x, y in zip(outcomes[0], other, strict=True):
+                assert float((x - y).abs().max()) <= 1e-12 * max(1, float(y.abs().max()))

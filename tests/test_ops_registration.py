@@ -26,12 +26,16 @@ CHECKS = (
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SAMPLES: list[tuple[Any, ...]] = [
     (6, 4, 11, f32, f32, True, True, 0.0, "cpu", True),
+    (6, 4, 11, f32, f32, False, False, 5.0, "cpu", True),
     (1, 1, 1, f32, f32, True, False, 0.0, "cpu", True),
     (9, 3, 2100, f32, f32, True, True, 0.0, "cpu", True),
     (5, 8, 40, bf16, bf16, True, True, 0.0, "cpu", True),
     (5, 8, 40, bf16, f32, False, True, 30.0, "cpu", True),
+    (5, 8, 40, f16, f16, True, False, 0.0, "cpu", True),
+    (5, 8, 40, f32, bf16, True, True, 0.0, "cpu", True),
     (6, 4, 11, f32, f32, True, True, 0.0, "cpu", False),
     (6, 4, 11, f64, f64, True, True, 5.0, "reference", True),
+    (6, 4, 11, f32, f32, True, True, 0.0, "reference", True),
     (5, 8, 40, bf16, bf16, False, True, 0.0, "reference", True),
     (3, 2, 2049, f64, f64, False, False, 0.0, "reference", True),
     (2, 16, 129, f16, f32, True, False, 2.0, "reference", True),
@@ -230,3 +234,33 @@ def test_fifty_lengths_take_at_most_three_compilations(name: str) -> None:
                 1, abs(got.item())
             )
     assert 1 <= counter.frame_count <= 3
+
+
+def test_a_compiled_model_with_the_loss_inside() -> None:
+    torch._dynamo.reset()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 60)
+
+        def forward(self, x: Tensor, y: Tensor, seq: lk.Sequences, adv: Tensor) -> Tensor:
+            return lk.linear_loss(
+                objectives.a_lol_ref_free,
+                torch.tanh(self.body(x)),
+                self.head.weight,
+                y,
+                seq,
+                bias=self.head.bias,
+                advantages=adv,
+            )
+
+    model = Model()
+    x, y = torch.randn(9, 8), torch.randint(60, (9,))
+    seq, adv = lk.Sequences.from_lengths([4, 5]), torch.tensor([1.0, 2.0])
+    model(x, y, seq, adv).backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x, y, seq, adv).backward()
+    for p, g in zip(model.parameters(), want, strict=True):
+        assert float((p.grad - g).abs().max()) <= 1e-6 and float(g.abs().max()) > 0

@@ -51,14 +51,6 @@ def problem(dtype: torch.dtype = torch.float32, *, frozen: bool = False, bias: b
     return SimpleNamespace(hidden=hidden, weight=weight, bias=b, labels=labels, leaves=leaves)
 
 
-def in_float64(p: Any) -> Any:
-    """The same numbers."""
-    named = {k: getattr(p, k) for k in ("hidden", "weight", "bias") if getattr(p, k) is not None}
-    wide = {k: t.detach().double().requires_grad_(t.requires_grad) for k, t in named.items()}
-    leaves = [t for t in wide.values() if t.requires_grad]
-    return SimpleNamespace(**{**vars(p), **wide, "leaves": leaves})
-
-
 def a_lol(
     p: Any, lengths: list[int] = LENGTHS, backend: str = "reference", **options: Any
 ) -> tuple[Any, ...]:
@@ -106,7 +98,12 @@ WALKERS = [
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_linear_loss_is_that_of_the_panels(
-    monkeypatch, backend, dtype, frozen, bias, budget
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtype: torch.dtype,
+    frozen: bool,
+    bias: bool,
+    budget: str,
 ) -> None:
     p = problem(dtype, frozen=frozen, bias=bias)
     options = {"memory_budget": BUDGETS[budget], "softcap": 20.0, "temperature": 0.8}
@@ -120,7 +117,49 @@ def test_linear_loss_is_that_of_the_panels(
         close(a, b, TOLERANCE[dtype])
 
 
-def test_without_fp32_products_of_half_precision_the_panels_serve(whole_rows, monkeypatch) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), WALKERS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_linear_logprob_is_that_of_the_panels(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, budget: str
+) -> None:
+    p = problem(dtype, bias=True)
+    mask = torch.rand(N) < 0.7
+
+    def run(backend: str) -> list[Tensor]:
+        out = lk.linear_logprob(
+            p.hidden,
+            p.weight,
+            p.labels,
+            bias=p.bias,
+            mask=mask,
+            backend=backend,
+            memory_budget=BUDGETS[budget],
+        )
+        total = out.logps.sum() + 0.3 * out.entropy.sum() - 0.2 * out.lse.sum()
+        return [*out, *torch.autograd.grad(total, p.leaves)]
+
+    want = run("reference")
+    monkeypatch.setitem(TABLE, "reference", TABLE["reference"]._replace(panels=False))
+    got = run(backend)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        close(a, b, min(TOLERANCE[dtype], 1e-5) if i < 4 else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_operands_of_two_dtypes_are_multiplied_in_fp32(
+    whole_rows: None, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    p = problem()
+    hidden, weight = p.hidden.detach().to(hidden_dtype), p.weight.detach().to(weight_dtype)
+    out = lk.linear_logprob(hidden, weight, p.labels, backend="reference")
+    truth = torch.log_softmax(hidden.double() @ weight.double().T, 1)[range(N), p.labels]
+    close(out.logps, truth, 1e-5)
+
+
+def test_without_fp32_products_of_half_precision_the_panels_serve(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = problem(torch.bfloat16)
     monkeypatch.setattr(gemm, "has_fp32_output", lambda device, dtype: False)
     calls = []
@@ -137,7 +176,11 @@ def test_without_fp32_products_of_half_precision_the_panels_serve(whole_rows, mo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_where_the_exponentials_of_whole_rows_lie(
-    whole_rows, monkeypatch, frozen, dtype, backend
+    whole_rows: None,
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: bool,
+    dtype: torch.dtype,
+    backend: str,
 ) -> None:
     """Those that are kept apart; the others over the beginnings of the rows of logits."""
     seen = []
@@ -157,7 +200,9 @@ def test_where_the_exponentials_of_whole_rows_lie(
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8])
-def test_small_coefficients_survive_fp16(whole_rows, monkeypatch, size) -> None:
+def test_small_coefficients_survive_fp16(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
     p = problem(torch.float16)
 
     def errors() -> list[float]:
@@ -188,18 +233,36 @@ def test_small_coefficients_survive_fp16(whole_rows, monkeypatch, size) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_coefficients_of_all_sizes_survive_fp16(whole_rows, budget, frozen) -> None:
+def test_coefficients_of_all_sizes_survive_fp16(
+    whole_rows: None, budget: str, frozen: bool
+) -> None:
     """Rewards over nine orders of magnitude: each row of dhidden keeps its own digits."""
     p = problem(torch.float16, frozen=frozen, bias=not frozen)
     seq, rewards = lk.Sequences.from_lengths([10, 10, 10, 10]), torch.tensor([1e5, 1e2, 1.0, 1e-4])
 
-    def grads(p: Any) -> Any:
-        options = {"backend": "reference", "memory_budget": BUDGETS[budget], "rewards": rewards}
-        call = (objectives.wbc, p.hidden, p.weight, p.labels, seq)
-        loss = lk.linear_loss(*call, bias=p.bias, **options)
+    def grads(p: Any, backend: str) -> Any:
+        loss = lk.linear_loss(
+            objectives.wbc,
+            p.hidden,
+            p.weight,
+            p.labels,
+            seq,
+            bias=p.bias,
+            rewards=rewards,
+            backend=backend,
+            memory_budget=BUDGETS[budget],
+        )
         return torch.autograd.grad(loss * 1e-3, p.leaves)
 
-    for got, want in zip(grads(p), grads(in_float64(p)), strict=True):
+    exact = SimpleNamespace(
+        **{k: None if v is None else v.detach() for k, v in vars(p).items() if k != "leaves"}
+    )
+    exact.hidden, exact.weight = exact.hidden.double(), exact.weight.double()
+    exact.bias = None if exact.bias is None else exact.bias.double()
+    exact.leaves = [getattr(exact, k) for k in ("hidden", "weight", "bias")][: len(p.leaves)]
+    for leaf in exact.leaves:
+        leaf.requires_grad_()
+    for got, want in zip(grads(p, "reference"), grads(exact, "reference"), strict=True):
         assert got.isfinite().all()
         close(got, want, 3e-3)
         if got.shape == p.hidden.shape:
@@ -228,7 +291,11 @@ def test_an_all_zero_upstream_gradient_gives_zeros_in_fp16(whole_rows: None) -> 
     ],
 )
 def test_the_gradients_of_labels_near_one_keep_their_digits(
-    monkeypatch, backend, dtype, bound, confident
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtype: torch.dtype,
+    bound: float,
+    confident: float,
 ) -> None:
     """1 - p down to 1e-9: lse - z_y in fp32 has no digit left there, the sum of the others has."""
     if backend == "reference":
@@ -254,7 +321,9 @@ def test_the_gradients_of_labels_near_one_keep_their_digits(
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("op", ["linear_loss", "linear_logprob"])
-def test_half_operands_of_fp32_masters(whole_rows, monkeypatch, op, frozen) -> None:
+def test_half_operands_of_fp32_masters(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, op: str, frozen: bool
+) -> None:
     """What autocast asks for: statistics and the master's gradient stay fp32."""
     p = problem(frozen=frozen)
     half = [t.detach().bfloat16().double().requires_grad_() for t in (p.hidden, p.weight)]
@@ -326,7 +395,9 @@ def test_no_flag_reaches_fp32_products(flag: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [V, -1, 2**40])
-def test_a_bad_label_spoils_its_row_and_raises_at_the_next_call(whole_rows, unhurried, bad) -> None:
+def test_a_bad_label_spoils_its_row_and_raises_at_the_next_call(
+    whole_rows: None, unhurried: None, bad: int
+) -> None:
     p = problem()
     labels = p.labels.clone()
     labels[3] = bad
@@ -344,23 +415,34 @@ def test_a_bad_label_spoils_its_row_and_raises_at_the_next_call(whole_rows, unhu
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("objective", [objectives.nll, objectives.a_lol])
 def test_a_bad_label_spoils_the_loss_and_the_gradients(
-    whole_rows, unhurried, budget, frozen
+    whole_rows: None, unhurried: None, objective: Any, budget: str, frozen: bool
 ) -> None:
     p = problem(frozen=frozen)
-    p.labels[3] = V
-    seq, side = lk.Sequences.from_lengths([N]), {"backend": "reference"}
-    for objective in (objectives.nll, objectives.a_lol):
-        loss = lk.linear_loss(
-            objective, p.hidden, p.weight, p.labels, seq, memory_budget=BUDGETS[budget], **side
-        )
-        side |= {"ref_logps": torch.zeros(N), "advantages": torch.ones(1)}
-        assert loss.isnan()
-        for grad in torch.autograd.grad(loss, p.leaves):
-            assert grad.isnan().any()
-        with pytest.raises(ValueError, match="labels held"):
-            lk.check_errors()
+    labels = p.labels.clone()
+    labels[3] = V
+    side = (
+        {}
+        if objective is objectives.nll
+        else {"ref_logps": torch.zeros(N), "advantages": torch.ones(1)}
+    )
+    loss = lk.linear_loss(
+        objective,
+        p.hidden,
+        p.weight,
+        labels,
+        lk.Sequences.from_lengths([N]),
+        backend="reference",
+        memory_budget=BUDGETS[budget],
+        **side,
+    )
+    assert loss.isnan()
+    for grad in torch.autograd.grad(loss, p.leaves):
+        assert grad.isnan().any()
+    with pytest.raises(ValueError, match="labels held"):
         lk.check_errors()
+    lk.check_errors()
 
 
 def test_existing_logits_with_a_bad_label(unhurried: None) -> None:
@@ -402,7 +484,9 @@ def test_strict_mode_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("poison", [1.0, math.nan, INF])
-def test_masked_rows_take_part_as_zeros(whole_rows, monkeypatch, poison) -> None:
+def test_masked_rows_take_part_as_zeros(
+    whole_rows: None, monkeypatch: pytest.MonkeyPatch, poison: float
+) -> None:
     p = problem(bias=True)
     labels = p.labels.clone()
     mask = torch.rand(N) < 0.6
@@ -424,6 +508,24 @@ def test_masked_rows_take_part_as_zeros(whole_rows, monkeypatch, poison) -> None
     for a in got[:5]:
         assert not a[~mask].any()
     deferred.check_errors()
+
+
+def test_a_chunk_of_sequences_needs_nothing_from_the_host() -> None:
+    """Pieces that follow one another are views and arithmetic of what stands on the device."""
+    seq = lk.Sequences.from_lengths([3, 0, 4, 2]).with_totals(num_sequences=9, num_tokens=50)
+    for which, rows, lengths in (
+        (slice(0, 4), slice(0, 9), [3, 0, 4, 2]),
+        (slice(1, 3), slice(3, 7), [0, 4]),
+        (slice(0, 3), slice(1, 5), [2, 0, 2]),  # both ends cut
+        ([0, 3], torch.tensor([0, 1, 2, 7, 8]), [3, 2]),
+    ):
+        part = seq.part(which, rows, lengths)
+        want = lk.Sequences.from_lengths(lengths)
+        for name in ("cu_seqlens", "token_to_sequence", "offsets"):
+            assert torch.equal(getattr(part, name), getattr(want, name)), name
+        assert part.lengths.tolist() == seq.lengths[which].tolist()  # of the whole sequences
+        assert (part.num_sequences, part.num_tokens) == (want.num_sequences, want.num_tokens)
+        assert (part.total_sequences, part.total_tokens) == (9, 50)
 
 
 # --- memory ---------------------------------------------------------------------------------------
