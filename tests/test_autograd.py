@@ -1,7 +1,8 @@
-"""The autograd contract: repeated and scaled backward, who requires grad, dtypes."""
+"""The autograd contract: gradcheck, repeated and scaled backward, who requires grad, dtypes."""
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import judges
@@ -11,12 +12,129 @@ import torch.nn.functional as F  # noqa: N812
 from cases import BACKENDS, DTYPES, HALF, calls, each_backend
 from judges import eager, peaky
 from torch import Tensor
+from torch.autograd import gradcheck
 
 import lolkernels as lk
 from lolkernels import objectives
 from lolkernels.backends import TABLE
+from lolkernels.objectives import PerSequence
 
+LENGTHS = [2, 3, 1]
+N, D, V = 6, 3, 7
+EXACT = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3, "nondet_tol": 0.0}
 NARROW = {b: HALF if b == "reference" else DTYPES[b] for b in BACKENDS}
+
+
+def smooth_objective(
+    logps: Tensor, rewards: PerSequence, seq: lk.Sequences, *, power: float = 0.5
+) -> Tensor:
+    return -rewards * torch.tanh(power * seq.mean(logps)) + 0.1 * seq.sum(logps.square())
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# --- gradcheck ------------------------------------------------------------------------------------
+
+# The ratio of A-LoL is detached: its loss is not the integral of its gradient, and gradcheck, which
+# differentiates the loss, sees another function. ref_logps tells it apart: where every weight lies
+# outside the clip it is constant, and the two agree. With floor = 1 r_gold's weight is one.
+GRADCHECKED: list[tuple[str, Callable[..., Tensor], dict[str, Any]]] = [
+    ("nll", objectives.nll, {}),
+    ("wbc", objectives.wbc, {}),
+    ("r_gold, floor 1", objectives.r_gold, {"floor": 1.0}),
+    ("r_lol above the clip", objectives.r_lol, {"clip": 0.5, "drift": -9.0}),
+    ("r_lol below the clip", objectives.r_lol, {"clip": 0.5, "drift": 9.0}),
+    ("a_lol above the clip", objectives.a_lol, {"clip": 0.9, "drift": -9.0}),
+    ("a_lol below the clip", objectives.a_lol, {"clip": 0.9, "drift": 9.0}),
+    ("a_lol_seq above the clip", objectives.a_lol_seq, {"clip": 0.2, "drift": -9.0}),
+    ("a_lol_seq below the clip", objectives.a_lol_seq, {"clip": 0.2, "drift": 9.0}),
+    ("a_lol_ref_free", objectives.a_lol_ref_free, {}),
+    ("a_lol_kl", objectives.a_lol_kl, {"beta": 0.4}),
+    ("r_lol_kl", objectives.r_lol_kl, {"beta": 0.4}),
+    ("a user's", smooth_objective, {"power": 0.7}),
+]
+SCALINGS: list[dict[str, Any]] = [{}, {"softcap": 3.0}, {"temperature": 0.7, "logit_scale": 1.3}]
+REDUCTIONS = ("seq-mean", "token-mean", "seq-mean-token-mean", "sum")
+
+
+def side_inputs(objective: Callable[..., Tensor], drift: float) -> dict[str, Tensor]:
+    side = {
+        "ref_logps": (drift - torch.rand(N, dtype=torch.float64) * 3).clamp(max=0),
+        "advantages": torch.tensor([0.5, -0.2, 1.5], dtype=torch.float64),
+        "rewards": torch.tensor([0.5, 0.2, 1.5], dtype=torch.float64),
+    }
+    return {k: t for k, t in side.items() if k in lk.side_inputs(objective)}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
+@pytest.mark.parametrize("rows_held", [4, 100])
+@pytest.mark.parametrize(("name", "objective", "options"), GRADCHECKED)
+def test_gradcheck_of_linear_loss(
+    name: str,
+    objective: Callable[..., Tensor],
+    options: dict[str, Any],
+    rows_held: int,
+    scaling: dict[str, Any],
+) -> None:
+    options = dict(options)
+    side = side_inputs(objective, options.pop("drift", 0.0))
+    labels = torch.randint(V, (N,))
+    seq = lk.Sequences.from_lengths(LENGTHS)
+    # Every reduction and both bias choices come up over the configurations.
+    turn = GRADCHECKED.index(next(g for g in GRADCHECKED if g[0] == name)) + len(scaling)
+    bias = doubles(V).requires_grad_() if turn % 2 else None
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return lk.linear_loss(
+            objective,
+            hidden,
+            weight,
+            labels,
+            seq,
+            bias=bias,
+            reduction=REDUCTIONS[turn % 4],
+            memory_budget=rows_held * V * 8,
+            **scaling,
+            **side,
+            **options,
+        )
+
+    leaves = (doubles(N, D).requires_grad_(), doubles(V, D).requires_grad_(), bias)
+    assert gradcheck(loss, leaves, **EXACT)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap", "scaled"])
+@pytest.mark.parametrize("output", ["logps", "lse", "entropy", "all"])
+@pytest.mark.parametrize("op", ["logprob", "linear_logprob", "with bias"])
+def test_gradcheck_of_log_probs(output: str, op: str, scaling: dict[str, Any]) -> None:
+    labels, mask = torch.randint(V, (N,)), torch.tensor([True] * 4 + [False, True])
+
+    def scored(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Any:
+        if weight is None:
+            out = lk.logprob(x, labels, **scaling)
+        else:
+            held = {"bias": bias, "mask": mask, "memory_budget": 2 * V * 8}
+            out = lk.linear_logprob(x, weight, labels, **held, **scaling)
+        return out[:3] if output == "all" else getattr(out, output)
+
+    leaves = [2 * doubles(N, V)] if op == "logprob" else [doubles(N, D), doubles(V, D), doubles(V)]
+    leaves = [t.requires_grad_() for t in leaves][: 2 if op == "linear_logprob" else 3]
+    assert gradcheck(scored, leaves, **EXACT)
+
+
+def test_gradcheck_sees_a_wrong_gradient() -> None:
+    """The canary of this file: an unclipped detached ratio is not the derivative of its loss."""
+    labels, seq = torch.randint(V, (N,)), lk.Sequences.from_lengths(LENGTHS)
+    side = side_inputs(objectives.r_lol, 0.0)
+    weight = doubles(V, D)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return lk.linear_loss(objectives.r_lol, hidden, weight, labels, seq, clip=None, **side)
+
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        gradcheck(loss, (doubles(N, D).requires_grad_(),), eps=1e-6, atol=1e-5, rtol=1e-3)
 
 
 # --- calls with one backward ----------------------------------------------------------------------
@@ -30,7 +148,9 @@ each_call = pytest.mark.parametrize(
 
 
 @each_call
-def test_a_second_backward_gives_the_same_gradient_bit_for_bit(name, backend, dtype) -> None:
+def test_a_second_backward_gives_the_same_gradient_bit_for_bit(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
     """Gradients scaled in place in the first backward give .5 and .25 of them in the next."""
     call, leaves = calls(backend, dtype)[name]
     before = [t.detach().clone() for t in leaves]
@@ -44,7 +164,9 @@ def test_a_second_backward_gives_the_same_gradient_bit_for_bit(name, backend, dt
 
 
 @each_call
-def test_backward_is_linear_in_the_upstream_gradient(name, backend, dtype) -> None:
+def test_backward_is_linear_in_the_upstream_gradient(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
     """loss * 2 and loss / 4 scale the gradients exactly: powers of two round nothing."""
     call, leaves = calls(backend, dtype)[name]
 
@@ -105,7 +227,9 @@ PATTERNS = list(itertools.product([False, True], repeat=3))
 @pytest.mark.parametrize(
     "pattern", PATTERNS, ids=lambda p: "".join("hwb"[i] for i in range(3) if p[i]) or "none"
 )
-def test_every_requires_grad_pattern(name, backend, dtype, pattern) -> None:
+def test_every_requires_grad_pattern(
+    name: str, backend: str, dtype: torch.dtype, pattern: tuple[bool, ...]
+) -> None:
     """Gradients exist exactly where they are asked for, and do not depend on who else asks."""
     call, leaves = calls(backend, dtype)[name]
     full = torch.autograd.grad(call().sum(), leaves)
@@ -127,7 +251,9 @@ def test_every_requires_grad_pattern(name, backend, dtype, pattern) -> None:
 
 
 @each_call
-def test_no_grad_and_inference_mode_give_the_same_values(name, backend, dtype) -> None:
+def test_no_grad_and_inference_mode_give_the_same_values(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
     call, _ = calls(backend, dtype)[name]
     recorded = call()
     with torch.no_grad():
@@ -253,7 +379,9 @@ def test_a_compiled_call_adds_to_the_buffer(name: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("producer", [torch.tanh, lambda t: t.softmax(-1), torch.sigmoid])
-def test_a_producer_that_saved_its_output_gets_the_right_gradient(backend, producer) -> None:
+def test_a_producer_that_saved_its_output_gets_the_right_gradient(
+    backend: str, producer: Callable[[Tensor], Tensor]
+) -> None:
     """Writing gradients over an input corrupts the op before it, which saved that tensor."""
     base, labels = torch.randn(9, 30), torch.randint(30, (9,))
     for op in ("logprob", "linear_loss"):
@@ -285,6 +413,17 @@ def test_gradients_are_handed_over_and_added_up() -> None:
     for times in (1, 2):
         loss.backward(retain_graph=True)
         assert all(torch.equal(t.grad, times * g) for t, g in zip(leaves, once, strict=True))
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    table = torch.randn(30, 8, requires_grad=True)
+    ids, labels = torch.randint(30, (10,)), torch.randint(30, (10,))
+    seq = lk.Sequences.from_lengths([10])
+    h = F.embedding(ids, table)
+    lk.linear_loss(objectives.nll, h, table, labels, seq, reduction="sum").backward()
+    other = table.detach().double().requires_grad_()
+    F.cross_entropy(F.embedding(ids, other) @ other.T, labels, reduction="sum").backward()
+    assert float((table.grad - other.grad).abs().max()) <= 1e-5
 
 
 GRID = [(h, w) for h in HALF for w in HALF]
