@@ -81,6 +81,24 @@ def head(hidden: Any, weight: Any, bias: Any, labels: Any) -> None:
     same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
 
 
+def low_rank(value: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(low (..., r), up (V, r)) of hidden's and weight's dtypes."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"low_rank must be a pair (low, up), got {type(value).__name__}")
+    pairs = (("low", value[0], "hidden", hidden), ("up", value[1], "weight", weight))
+    for name, t, of, beside in pairs:
+        name = f"low_rank's {name}"
+        if floating(name, t).dtype != beside.dtype:
+            raise TypeError(f"{name} must have {of}'s {beside.dtype}, got {t.dtype}")
+        if t.shape[:-1] != beside.shape[:-1] or t.shape[-1:] != value[0].shape[-1:]:
+            raise ValueError(
+                f"{name} must have shape {(*beside.shape[:-1], 'r')} with one r for low and up, "
+                f"got {tuple(t.shape)}"
+            )
+    same_device(hidden=hidden, low=value[0], up=value[1])
+    return value[0], value[1]
+
+
 def label_ids(name: str, labels: Any, shape: Any, of: str) -> None:
     tensor(name, labels)
     if labels.dtype not in (torch.int64, torch.int32):

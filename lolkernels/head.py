@@ -96,7 +96,8 @@ def fused_head(
     **options: Any,
 ) -> Any:
     """The head's result without logits; reads its :func:`operands`."""
-    hidden, weight, bias = operands(linear, hidden)
+    hidden, weight, bias, low_rank = operands(linear, hidden)
+    options["low_rank"] = low_rank
     if main_grad and torch.is_grad_enabled():
         options["accumulate_into"] = getattr(weight, "main_grad", None)
         if options["accumulate_into"] is None:
@@ -117,20 +118,22 @@ def fused_head(
 
 
 class Operands(NamedTuple):
-    """logits = hidden weight^T + bias."""
+    """logits = hidden weight^T + low up^T + bias."""
 
-    hidden: Tensor  # (..., D')
-    weight: Tensor  # (V, D')
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None  # low (..., r), up (V, r)
 
 
 def operands(layer: Any, hidden: Tensor) -> Operands:
     """What a linear layer multiplies and adds, with the adapters that PEFT has put on it.
 
-    LoRA's W x + b + s B A drop(x) is [x, s A drop(x)] [W, B]^T + b, and DoRA scales the rows of
-    [W, B] to the lengths that it learns; trained tokens are other rows of W. Each call of these
-    copies W (DoRA: in the adapter's dtype), and to train them costs what it costs to train W: three
-    GEMMs, of D + r columns, and a gradient of W's size. Autograd carries it on.
+    LoRA's W x + b + s B A drop(x) is a low-rank part, low = s A drop(x) and up = B: two skinny
+    products, and W is read only. DoRA scales the rows of [W, B], which multiply [x, low], to the
+    lengths that it learns; trained tokens are other rows of W. Each call of these two copies W
+    (DoRA: in the adapter's dtype), and to train them costs what it costs to train W: three GEMMs,
+    of D + r columns, and a gradient of W's size. Autograd carries it on.
 
     Raises:
         ValueError: DoRA beside another adapter, or with dropout while training.
@@ -158,13 +161,13 @@ def operands(layer: Any, hidden: Tensor) -> Operands:
 
 
 def _with_lora(layer: Any, active: list[str], base: Operands) -> Operands:
-    x, weight, bias = base
+    x, weight, bias, _ = base
     if not is_materialised(weight):
         raise ValueError(
             "the head's weight is not gathered beneath its adapter (as in ZeRO-3): take lm_head "
             "out of target_modules, or shard with FSDP2"
         )
-    inputs, columns = [x], [weight]
+    inputs, columns = [], []
     for name in active:
         a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         low = a(layer.lora_dropout[name](x.to(a.weight.dtype)))
@@ -172,9 +175,9 @@ def _with_lora(layer: Any, active: list[str], base: Operands) -> Operands:
         columns.append(b.weight.to(weight.dtype))
         if b.bias is not None:
             bias = scale * b.bias if bias is None else bias + scale * b.bias
-    x, weight = torch.cat(inputs, -1), torch.cat(columns, 1)
+    low, up = torch.cat(inputs, -1), torch.cat(columns, 1)
     if not any(name in layer.lora_variant for name in active):
-        return Operands(x, weight, bias)
+        return Operands(x, weight, bias, (low, up))
     if len(active) > 1:
         raise ValueError(
             f"the head carries DoRA beside another adapter ({', '.join(active)}): activate one"
@@ -185,6 +188,7 @@ def _with_lora(layer: Any, active: list[str], base: Operands) -> Operands:
     with torch.no_grad():
         rows = zip(torch.split(base.weight, ROWS), torch.split(b.weight, ROWS), strict=True)
         length = torch.cat([(w + scale * (r @ a.weight)).norm(dim=1) for w, r in rows])
+    x, weight = torch.cat([x, low], -1), torch.cat([weight, up], 1)
     return Operands(x, weight * (layer.lora_magnitude_vector[name].weight / length)[:, None], bias)
 
 

@@ -49,6 +49,7 @@ def linear_logprob(
     memory_budget: int | None = None,
     accumulate_into: Tensor | None = None,  # (V, D)
     tp_group: Any = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
 ) -> LogprobOutput:
     """Per-token log-probs of ``labels`` from the final hidden states, without holding the logits.
 
@@ -94,6 +95,10 @@ def linear_logprob(
             ``hidden`` and ``labels``, ids of the whole vocabulary, are the same on all. So are the
             results and the gradient of hidden; that of the weight is the rank's part. A DTensor
             weight with Shard(0) on a one-dimensional mesh brings its group along.
+        low_rank: ``(low, up)``, an adapter such as LoRA's: ``low up^T`` is added to
+            ``hidden W^T``. Beside a frozen weight its gradients take products with r columns, and
+            nothing else of V x D exists but, on a GPU, a copy of the weight in a call of each
+            direction. Beside a trained one both are trained as one weight of D + r columns.
 
     Raises:
         ValueError, TypeError: name the argument and what to change; nothing has been computed then.
@@ -103,6 +108,7 @@ def linear_logprob(
     """
     weight, bias, tp_group = distributed.local_shards(weight, bias, tp_group)
     checks.head(hidden, weight, bias, labels)
+    hidden, weight, up = with_low_rank(hidden, weight, low_rank, accumulate_into)
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
     checks.flag("entropy_grad", entropy_grad)
@@ -132,12 +138,14 @@ def linear_logprob(
     if tp_group is not None:
         where, poison = whole_labels(ids, weight.shape[0], tp_group)
         ids, rows = where.labels, distributed.enter(rows, tp_group)
-    table = weight.requires_grad or (bias is not None and bias.requires_grad)
+    head = (weight, bias, up)
+    table = any(t is not None and t.requires_grad for t in head)
     out = _op(
         rows,
         weight,
         ids,
         bias,
+        up,
         where is not None,
         scaling,
         name,
@@ -156,6 +164,23 @@ def linear_logprob(
     # FSDP warns of a module that returns views, and rightly.
     shaped = (t if t.shape == labels.shape else t.view(labels.shape) for t in out[:4])
     return LogprobOutput(*shaped)
+
+
+def with_low_rank(
+    hidden: Tensor, weight: Tensor, low_rank: Any, into: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden with low's columns beside its own (..., D + r), weight, and up; or up in weight."""
+    if low_rank is None:
+        return hidden, weight, None
+    low, up = checks.low_rank(low_rank, hidden, weight)
+    if into is not None:
+        raise ValueError(
+            "accumulate_into takes the gradient of weight alone: leave it or low_rank out"
+        )
+    hidden = torch.cat([hidden, low], -1)
+    if weight.requires_grad and torch.is_grad_enabled():
+        return hidden, torch.cat([weight, up], 1), None
+    return hidden, weight, up
 
 
 def whole_labels(labels: Tensor, rows: int, group: Any) -> tuple[distributed.Shards, Tensor | None]:
@@ -186,6 +211,7 @@ def make_walk(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
     labels: Tensor,
     scaling: Sequence[float],
     backend: str,
@@ -196,7 +222,7 @@ def make_walk(
     record: Backend = backends.TABLE[backend]
     kind = PanelWalk if takes_panels(hidden, weight, record, operand) else RowWalk
     return kind(
-        hidden, weight, bias, labels, Scaling(*scaling), record, operand, memory_budget, flags
+        hidden, weight, bias, up, labels, Scaling(*scaling), record, operand, memory_budget, flags
     )
 
 
@@ -223,12 +249,13 @@ def rows_to_keep(
     return min(n, held), dtype
 
 
-@custom_op("lolkernels::linear_logprob_v3", mutates_args=())
+@custom_op("lolkernels::linear_logprob_v4", mutates_args=())
 def _op(
-    hidden: Tensor,  # (N, D)
+    hidden: Tensor,  # (N, D), or with up (N, D + r)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    up: Tensor | None,  # (V, r) more columns of the weight, which then is frozen
     shard: bool,  # of a larger vocabulary: a label outside [0, V) has no target here
     scaling: Sequence[float],  # scale, softcap, temperature
     backend: str,
@@ -237,7 +264,7 @@ def _op(
     need: Sequence[bool],  # the gradient of hidden, of the head, of the entropy too
     into: Tensor | None,  # (V, D), for the backward to add dweight to
 ) -> list[Tensor]:
-    """[logps, lse, entropy, max_logit, slope, rest, share: (N,), unit (N, D), kept (k, V')].
+    """[logps, lse, entropy, max_logit, slope, rest, share: (N,), unit (N, D'), kept (k, V')].
 
     ``unit`` is d logp / d hidden and ``kept`` the exponentials (with need[2] the logits) of the
     first rows; each is empty where it is not needed.
@@ -245,7 +272,9 @@ def _op(
     deferred.raise_noted(hidden.device)
     flags = None if shard else deferred.label_flags(labels, weight.shape[0])
     n, vocab = labels.shape[0], weight.shape[0]
-    walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget, flags)
+    walk = make_walk(
+        hidden, weight, bias, up, labels, scaling, backend, operand, memory_budget, flags
+    )
     rows, dtype = rows_to_keep(n, hidden, weight, operand, memory_budget, need[2])
     kept = new_kept(hidden, rows if need[1] or need[2] else 0, vocab, dtype, backend)
     with_unit = need[0] and not need[2]
@@ -262,6 +291,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
     shard: bool,
     scaling: Sequence[float],
     backend: str,
@@ -294,6 +324,7 @@ def _gradients(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
     scaling: Sequence[float],
     backend: str,
     memory_budget: int | None,
@@ -301,18 +332,22 @@ def _gradients(
     hold: bool,  # ``kept`` holds logits
     need: Sequence[bool],  # dhidden, dweight, dbias
 ) -> list[Tensor]:
-    """[dhidden, dweight, dbias], empty where not needed. dhidden takes the logits once more."""
+    """[dhidden, dweight (with up: dup), dbias], empty where not needed.
+
+    dhidden takes the logits once more.
+    """
     (n, d), vocab = hidden.shape, weight.shape[0]
-    walk = make_walk(hidden, weight, bias, labels, scaling, backend, operand, memory_budget)
+    trained = weight if up is None else up
+    walk = make_walk(hidden, weight, bias, up, labels, scaling, backend, operand, memory_budget)
     k = kept.shape[0] if c is None or hold else 0  # exponentials do not make entropy's gradient
     # Where one product makes the whole of dweight it is rounded as it leaves the accumulators. The
     # range of fp16 is too small for sums that are still in units.
     panels, units = isinstance(walk, PanelWalk), operand == torch.float16
     whole = panels or (k == n and not hold and not units)
-    dtype = weight.dtype if whole else walk.dtype
+    dtype = trained.dtype if whole else walk.dtype
     direct = into is not None and (whole or (into.dtype == walk.dtype and not units))
     grads = Grads(
-        into if direct else weight.new_empty(weight.shape, dtype=dtype) if need[1] else None,
+        into if direct else trained.new_empty(trained.shape, dtype=dtype) if need[1] else None,
         (walk.empty(vocab).zero_() if direct else walk.empty(vocab)) if need[2] else None,
         written=direct,
     )
@@ -336,14 +371,14 @@ def _gradients(
         dweight = None
     return [
         dh.to(hidden.dtype),
-        weight.new_empty(0, d) if dweight is None else dweight.to(weight.dtype),
+        trained.new_empty(0, trained.shape[1]) if dweight is None else dweight.to(trained.dtype),
         weight.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
     ]
 
 
 _schema = torch.library.infer_schema(_gradients, mutates_args=())
 gradients_op = custom_op(
-    "lolkernels::linear_gradients_v2",
+    "lolkernels::linear_gradients_v3",
     lambda *args: _gradients(None, *args),
     mutates_args=(),
     schema=_schema.replace("Tensor? into, ", ""),
@@ -356,7 +391,7 @@ def _add_gradients(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 add_gradients_op = custom_op(
-    "lolkernels::linear_add_gradients_v3",
+    "lolkernels::linear_add_gradients_v4",
     _add_gradients,
     mutates_args=("into",),
     schema=_schema.replace("Tensor? into", "Tensor(a!) into").replace(
@@ -367,10 +402,11 @@ add_gradients_op = custom_op(
 
 @gradients_op.register_fake
 def _fake_gradients(*args: Any) -> list[Tensor]:
-    hidden, weight, bias, need = args[5], args[6], args[8], args[-1]
+    hidden, weight, bias, up, need = args[5], args[6], args[8], args[9], args[-1]
+    trained = weight if up is None else up
     return [
         hidden.new_empty(hidden.shape[0] if need[0] else 0, hidden.shape[1]),
-        weight.new_empty(weight.shape[0] if need[1] else 0, weight.shape[1]),
+        trained.new_empty(weight.shape[0] if need[1] else 0, trained.shape[1]),
         (weight if bias is None else bias).new_empty(weight.shape[0] if need[2] else 0),
     ]
 
@@ -381,6 +417,29 @@ def _(_: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return dhidden, dbias
 
 
+def wanted(ctx: Any, inputs: Sequence[Tensor | None], upstream: Tensor) -> tuple[bool, ...]:
+    """Whether the running backward goes on to hidden, to weight (or up) and to bias.
+
+    ``autograd.grad`` and ``backward(inputs=)`` name some: a pipeline asks for the gradient of
+    hidden first and for that of the head later. A tracer has no graph task to ask: then it is
+    whether they need a gradient. ``inputs`` are the op's: hidden, weight, labels, bias, up.
+    """
+    needed = [*ctx.needs_input_grad[: len(inputs)]]
+    if type(upstream) is Tensor:
+        edges = iter(ctx.next_functions)
+        nodes = [None if t is None else next(edges)[0] for t in inputs]
+        needed = [need and _goes_on(node) for need, node in zip(needed, nodes, strict=True)]
+    hidden, weight, _, bias, up = needed
+    return hidden, weight if inputs[-1] is None else up, bias
+
+
+def _goes_on(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # the engine's word on a leaf that autograd.grad asks for
+        return True
+
+
 def head_gradients(ctx: Any, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dweight, dbias as ``gradients_op`` has them, None where not needed.
 
@@ -388,24 +447,21 @@ def head_gradients(ctx: Any, *args: Any) -> tuple[Tensor | None, Tensor | None, 
     """
     need = [*args[-1]]
     if ctx.into is not None and need[1]:
-        need[1] = False
-        # The engine's word counts for tensors only: a tracer has no graph task.
-        if type(args[4]) is not Tensor or _wants(ctx.next_functions[1][0]):
-            if torch.is_grad_enabled():  # what is written carries no graph
-                no_second_derivative()
-            dhidden, dbias = add_gradients_op(ctx.into, *args[:-1], [need[0], True, need[2]])
-            return dhidden if need[0] else None, None, dbias if need[2] else None
-        if not any(need):
-            return None, None, None
-    made = gradients_op(*args[:-1], need)
+        if type(args[4]) is Tensor:
+            _refuse_capture(ctx.next_functions[1][0])
+        if torch.is_grad_enabled():  # what is written carries no graph
+            no_second_derivative()
+        dhidden, dbias = add_gradients_op(ctx.into, *args)
+        return dhidden if need[0] else None, None, dbias if need[2] else None
+    made = gradients_op(*args)
     dhidden, dweight, dbias = (g if w else None for g, w in zip(made, need, strict=True))
     return dhidden, dweight, dbias
 
 
-def _wants(node: Any) -> bool:
-    """Whether the running backward adds to the leaf of this node: ``backward(inputs=)`` may not."""
+def _refuse_capture(node: Any) -> None:
+    """A gradient that goes into a buffer cannot be handed over."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        torch._C._will_engine_execute_node(node)
     except RuntimeError as error:
         raise RuntimeError(
             "autograd.grad asks for the gradient of weight, which accumulate_into takes: call "
@@ -421,12 +477,12 @@ gradients_op.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, _, *options, need, into = inputs
+    hidden, weight, labels, bias, up, _, *options, need, into = inputs
     logps, lse, entropy, _, slope, rest, share, unit, kept = output
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        hidden, weight, labels, bias, logps, lse, entropy, slope, rest, share, unit, kept
+        hidden, weight, labels, bias, up, logps, lse, entropy, slope, rest, share, unit, kept
     )
     ctx.options, ctx.need = options, need
     ctx.into = into  # not saved: the backward of another call may write into it first
@@ -435,24 +491,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     names = ("logps", "lse", "entropy")
     given = {name: g for name, g in zip(names, upstream, strict=False) if g is not None}
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     nothing = (None,) * 7
-    if not given or not any(needs):
-        return None, None, None, None, *nothing
-    hidden, weight, labels, bias, *stats, unit, kept = ctx.saved_tensors
+    if not given:
+        return (*(None,) * 5, *nothing)
+    hidden, weight, labels, bias, up, *stats, unit, kept = ctx.saved_tensors
+    inputs = (hidden, weight, labels, bias, up)
+    need_hidden, need_head, need_bias = wanted(ctx, inputs, next(iter(given.values())))
     logps, lse, entropy, slope, rest, share = stats
     coef = Coefficients.of(lse, entropy, {k: g.to(lse.dtype) for k, g in given.items()})
     again = coef.c is not None or ctx.need[2]  # there is no unit, or it does not do
     dhidden = dweight = dbias = None
-    if needs[0] and not again:
+    if need_hidden and not again:
         dhidden = unit * (coef.a if coef.both is None else -coef.b)[:, None]
         if coef.both is not None:
-            rows = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1))
+            ids = labels.clamp(0, weight.shape[0] - 1)
+            rows = torch.cat([t.index_select(0, ids) for t in (weight, up) if t is not None], 1)
             rows = rows.to(ctx.options[-1])  # as they were multiplied
             dhidden = dhidden + rows.to(unit.dtype) * (coef.both * slope)[:, None]
         dhidden = dhidden.to(hidden.dtype)
-    wanted = [needs[0] and again, needs[1], needs[2]]
-    if any(wanted):
+    need = [need_hidden and again, need_head, need_bias]
+    if any(need):
         made, dweight, dbias = head_gradients(
             ctx,
             [coef.a, coef.b],
@@ -464,12 +522,14 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
             weight,
             labels,
             bias,
+            up,
             *ctx.options,
             ctx.need[2],
-            wanted,
+            need,
         )
-        dhidden = made if wanted[0] else dhidden
-    return dhidden, dweight, None, dbias, *nothing
+        dhidden = made if need[0] else dhidden
+    of_weight, of_up = (dweight, None) if up is None else (None, dweight)
+    return dhidden, of_weight, None, dbias, of_up, *nothing
 
 
 _op.register_autograd(_backward, setup_context=_setup)

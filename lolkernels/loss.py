@@ -24,6 +24,8 @@ from .logprob import (
     no_second_derivative,
     operand,
     rows_to_keep,
+    wanted,
+    with_low_rank,
 )
 from .objectives import Objective, reduction_weights
 from .packing import longest_group, plan_blocks
@@ -62,6 +64,7 @@ def linear_loss(
     tp_group: Any = None,
     return_outputs: bool = False,
     accumulate_into: Tensor | None = None,  # (V, D)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (N, r) or (B, T, r), (V, r)
     **side: Any,
 ) -> Any:
     """A loss on the statistics of whole sequences, with its gradients, in 3 GEMMs (frozen head: 2).
@@ -89,7 +92,7 @@ def linear_loss(
         hidden: float32, bfloat16, float16 or float64; any strides. Packed rows, one per token of
             ``seq``; or ``(B, T, D)`` with ``seq = Sequences.from_mask(mask)``: masked ones are
             dropped first.
-        weight, labels, bias, temperature, softcap, logit_scale, backend, tp_group: as in
+        weight, labels, bias, temperature, softcap, logit_scale, backend, tp_group, low_rank: as in
             :func:`linear_logprob`, but a label outside [0, V) is always an error: leave the token
             out of the mask.
         seq: which rows form a sequence, and the denominators of the reduction.
@@ -120,6 +123,7 @@ def linear_loss(
         )
     weight, bias, tp_group = distributed.local_shards(weight, bias, tp_group)
     checks.head(hidden, weight, bias, labels)
+    hidden, weight, up = with_low_rank(hidden, weight, low_rank, accumulate_into)
     if hidden.dim() == 3:
         hidden, labels = seq.pack(hidden), seq.pack(labels)
     if hidden.dim() != 2 or hidden.shape[0] != seq.num_tokens:
@@ -159,9 +163,10 @@ def linear_loss(
             for key, (kind, value) in inputs.items()
         }
     if ranks:
+        first = hidden.shape[1] - (0 if up is None else up.shape[1])
         hold = "entropy" in objectives.statistics(objective)
         made = linear_logprob(
-            hidden,
+            hidden[:, :first],
             weight,
             labels,
             bias=bias,
@@ -173,18 +178,21 @@ def linear_loss(
             memory_budget=memory_budget,
             accumulate_into=accumulate_into,
             tp_group=tp_group,
+            low_rank=None if up is None else (hidden[:, first:], up),
         )
         out, names = _composed(objective, made, inputs, options, seq, weights)
     else:
         spec = tuple((key, kind) for key, (kind, _) in inputs.items())
         side_values = [value for _, value in inputs.values()]
         call = _bound(objective, options, spec, name, operand(hidden, weight, name))
-        differentiable = [hidden, weight, bias, *side_values]
+        trained = weight if up is None else up
+        differentiable = [hidden, trained, bias, *side_values]
         out = _op(
             hidden,
             weight,
             labels,
             bias,
+            up,
             [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals],
             side_values,
             weights,
@@ -263,19 +271,20 @@ for _constant in (_described, _bound, _metric_names):
 # --- the op ---------------------------------------------------------------------------------------
 
 
-@custom_op("lolkernels::linear_loss_v3", mutates_args=())
+@custom_op("lolkernels::linear_loss_v4", mutates_args=())
 def _op(
-    hidden: Tensor,  # (N, D)
+    hidden: Tensor,  # (N, D), or with up (N, D + r)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    up: Tensor | None,  # (V, r) more columns of the weight, which then is frozen
     sequences: Sequence[Tensor],  # cu_seqlens (CPU), lengths, token_to_sequence, totals (CPU)
     side: Sequence[Tensor],  # the objective's inputs; a value per sequence may stand on the CPU
     weights: Tensor,  # (G,) of the reduction
     scaling: Sequence[float],  # scale, softcap, temperature
     memory_budget: int | None,
     call: int,  # see step.bind
-    need: Sequence[bool],  # the gradient of hidden, weight, bias, and each of side
+    need: Sequence[bool],  # the gradient of hidden, weight (with up: of up), bias, each of side
     into: Tensor | None,  # (V, D), for the backward to add dweight to
 ) -> list[Tensor]:
     """[loss (), seq_loss (G,), logps, lse, entropy, max_logit (N,), metrics (M, G), dhidden,
@@ -291,14 +300,16 @@ def _op(
     cu_seqlens, lengths, owners, totals = sequences
     group_size = lengths.shape[0] // max(1, weights.shape[0])
     seq = Sequences._of(cu_seqlens, lengths, owners, max(1, group_size), totals)
-    n, (vocab, size) = seq.num_tokens, weight.shape
+    n, size = hidden.shape
+    trained = weight if up is None else up
+    vocab, columns = trained.shape
     need_hidden, need_weight, need_bias = need[:3]
     head = need_weight or need_bias
     step = Step(c, side, need[3:], seq, weights)
     for (name, _), value in zip(c.spec, side, strict=True):
         deferred.check_side(name, value, seen=step.fused)
     walk = make_walk(
-        hidden, weight, bias, labels, scaling, c.backend, c.operand, memory_budget, flags
+        hidden, weight, bias, up, labels, scaling, c.backend, c.operand, memory_budget, flags
     )
     hold = "entropy" in objectives.statistics(c.objective)
     most, dtype = rows_to_keep(2**62, hidden, weight, c.operand, memory_budget, hold)
@@ -314,7 +325,7 @@ def _op(
         local = step.traits.token_local and seq.group_size == 1
         plan = plan_blocks(offsets, most, group_size=seq.group_size, token_local=local)
     grads = Grads(
-        walk.empty(vocab, size) if need_weight and not later else None,
+        walk.empty(vocab, columns) if need_weight and not later else None,
         walk.empty(vocab) if need_bias and not later else None,
     )
     dhidden = walk.empty(n if need_hidden else 0, size)
@@ -360,7 +371,7 @@ def _op(
         stats.max_logit,
         metrics.to(walk.dtype),
         dhidden,
-        weight.new_empty(0, size, dtype=walk.dtype) if grads.weight is None else grads.weight,
+        walk.empty(0, columns) if grads.weight is None else grads.weight,
         walk.empty(0) if grads.bias is None else grads.bias,
         kept if keep else new_kept(hidden, 0, vocab, dtype, c.backend),
         saved,
@@ -389,6 +400,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
     sequences: Sequence[Tensor],
     side: Sequence[Tensor],
     weights: Tensor,
@@ -408,7 +420,7 @@ def _(
     shapes: list[Any] = [(), (groups,), (n,), (n,), (n,), (n,), (len(c.metrics), groups)]
     shapes += [
         (n if need[0] else 0, d),
-        (vocab if need[1] and not later else 0, d),
+        (vocab if need[1] and not later else 0, (weight if up is None else up).shape[1]),
         (vocab if need[2] and not later else 0,),
     ]
     return [
@@ -424,14 +436,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, labels, bias, sequences, side, weights, *options, call, need, into = inputs
+    hidden, weight, labels, bias, up, sequences, side, weights, *options, call, need, into = inputs
     logps, lse, dhidden, kept, saved = (output[i] for i in (2, 3, 7, 10, 11))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.num_side = len(side)
     ctx.save_for_backward(
-        hidden, weight, labels, bias, weights, *sequences, *side, logps, lse, dhidden, kept, saved,
-        *output[12:],
+        hidden, weight, labels, bias, up, weights, *sequences, *side, logps, lse, dhidden, kept,
+        saved, *output[12:],
     )  # fmt: skip
     ctx.call, ctx.need, ctx.options, ctx.into = call, need, options, into
     ctx.kept_call = lookup(call)  # the objective lives as long as the graph
@@ -447,19 +459,19 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """
     g = upstream[0]
     if g is None:
-        return (*(None,) * 4, [None] * 4, [None] * ctx.num_side, *(None,) * 6)
+        return (*(None,) * 5, [None] * 4, [None] * ctx.num_side, *(None,) * 6)
     if torch.is_grad_enabled():  # the gradients carry no graph: a second one would be lost silently
         no_second_derivative()
-    saved_tensors = ctx.saved_tensors
-    hidden, weight, labels, bias, weights = saved_tensors[:5]
-    sequences, side = saved_tensors[5:9], saved_tensors[9 : 9 + ctx.num_side]
-    logps, lse, dhidden, kept, saved, *dside = saved_tensors[9 + ctx.num_side :]
-    need_hidden, need_weight, need_bias = ctx.need[:3]
-    dweight = dbias = None
-    if ctx.later:
+    hidden, weight, labels, bias, up, weights, *tensors = ctx.saved_tensors
+    sequences, side = tensors[:4], tensors[4 : 4 + ctx.num_side]
+    logps, lse, dhidden, kept, saved, *dside = tensors[4 + ctx.num_side :]
+    need_hidden, *head = wanted(ctx, (hidden, weight, labels, bias, up), g)
+    trained = weight if up is None else up
+    dtrained = dbias = None
+    if any(head) and ctx.later:
         c = ctx.kept_call
         a, b, both, slope, rest, share, *more = saved
-        _, dweight, dbias = head_gradients(
+        _, dtrained, dbias = head_gradients(
             ctx,
             [a * g, b * g],
             both * g,
@@ -470,29 +482,32 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
             weight,
             labels,
             bias,
+            up,
             ctx.options[0],
             c.backend,
             ctx.options[1],
             c.operand,
             False,
-            [False, need_weight, need_bias],
+            [False, *head],
         )
-    elif need_weight or need_bias:
+    elif any(head):
         made, ctx.made = ctx.made, None
         if made is None:
             revive(ctx.call, ctx.kept_call)
             made = _op(
-                hidden, weight, labels, bias, sequences, side, weights, *ctx.options, ctx.call,
-                [False, need_weight, need_bias, *[False] * ctx.num_side], None,
+                hidden, weight, labels, bias, up, sequences, side, weights, *ctx.options, ctx.call,
+                [False, *head, *[False] * ctx.num_side], None,
             )[8:10]  # fmt: skip
-        dweight = _scaled(made[0], g, weight.dtype)
-        dbias = None if bias is None else _scaled(made[1], g, bias.dtype)
+        dtrained = _scaled(made[0], g, trained.dtype) if head[0] else None
+        dbias = _scaled(made[1], g, bias.dtype) if head[1] else None
+    of_weight, of_up = (dtrained, None) if up is None else (None, dtrained)
     found = iter(dside)
     return (
         (dhidden * g).to(hidden.dtype) if need_hidden else None,
-        dweight if need_weight else None,
+        of_weight,
         None,
-        dbias if need_bias else None,
+        dbias,
+        of_up,
         [None] * 4,
         [
             (next(found) * g).to(t.device) if w else None

@@ -119,6 +119,7 @@ def extra_bytes(
     card: int | None = None,  # bytes of a GPU that is not here
     gemm: bool = False,  # the backend has a GEMM of its own
     buffer_bytes: int | None = None,  # an element of ``accumulate_into``; None: there is none
+    rank: int = 0,  # columns of a low-rank part beside a frozen weight
 ) -> int:
     """Peak bytes of forward and backward beyond the inputs and the returned gradients (fp32 sums).
 
@@ -146,6 +147,11 @@ def extra_bytes(
 
     With ``accumulate_into`` G holds no dweight, and there are no blocks: rows that are not kept are
     gone through again. Of fp32 it also takes the sums' place.
+
+    With a low-rank part of r columns D is D + r, but r where it is dweight's or that of the rows
+    whose product dweight is; the joined rows of hidden take h N (D + r) throughout, on a CPU w is
+    there for every dtype, and on a GPU the joined weight, e V (D + r), in the forward and where
+    rows were not kept.
     """
     if op not in ("linear_loss", "linear_logprob", "score"):
         raise ValueError(f"op must be linear_loss, linear_logprob or score, got {op!r}")
@@ -154,7 +160,7 @@ def extra_bytes(
     n, d, v, columns = num_rows, hidden_size, vocab, padded(vocab) if gpu else vocab
     e = hidden_bytes if gpu else 4
     most = kept_rows(v, d, e, memory_budget, device, card=card)
-    trained = op != "score" and not frozen_weight
+    trained = op != "score" and (rank > 0 or not frozen_weight)
     into = trained and buffer_bytes is not None
     blocks = trained and op == "linear_loss" and n > most and not into
     largest = n
@@ -162,35 +168,39 @@ def extra_bytes(
         most = kept_rows(v, d, e, memory_budget, device, longest_block, card)
         largest = most if longest_block is None else longest_block
     kept = min(largest, most) if trained else 0
+    of_head, d = rank or d, d + rank
     unit = 4 * n * d if op != "score" else 0
     gathered = 4 * d * min(n, GATHERED) if op != "score" and not gpu else 0
     dhidden = hidden_bytes * n * d if op != "score" else 0
-    dweight = weight_bytes * v * d if trained and not into else 0
-    held, sums, left = e * kept * columns, 4 * v * d, n - kept
+    dweight = weight_bytes * v * of_head if trained and not into else 0
+    held, sums, left = e * kept * columns, 4 * v * of_head, n - kept
+    joined = hidden_bytes * n * d if rank else 0
     if gpu:
         size = chunk_rows(n, v, memory_budget, device)
         chunk = (2 if gemm else 4) * min(size, n) * columns
         in_place = trained and (gemm or e == 4)
         sweep = 0 if in_place and not left else chunk
-        rows = (4 + e % 4) * kept * d
-        forward = held + sweep + unit + gathered
+        rows = (4 + e % 4) * kept * of_head
+        table = e * v * d if rank else 0
+        forward = held + sweep + unit + gathered + table
         backward = held + unit + dhidden + dweight + rows
         if left:
             rounded = sums if e != 4 and not (into and buffer_bytes == 4) else 0
-            again = max(rows + 4 * min(size, n) * columns, dweight) + rounded
+            again = max(rows + 4 * min(size, n) * columns, dweight) + rounded + table
             backward = held + unit + dhidden + again + (dweight if not rounded else 0)
-        block = held + unit + sums + max(0 if in_place else chunk, rows)
+        block = held + unit + sums + max(0 if in_place else chunk, rows) + table
     else:
         width = min(PANEL, v)
         tile = min(tile_rows(width, 4, memory_budget), left)
-        wide = 4 * width * d if weight_bytes != 4 else 0
+        wide = 4 * width * d if weight_bytes != 4 or rank else 0
         rows32 = 4 * d if hidden_bytes != 4 else 0
         first = min(tile_rows(width, 4, memory_budget), n)
         forward = held + 4 * tile * width + unit + gathered + rows32 * first + wide
         again = 4 * tile * width + wide if left else 0
-        backward = held + unit + dhidden + dweight + 4 * kept * d + rows32 * n + wide + again
-        block = held + unit + sums + 4 * kept * d + rows32 * kept + wide
-    vectors = 60 * n
+        backward = held + unit + dhidden + dweight + 4 * kept * of_head + rows32 * n
+        backward += wide + again
+        block = held + unit + sums + 4 * kept * of_head + rows32 * kept + wide
+    vectors = 60 * n + joined
     if not trained:
         rounded = 2 * unit + dhidden if hidden_bytes != 4 else 2 * unit
         return max(forward, rounded) - dhidden + vectors

@@ -147,14 +147,21 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
 
 def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
-    hidden, weight, bias = operands(linear, hidden)
-    plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    hidden, weight, bias, low_rank = operands(linear, hidden)
     wide = _wide(hidden, at_most=True)
-    blocks = torch.split(weight, ROWS)
-    logits = torch.cat(
-        [nn.functional.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1
-    )
+    plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    logits = _product(hidden.to(wide), weight)
+    if low_rank is not None:
+        low, up = low_rank
+        plain = plain + nn.functional.linear(low.to(up.dtype), up)
+        logits = logits + _product(low.to(wide), up)
     return plain, logits if bias is None else logits + bias.to(wide)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the dtype of x; the weight is widened a few rows at a time."""
+    blocks = torch.split(weight, ROWS)
+    return torch.cat([nn.functional.linear(x, block.to(x.dtype)) for block in blocks], -1)
 
 
 def compare(

@@ -95,9 +95,10 @@ class Walk(ABC):
 
     def __init__(
         self,
-        hidden: Tensor,  # (N, D)
+        hidden: Tensor,  # (N, D), or with up (N, D + r)
         weight: Tensor,  # (V, D)
         bias: Tensor | None,  # (V,)
+        up: Tensor | None,  # (V, r) more columns of the weight, which then is frozen
         labels: Tensor,  # (N,)
         scaling: Scaling,
         backend: Backend,
@@ -111,11 +112,17 @@ class Walk(ABC):
         self.budget = memory_budget
         self.dtype = accumulation_dtype(hidden, weight)
         self.vocab = weight.shape[0]
-        self.table = weight  # as it is multiplied
+        self.up, self.more = up, up  # ``more``: columns that ``table`` lacks
+        self.first = 0 if up is None else weight.shape[1]  # column with a gradient
 
     @property
     def n(self) -> int:
         return self.labels.shape[0]
+
+    @property
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The weight as it is multiplied."""
 
     def block(self, start: int, stop: int) -> Walk:
         """The same walk over the rows start:stop."""
@@ -136,7 +143,7 @@ class Walk(ABC):
         """d logp / d hidden -> -b d logp / d hidden + (a + b) dz_y/dx W_y, in place; c is none."""
         unit.mul_((coef.a if coef.both is None else -coef.b)[:, None])
         if coef.both is not None:
-            gather_labels(unit, self.labels, coef.both * stats.slope, self.table)
+            gather_labels(unit, self.labels, coef.both * stats.slope, self.table, self.more)
 
     @abstractmethod
     def sweep(

@@ -28,6 +28,10 @@ class PanelWalk(Walk):
     _panel: Tensor | None = None
 
     @property
+    def table(self) -> Tensor:
+        return self.weight
+
+    @property
     def width(self) -> int:
         return min(memory.PANEL, self.vocab)
 
@@ -39,11 +43,15 @@ class PanelWalk(Walk):
 
     def weight_panel(self, v0: int, v1: int) -> Tensor:
         panel = self.weight[v0:v1]
-        if panel.dtype == self.dtype:
+        if panel.dtype == self.dtype and self.up is None:
             return panel
         if self._panel is None:
-            self._panel = self.empty(self.width, panel.shape[1])
-        return self._panel[: v1 - v0].copy_(panel)
+            self._panel = self.empty(self.width, self.hidden.shape[1])
+        whole, d = self._panel[: v1 - v0], panel.shape[1]
+        whole[:, :d].copy_(panel)
+        if self.up is not None:
+            whole[:, d:].copy_(self.up[v0:v1])
+        return whole
 
     def logits(self, h: Tensor, w: Tensor, v0: int, out: Tensor) -> None:
         matmul(h, w.T, out)
@@ -64,7 +72,7 @@ class PanelWalk(Walk):
             into = None if unit is None else unit[i:j]
             sums = self._sweep_tile(h, labels, held, buffer, into, hold)
             here = stats.at(slice(i, j))
-            finish(sums, labels, self.vocab, here, self.flags, into, self.table)
+            finish(sums, labels, self.vocab, here, self.flags, into, self.table, self.more)
         return stats
 
     def _sweep_tile(
@@ -125,6 +133,7 @@ class PanelWalk(Walk):
         hold: bool = False,
     ) -> None:
         n, h, labels = self.n, self.rows(0, self.n), self.labels
+        trained = h[:, self.first :]
         k = 0 if kept is None else kept.shape[0]
         size = self.tile_rows()
         buffer = self.empty(min(size, n if hold else n - k), self.width)
@@ -134,11 +143,11 @@ class PanelWalk(Walk):
             tiles = [*blocks(0, k, size), *tiles]
         else:
             share = coef.b[:k] * stats.share[:k]
-            scaled = h[:k] * share[:, None]
+            scaled = trained[:k] * share[:, None]
             owners, own = labels[:k], at_label(coef.a, coef.both, stats)[:k]
         table = grads.weight
         rounded = table is not None and table.dtype != self.dtype
-        dw = self.empty(self.width, h.shape[1]) if rounded else table
+        dw = self.empty(self.width, trained.shape[1]) if rounded else table
         for v0, v1 in self.panels():
             w = self.weight_panel(v0, v1) if tiles else self.weight
             into = None if dw is None else dw[: v1 - v0] if rounded else dw[v0:v1]
@@ -149,7 +158,7 @@ class PanelWalk(Walk):
                 columns = owners[mine] - v0
                 if into is not None:
                     matmul(x.T, scaled, into, accumulate=more)
-                    into.index_add_(0, columns, h[mine] * own[mine, None])
+                    into.index_add_(0, columns, trained[mine] * own[mine, None])
                 if grads.bias is not None:
                     total = (x.T @ share).index_add_(0, columns, own[mine])
                     _put(grads.bias[v0:v1], total, more)
@@ -167,7 +176,7 @@ class PanelWalk(Walk):
                 if dh is not None:
                     matmul(out, w, dh[i:j], accumulate=v0 > 0)
                 if into is not None:
-                    matmul(out.T, h[i:j], into, accumulate=more)
+                    matmul(out.T, trained[i:j], into, accumulate=more)
                 if grads.bias is not None:
                     _put(grads.bias[v0:v1], out.sum(0), more)
                 more = True

@@ -12,6 +12,8 @@ of rows that were not kept lie over the first half of their fp32 logits.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,19 @@ from .walk import Coefficients, Grads, Walk, blocks
 class RowWalk(Walk):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.table = self.weight.to(self.operand)  # a copy under autocast only
+        self.more = None
         taken = self.operand in self.backend.gemm_dtypes
         self.gemm = self.backend.gemm if taken else None
+
+    @cached_property
+    def table(self) -> Tensor:
+        """A copy under autocast and beside a low-rank part only."""
+        whole = self.weight if self.up is None else torch.cat([self.weight, self.up], 1)
+        return whole.to(self.operand)
+
+    def block(self, start: int, stop: int) -> Walk:
+        _ = self.table  # made once, for all blocks
+        return super().block(start, stop)
 
     def chunk_rows(self, n: int) -> int:
         return memory.chunk_rows(n, self.vocab, self.budget, self.hidden.device)
@@ -108,7 +120,7 @@ class RowWalk(Walk):
         n, labels = self.n, self.labels
         k = 0 if kept is None else kept.shape[0]
         if k and not hold and kept is not None:
-            h = self.rows(0, k)
+            h = self.trained(self.rows(0, k))
             self.add(grads, kept, h, (coef.b * stats.share)[:k])
             a, both, here = coef.a[:k], coef.both, stats.at(slice(0, k))
             both = None if both is None else both[:k]
@@ -142,7 +154,11 @@ class RowWalk(Walk):
                 matmul(dx, self.table, dh[i:j])
                 if largest is not None:
                     dh[i:j] *= largest[i:j, None]
-            self.add(grads, dx, h, None if largest is None else largest[i:j])
+            self.add(grads, dx, self.trained(h), None if largest is None else largest[i:j])
+
+    def trained(self, h: Tensor) -> Tensor:
+        """The columns that stand beside those of the head's gradient."""
+        return h[:, self.first :].contiguous() if self.first else h
 
     @property
     def half_range(self) -> bool:

@@ -152,6 +152,24 @@ HEAD_ROWS |= {
     "buffer of a cast": (buffer(ZEROS, TRAINED * 1), VALUE, INTO + "pass the parameter"),
     "buffer beside a hook": (buffer(ZEROS, HOOKED), VALUE, "hooks.*miss.*accumulate_into"),
 }
+LOW, UP = good()["hidden"][..., :2] * 1, torch.zeros(V, 2)
+PAIR = "low_rank.*"
+HEAD_ROWS |= {
+    "low rank is a tensor": ({"low_rank": UP}, TYPE, PAIR + "pair.*Tensor"),
+    "low rank of three": ({"low_rank": (LOW, UP, UP)}, TYPE, PAIR + "pair"),
+    "low rank of a list": ({"low_rank": ([1.0], UP)}, TYPE, PAIR + "low.*list"),
+    "low rank of other rows": ({"low_rank": (LOW[:-1], UP)}, VALUE, PAIR + "low.*shape"),
+    "low rank transposed": ({"low_rank": (LOW, UP.T)}, VALUE, PAIR + "up.*shape"),
+    "low rank of two ranks": ({"low_rank": (LOW, UP[:, :1])}, VALUE, PAIR + "up.*one r"),
+    "low rank in float64": ({"low_rank": (LOW.double(), UP)}, TYPE, PAIR + "low.*float64"),
+    "low rank in half": ({"low_rank": (LOW, UP.half())}, TYPE, PAIR + "up.*float16"),
+    "low rank elsewhere": ({"low_rank": (LOW, UP.to("meta"))}, VALUE, "up is on meta"),
+    "low rank beside a buffer": (
+        {**buffer(ZEROS), "low_rank": (LOW, UP)},
+        VALUE,
+        "accumulate_into.*low_rank",
+    ),
+}
 for operand in ("hidden", "weight", "bias"):
     tensor, place = good()[operand], f"{operand}.*meta" + "|on meta" * (operand == "hidden")
     HEAD_ROWS |= {

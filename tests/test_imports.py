@@ -106,12 +106,12 @@ OBJECTIVES = {
 SIGNATURES = {
     "linear_logprob": "hidden, weight, labels, *, bias=None, mask=None, temperature=1.0, "
     "softcap=None, logit_scale=1.0, entropy_grad=False, backend=None, memory_budget=None, "
-    "accumulate_into=None, tp_group=None",
+    "accumulate_into=None, tp_group=None, low_rank=None",
     "logprob": "logits, labels, *, temperature=1.0, softcap=None, logit_scale=1.0, backend=None, "
     "inplace=False, tp_group=None",
     "linear_loss": "objective, hidden, weight, labels, seq, *, reduction='seq-mean', bias=None, "
     "temperature=1.0, softcap=None, logit_scale=1.0, backend=None, memory_budget=None, "
-    "tp_group=None, return_outputs=False, accumulate_into=None, **side",
+    "tp_group=None, return_outputs=False, accumulate_into=None, low_rank=None, **side",
     "aggregate": "loss, seq, reduction='seq-mean'",
     "loss_and_coef": "fn, logps, seq, reduction='seq-mean', **side",
     "side_inputs": "fn",

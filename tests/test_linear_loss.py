@@ -281,6 +281,133 @@ def test_gemms_of_log_probs_for_a_loss_of_ones_own() -> None:
     assert gemms(w, "entropy") == 5  # not announced: d logp / d hidden was made for nothing
 
 
+def test_the_gemms_of_a_backward_that_is_asked_for_a_part() -> None:
+    """A pipeline takes the gradient of hidden first, and that of the head when there is time."""
+    h, w = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    b, labels = torch.randn(300, requires_grad=True), torch.randint(300, (40,))
+    seq = lk.Sequences.from_lengths([10] * 4)
+
+    def logps(h: Tensor, w: Tensor, rows: int) -> Tensor:
+        budget = rows * 300 * 4
+        return lk.linear_logprob(h, w, labels, bias=b, memory_budget=budget).logps.square().sum()
+
+    def loss(h: Tensor, w: Tensor, rows: int) -> Tensor:
+        budget = rows * 300 * 4
+        return lk.linear_loss(objectives.nll, h, w, labels, seq, bias=b, memory_budget=budget)
+
+    def gemms(out: Tensor, inputs: list[Tensor], want: tuple[Tensor, ...], how: str) -> float:
+        def run() -> Tensor:
+            if how == "grad":
+                got = torch.autograd.grad(out, inputs, retain_graph=True)
+            else:
+                out.backward(inputs=inputs, retain_graph=True)
+                got = tuple(t.grad for t in inputs)
+                for t in inputs:
+                    t.grad = None
+            torch.testing.assert_close(got, want)
+            return torch.zeros(())
+
+        return gemm_flops(run) / (2 * 40 * 16 * 300)
+
+    for call in (logps, loss):
+        want = torch.autograd.grad(call(h, w, 1000), [h, w, b])
+        for how in ("grad", "backward"):
+            # A leaf, and what a layer has made of one.
+            for hidden, weight in ((h, w), (1 * h, 1 * w)):
+                out = call(hidden, weight, 1000)
+                leaves = how == "grad"
+                first, second = (hidden, weight) if leaves else (h, w)
+                assert gemms(out, [first], want[:1], how) == 0
+                assert gemms(out, [second], want[1:2], how) == 1
+                assert gemms(out, [b], want[2:], how) == 0  # with a vector
+                assert gemms(out, [first, second, b], want, how) == 1
+    # Of two blocks the forward has made the head's gradient, and hands it over to the first taker.
+    out = loss(h, w, 20)
+    assert gemms(out, [h], want[:1], "grad") == gemms(out, [w], want[1:2], "grad") == 0
+
+
+LOW_RANK = [
+    (name, dtype)
+    for name in ("cpu", "reference", "cuda_host")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    if dtype in DTYPES[name]
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), LOW_RANK, ids=str)
+@pytest.mark.parametrize("rows", [1000, 7])
+@pytest.mark.parametrize("weight_trained", [False, True])
+@pytest.mark.parametrize("op", ["loss", "entropy", "logps", "announced"])
+def test_a_low_rank_part_is_more_columns_of_the_head(
+    op: str, weight_trained: bool, rows: int, backend: str, dtype: torch.dtype
+) -> None:
+    v, lengths = 2100, [7, 0, 12, 1]  # more than a panel
+    scale = {"h": 1.0, "low": 0.7, "w": 0.4, "up": 0.3, "b": 1.0}
+    shapes = {"h": (20, 16), "low": (20, 3), "w": (v, 16), "up": (v, 3), "b": (v,)}
+    drawn = {k: (scale[k] * torch.randn(shape)).to(dtype) for k, shape in shapes.items()}
+    labels, seq = torch.randint(v, (20,)), lk.Sequences.from_lengths(lengths)
+    advantages = torch.tensor([1.0, 0.5, 2.0, -1.0])
+    options: dict[str, Any] = {"softcap": 5.0, "temperature": 0.8}
+
+    def results(wide: bool) -> dict[str, Tensor]:
+        """In float64 by torch's own operations: the truth."""
+        leaf = {k: t.clone().to(torch.float64 if wide else dtype) for k, t in drawn.items()}
+        for k, t in leaf.items():
+            t.requires_grad_(k != "w" or weight_trained)
+        h, low, w, up, b = leaf.values()
+        side = {"ref_logps": torch.full((20,), -7.0), "advantages": advantages}
+        side = {k: t.to(t.dtype if not wide else torch.float64) for k, t in side.items()}
+        mine = {"backend": backend, "memory_budget": rows * v * 4, **options}
+        if wide:
+            z = (5.0 * torch.tanh((h @ w.T + low @ up.T + b) / 5.0)) / 0.8
+            p = z.log_softmax(-1)
+            logps, entropy = p.gather(1, labels[:, None]).squeeze(1), -(p.exp() * p).sum(1)
+            if op == "loss":
+                out = lk.aggregate(objectives.a_lol(logps, seq=seq, **side), seq)
+            else:
+                out = ({"logps": logps}.get(op, entropy)).square().sum()
+        elif op == "loss":
+            out = lk.linear_loss(
+                objectives.a_lol, h, w, labels, seq, bias=b, low_rank=(low, up), **side, **mine
+            )
+        else:
+            made = lk.linear_logprob(
+                h, w, labels, bias=b, low_rank=(low, up), entropy_grad=op == "announced", **mine
+            )
+            out = (made.logps if op == "logps" else made.entropy).square().sum()
+        out.backward()
+        found = {k: t.grad for k, t in leaf.items() if t.requires_grad}
+        return {"loss": out.detach(), **{k: g for k, g in found.items() if g is not None}}
+
+    want, got = results(True), results(False)
+    assert want.keys() == got.keys() and len(got) == 5 + weight_trained
+    for k, true in want.items():
+        off = float((got[k].double() - true).abs().max() / true.abs().max())
+        bound = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+        assert off <= bound, (k, off)
+
+
+def test_the_gemms_of_a_low_rank_part() -> None:
+    """Beside a frozen weight its gradient takes a product with its own columns only."""
+    h, w = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16)
+    low, up = torch.randn(40, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    labels, seq = torch.randint(300, (40,)), lk.Sequences.from_lengths([10] * 4)
+
+    def units(run: Callable[[], Tensor]) -> float:
+        return gemm_flops(run) / (2 * 40 * 300)
+
+    def loss(budget: int) -> Tensor:
+        both = {"low_rank": (low, up), "memory_budget": budget}
+        return lk.linear_loss(objectives.nll, h, w, labels, seq, **both)
+
+    for budget in (2**20, 20 * 300 * 4):
+        assert units(functools.partial(loss, budget)) == 2 * (16 + 4) + 4
+    both = (low, up)
+    assert units(lambda: lk.linear_logprob(h, w, labels, low_rank=both).logps.sum()) == 44
+    w.requires_grad_()
+    assert units(lambda: lk.linear_logprob(h, w, labels, low_rank=both).logps.sum()) == 60
+
+
 # --- an objective that looks across groups --------------------------------------------------------
 
 

@@ -52,6 +52,16 @@ def tensors(sample: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
     return p, (torch.arange(n) % 3 != 1) if masked else None
 
 
+def widened(p: Problem, sample: tuple[Any, ...], low: bool) -> tuple[Tensor, Tensor | None]:
+    """hidden and up: a low-rank part of two columns beside a frozen weight, or none."""
+    if not low:
+        return p.hidden, None
+    p.weight.requires_grad_(False)
+    hidden = torch.cat([p.hidden, torch.randn(sample[0], 2).to(p.hidden.dtype)], 1).detach()
+    up = torch.randn(sample[2], 2).to(p.weight.dtype)
+    return hidden.requires_grad_(sample[-1]), up.requires_grad_(sample[-1])
+
+
 OPS = torch.ops.lolkernels
 
 
@@ -60,27 +70,33 @@ def check(op: Any, arguments: tuple[Any, ...]) -> None:
 
 
 @samples
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("hold", [False, True])
-def test_opcheck_linear_logprob(sample: tuple[Any, ...], hold: bool) -> None:
+def test_opcheck_linear_logprob(sample: tuple[Any, ...], hold: bool, low: bool) -> None:
     p, _ = tensors(sample)
     n, _, v, *_, softcap, backend, grad = sample
     operand = f64 if f64 in sample else f32
     common = ((1.5, softcap, 0.8), backend, 3 * v * operand.itemsize, operand)
     need = [grad, grad, grad and hold]
-    arguments = (p.hidden, p.weight, p.labels, p.bias, False, *common, need, None)
-    check(OPS.linear_logprob_v3.default, arguments)
+    hidden, up = widened(p, sample, low)
+    arguments = (hidden, p.weight, p.labels, p.bias, up, False, *common, need, None)
+    check(OPS.linear_logprob_v4.default, arguments)
 
     with torch.no_grad():
-        logps, lse, _, _, slope, rest, share, _, kept = OPS.linear_logprob_v3(*arguments)
+        logps, lse, _, _, slope, rest, share, _, kept = OPS.linear_logprob_v4(*arguments)
     g = torch.randn_like(lse)
     c = g if n % 2 else None
     stats = [logps, lse, slope, rest, share]
     bias = None if p.bias is None else p.bias.detach()
-    more = (p.hidden.detach(), p.weight.detach(), p.labels, bias, *common, need[2])
+    up = None if up is None else up.detach()
+    more = (hidden.detach(), p.weight.detach(), p.labels, bias, up, *common, need[2])
     needs = [hold, True, p.bias is not None]
     arguments = ([g, -g], None, c, stats, kept, *more, needs)
-    check(OPS.linear_gradients_v2.default, arguments)
-    check(OPS.linear_add_gradients_v3.default, (torch.ones_like(more[1]), *arguments))
+    check(OPS.linear_gradients_v3.default, arguments)
+    check(
+        OPS.linear_add_gradients_v4.default,
+        (torch.ones_like(more[1 if up is None else 4]), *arguments),
+    )
 
 
 @samples
@@ -114,7 +130,8 @@ LOSSES = [objectives.a_lol, objectives.wbc, with_entropy, length_normalised]
 
 @samples
 @pytest.mark.parametrize("rows", [2, 1000])  # kept: several blocks, and one
-def test_opcheck_linear_loss(sample: tuple[Any, ...], rows: int) -> None:
+@pytest.mark.parametrize("low", [False, True])
+def test_opcheck_linear_loss(sample: tuple[Any, ...], rows: int, low: bool) -> None:
     p, _ = tensors(sample)
     n = sample[0]
     objective = LOSSES[n % 4]
@@ -134,8 +151,9 @@ def test_opcheck_linear_loss(sample: tuple[Any, ...], rows: int) -> None:
     parts = [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals]
     weights = objectives.reduction_weights(seq, "seq-mean")
     need = [sample[-1], sample[-1], sample[-1] and p.bias is not None, *[False] * len(needed)]
-    arguments = (p.hidden, p.weight, p.labels, p.bias, parts, list(needed.values()), weights)
-    check(OPS.linear_loss_v3.default, (*arguments, scaling, budget, call, need, None))
+    hidden, up = widened(p, sample, low)
+    arguments = (hidden, p.weight, p.labels, p.bias, up, parts, list(needed.values()), weights)
+    check(OPS.linear_loss_v4.default, (*arguments, scaling, budget, call, need, None))
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:

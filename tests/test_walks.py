@@ -554,10 +554,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_of(
-    op: str, h: Tensor, w: Tensor, seq: Any, budget: int | None, frozen: bool, into: Any
+    op: str,
+    h: Tensor,
+    w: Tensor,
+    seq: Any,
+    budget: int | None,
+    frozen: bool,
+    into: Any,
+    low: Tensor | None,
+    up: Tensor | None,
 ) -> Any:
     """Forward and backward through the bodies of the ops: a dispatch mode sees inside no op."""
     ops = {m: sys.modules[f"lolkernels.{m}"] for m in ("logprob", "loss")}
+    h = h if low is None else torch.cat([h, low], 1)
     n, y = h.shape[0], torch.zeros(h.shape[0], dtype=torch.int64)
     operand = ops["logprob"].operand(h, w, "reference")
     common = ((1.0, 0.0, 1.0), "reference", budget, operand)
@@ -565,7 +574,8 @@ def step_of(
     def dweight(coef: list[Tensor], both: Any, stats: list[Tensor], kept: Tensor) -> Tensor:
         body = ops["logprob"]._gradients
         return body(
-            into, coef, both, None, stats, kept, h, w, y, None, *common, False, [False, True, False]
+            *(into, coef, both, None, stats, kept, h, w, y, None, up, *common),
+            *(False, [False, True, False]),
         )[1]
 
     if op == "linear_loss":
@@ -573,7 +583,7 @@ def step_of(
         parts = [seq.cu_seqlens, seq.lengths, seq.token_to_sequence, seq.totals]
         weights, need = torch.ones(seq.num_sequences), [True, not frozen, False]
         out = ops["loss"]._op._init_fn(
-            h, w, y, None, parts, [], weights, common[0], budget, call, need, into
+            h, w, y, None, up, parts, [], weights, common[0], budget, call, need, into
         )
         g = torch.ones(())
         dh = (out[7] * g).to(h.dtype)
@@ -584,9 +594,9 @@ def step_of(
             stats = [out[2], out[3], slope, rest, share]
             return [dh, dweight([a * g, b * g], both * g, stats, out[10])]
         made, out[8] = out[8], None
-        return [dh, ops["loss"]._scaled(made, g, w.dtype)]
+        return [dh, ops["loss"]._scaled(made, g, h.dtype)]
     need = [op != "score", op != "score" and not frozen, False]
-    out = ops["logprob"]._op._init_fn(h, w, y, None, False, *common, need, into)
+    out = ops["logprob"]._op._init_fn(h, w, y, None, up, False, *common, need, into)
     if op == "score":
         return []
     logps, lse, entropy, _, slope, rest, share, unit, kept = out
@@ -604,7 +614,7 @@ def step_of(
     [
         (op, head)
         for op in ("linear_loss", "linear_logprob")
-        for head in ("frozen", "trained", "added", "added in float32")
+        for head in ("frozen", "trained", "added", "added in float32", "low rank")
     ]
     + [("score", "trained")],
 )
@@ -657,8 +667,10 @@ def test_the_memory_formula(
     into = None
     if head.startswith("added"):
         into = torch.zeros_like(weight, dtype=torch.float32 if "32" in head else dtype)
-    with LiveBytes(hidden, weight, *([] if into is None else [into])) as live:
-        made = step_of(op, hidden, weight, seq, budget, head == "frozen", into)
+    rank = 32 if head == "low rank" else 0
+    parts = [torch.zeros(size, rank, dtype=dtype) for size in (n, v)] if rank else [None, None]
+    with LiveBytes(*(t for t in (hidden, weight, into, *parts) if t is not None)) as live:
+        made = step_of(op, hidden, weight, seq, budget, head == "frozen", into, *parts)
     gradients = sum(g.numel() * g.element_size() for g in made)
     size = dtype.itemsize if device == "cuda" else 4
     monkeypatch.setattr(memory, "kept_rows", held)
@@ -677,5 +689,6 @@ def test_the_memory_formula(
         device=device,
         card=card,
         buffer_bytes=None if into is None else into.itemsize,
+        rank=rank,
     )
     assert abs((live.peak - gradients) / stated - 1) <= 0.05, (live.peak - gradients, stated)

@@ -49,6 +49,7 @@ def finish(
     flags: Tensor | None = None,  # () int32
     unit: Tensor | None = None,  # (n, D): E table
     table: Tensor | None = None,  # (V, D)
+    more: Tensor | None = None,  # (V, r) further columns of the table
 ) -> None:
     """The statistics of whole rows into ``out``; and ``unit`` becomes d logp / d hidden.
 
@@ -65,11 +66,20 @@ def finish(
         into.copy_(t)
     if unit is not None and table is not None:
         unit.mul_(-out.share[:, None])
-        gather_labels(unit, labels, out.rest * out.slope, table)
+        gather_labels(unit, labels, out.rest * out.slope, table, more)
 
 
-def gather_labels(rows: Tensor, labels: Tensor, factor: Tensor, table: Tensor) -> None:
-    """rows += factor table[label], in the dtype of rows."""
+def gather_labels(
+    rows: Tensor,  # (n, D), or with more (n, D + r)
+    labels: Tensor,
+    factor: Tensor,
+    table: Tensor,  # (V, D)
+    more: Tensor | None = None,  # (V, r)
+) -> None:
+    """rows += factor [table, more][label], in the dtype of rows."""
+    if more is not None:
+        gather_labels(rows[:, table.shape[1] :], labels, factor, more)
+        rows = rows[:, : table.shape[1]]
     labels = labels.clamp(0, table.shape[0] - 1)  # a label outside has a factor of 0 or nan
     for i in range(0, rows.shape[0], ROWS):
         some = slice(i, i + ROWS)
