@@ -216,7 +216,7 @@ class Bench:
         task = f"{op}{'-frozen' if frozen else ''} {name} {shape.tokens}"
         floors, names = list(FLOORS), self.backends
         if op == "logprob":
-            floors, names = ["copy"], library.distinct(names, "row_stats")
+            floors, names = ["copy"], library.distinct(names, "exps_")
             text = f"{task} >= 85% of a copy's bandwidth"
             goals = [Goal(f"{text} ({b})", b, 0.85, "copy", "bandwidth") for b in names]
         else:

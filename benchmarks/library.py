@@ -7,12 +7,13 @@ from typing import Any
 
 import lolkernels as lk
 from lolkernels.backends import TABLE
+from lolkernels.backends.finish import statistics
 from lolkernels.memory import extra_bytes, kept_rows
 from lolkernels.packing import plan_blocks
 from lolrl import plan
 from lolrl.plan import ModelShape, Setup
 
-__all__ = ["ModelShape", "Setup", "extra_bytes", "kept_rows", "plan", "plan_blocks"]
+__all__ = ["ModelShape", "Setup", "extra_bytes", "kept_rows", "plan", "plan_blocks", "statistics"]
 
 
 def function(name: str, what: str) -> Callable[..., Any] | None:

@@ -130,8 +130,8 @@ def sweeps(
     for name in dtypes:
         n = max(8, size // (vocab * DTYPES[name].itemsize))
         rows = rowwise.make_rows(n, vocab, DTYPES[name], device.device)
-        for b in library.distinct(backends, "row_stats"):
-            for make in (rowwise.row_stats, rowwise.exps, rowwise.dlogits, rowwise.logprob):
+        for b in library.distinct(backends, "exps_"):
+            for make in (rowwise.sums, rowwise.exps, rowwise.dlogits, rowwise.logprob):
                 op = make.__name__ + ("_" if make in (rowwise.exps, rowwise.dlogits) else "")
                 label, share = f"{op} {name}, {b}", 0.85 if op == "logprob" else 0.90
                 build.append((Row(label, "lolkernels", op), partial(make, rows, b)))

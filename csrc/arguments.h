@@ -24,18 +24,11 @@ struct Vector {
   LOL_MEMBER const T& operator[](int64_t i) const { return data[i * stride]; }
 };
 
-struct RowStatsArgs {
-  Matrix logits;
-  Vector<int64_t> labels;  // outside [0, cols): no target in these columns
-  LogitMap map;
-  float *target_logit, *lse, *expected_logit, *max_logit;
-};
-
 struct ExpsArgs {
   Matrix logits;
-  Matrix out;  // as in DlogitsArgs, or without data: the sums only
-  Vector<int64_t> labels;
-  Vector<float> anchor;  // null: the label's own logit + kShift
+  Matrix out;              // as in DlogitsArgs, or without data: the sums only
+  Vector<int64_t> labels;  // outside [0, cols): no target in these columns
+  Vector<float> anchor;    // null: the label's own logit + kShift
   LogitMap map;
   float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
 };

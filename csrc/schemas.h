@@ -6,10 +6,6 @@ namespace lolkernels {
 
 template <typename Library>
 void define_row_functions(Library& m) {
-  // -> target_logit, lse, expected_logit, max_logit, each (n,) float32
-  m.def(
-      "row_stats(Tensor logits, Tensor labels, float scale, float softcap, float temperature)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
   // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be
   // logits itself: the exponentials then take its place; without one they are not written.
   m.def(

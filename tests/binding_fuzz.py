@@ -55,9 +55,11 @@ def options() -> tuple[float, float, float]:
     return scale, softcap, temperature
 
 
-def call_row_stats(n: int, v: int) -> None:
+def call_exps(n: int, v: int) -> None:
     x = floats((n, v), FLOATS)
-    torch.ops.lolkernels.row_stats(x, labels(n, v), *options())
+    out = None if chance(0.5) else x if chance(0.5) else floats((n, v), FLOATS)
+    anchor = None if chance(0.5) else floats((n,))
+    torch.ops.lolkernels.exps(x, labels(n, v), anchor, *options(), out=out)
 
 
 def call_dlogits(n: int, v: int) -> None:
@@ -92,9 +94,9 @@ def main(library: str, cases: int, seed: int) -> None:
     torch.set_num_threads(2)
     outcomes: Counter[str] = Counter()
     for _ in range(cases):
-        call = (call_row_stats, call_dlogits, call_sequence_coef)[draw(0, 2)]
+        call = (call_exps, call_dlogits, call_sequence_coef)[draw(0, 2)]
         n, v = draw(0, 5), draw(0, 6) if chance(0.2) else draw(1, 70)
-        if call is call_row_stats and chance(0.1):
+        if call is call_exps and chance(0.1):
             v = draw(2040, 2060)
         try:
             call(n, v)

@@ -111,19 +111,6 @@ class Host:
         found: int = self.kernels.host_threads(ctypes.c_int64(cols), ctypes.c_int64(columns))
         return found
 
-    def row_stats(self, logits: Tensor, labels: Tensor, **scaling: float) -> tuple[Tensor, ...]:
-        n = len(logits)
-        result = tuple(torch.empty(n) for _ in range(4))
-        if n:
-            status = self.kernels.host_row_stats(
-                _matrix(logits),
-                _vectors(n, torch.int64, labels),
-                _scaling(**scaling),
-                *map(_address, result),
-            )
-            assert status == 0
-        return result
-
     def exps_(
         self,
         logits: Tensor,
@@ -308,15 +295,14 @@ class Host:
 
 
 _host = Host()
-row_stats, exps_ = _host.row_stats, _host.exps_
+exps_, sums = _host.exps_, _host.sums
 dlogits_, sequence_coef = _host.dlogits_, _host.sequence_coef
 BACKEND = cuda.BACKEND._replace(
     name="cuda_host",
     devices=("cpu",),
     why_unavailable=why_unavailable,
-    row_stats=row_stats,
     exps_=exps_,
-    sums=_host.sums,
+    sums=sums,
     dlogits_=dlogits_,
     sequence_coef=sequence_coef,
     finish=_host.finish_rows,

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lolkernels.backends.contract import RowStats
+from lolkernels.backends.finish import statistics
+
 LOGPROB_ATOL = 2e-5  # nat per token
 SEQUENCE_ATOL = 1e-3  # nat per sequence
 # A few units in the last place of a gradient whose largest entry is one.
@@ -181,6 +184,16 @@ def eager(problem: Problem) -> Eager:
     if p.bias is not None:
         logits = logits + p.bias.to(logits.dtype)
     return eager_logits(logits, p.labels, **p.options)
+
+
+def four(stats: RowStats) -> tuple[Tensor, ...]:
+    """`target_logit, lse, expected_logit, max_logit`, each (n,)."""
+    return stats.target_logit, stats.lse, stats.lse - stats.entropy, stats.max_logit
+
+
+def row_stats(backend: Any, logits: Tensor, labels: Tensor, **scaling: Any) -> tuple[Tensor, ...]:
+    """These four, of a backend's sums."""
+    return four(statistics(backend.sums(logits, labels, **scaling)))
 
 
 # --- judgements: a list of faults, empty where the result is right --------------------------------

@@ -138,7 +138,7 @@ def test_a_fault_at_each_stage_costs_its_task_alone(
     for op in ("linear_loss", "linear_loss frozen", "linear_logprob"):
         assert not done[f"check triton odd fp32 {op}"]["wrong"]
     sweeps = {row["label"]: row for row in done["parts sweeps"]["case"]["rows"]}
-    assert sweeps["exps_ fp32, triton"]["times_ms"] and sweeps["row_stats fp32, triton"]["times_ms"]
+    assert sweeps["exps_ fp32, triton"]["times_ms"] and sweeps["sums fp32, triton"]["times_ms"]
     rows = {r["label"]: r for r in done["linear_loss llama-8b 24"]["case"]["rows"]}
     assert rows["triton"]["times_ms"] and rows["eager"]["times_ms"]
     # What faulted as a whole was tried contestant by contestant.

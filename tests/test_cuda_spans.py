@@ -248,6 +248,7 @@ MUTANTS = [
         "return within_reach(top, anchor) ? anchor : finite_or_zero(top)",
         "return anchor",
     ),
+    ("spans.cuh", "return m == -HUGE_VALF ? 0.0f : m;", "return m;"),
     ("spans.cuh", "if (inside && column < left)", "if (column < left)"),
     ("spans.cuh", "dev[i % kQuad] += e * depth(z, base)", "dev[i % kQuad] += e * z"),
     ("span_rows.cuh", "tops[warp][lane] = top;\n  __syncthreads();", "tops[warp][lane] = top;"),

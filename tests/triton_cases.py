@@ -24,7 +24,7 @@ def compile_cases() -> list[Case]:
         for x in BYTES:
             for vocab in (33, 128256):
                 for cap in (False, True):
-                    cases.append(stats_case(arch, x, vocab, cap))
+                    cases.append(exps_case(arch, x, None, vocab, cap))
         for x, out in (("fp32", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
             for cap in (False, True):
                 cases.append(dlogits_case(arch, x, out, 128256, cap))
@@ -32,7 +32,7 @@ def compile_cases() -> list[Case]:
         cases += [sequence_case(arch, ratio, ref) for ratio in (0, 1, 2) for ref in (True, False)]
         cases += [finish_case(arch, table, unit) for table in BYTES for unit in (True, False)]
         cases += [labels_case(arch, x, both) for x in BYTES for both in (True, False)]
-        cases += [one_column(stats_case(arch, "fp32", 1, False))]
+        cases += [one_column(exps_case(arch, "fp32", None, 1, False))]
         cases += [one_column(dlogits_case(arch, "fp32", "bf16", 1, True))]
         cases += [one_column(exps_case(arch, "fp32", "bf16", 1, False))]
         cases += [one_program_a_row(dlogits_case(arch, "bf16", "bf16", 50257, False))]
@@ -63,23 +63,6 @@ def one_program_a_row(case: Case) -> Case:
     )
 
 
-def stats_case(arch: int, x: str, vocab: int, cap: bool) -> Case:
-    groups, vec, warps = rows.stats_block(vocab, BYTES[x])
-    outs = dict.fromkeys(("target_ptr", "lse_ptr", "expected_ptr", "max_ptr"), "*fp32")
-    return Case(
-        name=f"row_stats-sm{arch}-{x}-{vocab}{'-cap' * cap}",
-        fn=triton_kernels.row_stats,
-        signature={"x_ptr": f"*{x}", "labels_ptr": "*i64", **outs, "V": "i32", "x_row": "i32"}
-        | SCALARS,
-        constexprs={"x_col": 1, "labels_row": 1, "CAP": cap, "GROUPS": groups, "VEC": vec},
-        arch=arch,
-        num_warps=warps,
-        num_stages=rows.STAGES,
-        aligned=("x_ptr", "labels_ptr", *outs, "x_row"),
-        vector_loads=vocab > 1000,
-    )
-
-
 def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
     block, warps = rows.dlogits_block(vocab, cap)
     vectors = ("lse_ptr", "a_ptr", "b_ptr", "c_ptr", "logps_ptr")
@@ -102,20 +85,25 @@ def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
     )
 
 
-def exps_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
-    """With an anchor where the vocabulary is a multiple of 16, without one where it is not."""
+def exps_case(arch: int, x: str, out: str | None, vocab: int, cap: bool) -> Case:
+    """With an anchor where the vocabulary is a multiple of 16, without one where it is not; without
+    one too where only the sums are made: out is None."""
     block, warps = rows.exps_block(vocab)
-    given = vocab % 16 == 0
+    even = vocab % 16 == 0
+    given = even and out is not None
     sums = ("used_ptr", "rest_ptr", "deviation_ptr", "max_ptr", "target_ptr", "slope_ptr")
-    signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64", "out_ptr": f"*{out}"}
+    signature: dict[str, Any] = {"x_ptr": f"*{x}", "labels_ptr": "*i64"}
     signature |= dict.fromkeys(sums, "*fp32") | dict.fromkeys(("V", "x_row", "out_row"), "i32")
     signature |= SCALARS | {"shift": "fp32", "reach": "fp32"}
     signature |= {"anchor_ptr": "*fp32"} if given else {"anchor_row": "i32"}
-    constexprs: dict[str, Any] = dict.fromkeys(("x_col", "out_col", "labels_row"), 1)
+    signature |= {"out_col": "i32"} if out is None else {"out_ptr": f"*{out}"}
+    constexprs: dict[str, Any] = dict.fromkeys(("x_col", "labels_row"), 1)
     constexprs |= {"anchor_row": 1} if given else {"anchor_ptr": None}
+    constexprs |= {"out_ptr": None} if out is None else {"out_col": 1}
     constexprs |= {"HAS_ANCHOR": given, "CAP": cap, "AT_TOP": out == "fp16", "BLOCK": block}
-    constexprs |= {"WRITE": True}
-    aligned = ["x_ptr", "labels_ptr", "out_ptr", *sums, "x_row", "out_row"]
+    constexprs |= {"WRITE": out is not None}
+    aligned = ["x_ptr", "labels_ptr", *sums, "x_row", "out_row"]
+    aligned += ["out_col" if out is None else "out_ptr"]
     return Case(
         name=f"exps-sm{arch}-{x}-{out}-{vocab}{'-cap' * cap}",
         fn=triton_kernels.exps,
@@ -124,9 +112,9 @@ def exps_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
         arch=arch,
         num_warps=warps,
         num_stages=rows.STAGES,
-        aligned=[*aligned, *(("V", "anchor_ptr") if given else ())],
-        vector_loads=True,
-        vector_stores=True,
+        aligned=[*aligned, *(["V"] if even else []), *(["anchor_ptr"] if given else [])],
+        vector_loads=vocab > 1000,
+        vector_stores=out is not None,
     )
 
 

@@ -19,27 +19,6 @@ int64_t grain(int64_t rows, int64_t elements) {
   return rows == 0 ? 1 : 1 + kGrain * rows / (elements + 1);
 }
 
-Four row_stats(const Tensor& logits, const Tensor& labels, double scale, double softcap,
-               double temperature) {
-  const Matrix x = matrix(logits, "logits", kCpu);
-  const int64_t n = x.rows;
-  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu);
-  const LogitMap map = logit_map(scale, softcap, temperature);
-  Four result{new_float(logits, n), new_float(logits, n), new_float(logits, n),
-              new_float(logits, n)};
-  const RowStatsArgs args{x,
-                          y,
-                          map,
-                          floats(std::get<0>(result)),
-                          floats(std::get<1>(result)),
-                          floats(std::get<2>(result)),
-                          floats(std::get<3>(result))};
-  torch::stable::parallel_for(0, n, grain(n, n * x.cols), [&](int64_t begin, int64_t end) {
-    row_kernels().row_stats(args, begin, end);
-  });
-  return result;
-}
-
 Matrix matrix_like(const Matrix& x, const Tensor& out) {
   const Matrix g = matrix(out, "out", kCpu);
   STD_TORCH_CHECK(g.rows == x.rows && g.cols == x.cols, "out must have the shape of logits");
@@ -133,7 +112,6 @@ std::string cpu_isa() { return row_kernels().isa; }
 }  // namespace lolkernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lolkernels, CPU, m) {
-  m.impl("row_stats", TORCH_BOX(&lolkernels::cpu::row_stats));
   m.impl("exps", TORCH_BOX(&lolkernels::cpu::exps));
   m.impl("dlogits", TORCH_BOX(&lolkernels::cpu::dlogits));
   m.impl("sequence_coef", TORCH_BOX(&lolkernels::cpu::sequence_coef));

@@ -10,7 +10,6 @@ namespace lolkernels::cpu {
 // Each function handles rows [begin, end). A row's result depends on that row alone.
 struct RowKernels {
   const char* isa;
-  void (*row_stats)(const RowStatsArgs&, int64_t begin, int64_t end);
   void (*exps)(const ExpsArgs&, int64_t begin, int64_t end);
   void (*dlogits)(const DlogitsArgs&, int64_t begin, int64_t end);
 };

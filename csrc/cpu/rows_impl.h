@@ -1,4 +1,4 @@
-// row_stats, exps and dlogits for one instruction set; the including file sets LOL_LANES, LOL_ISA
+// exps and dlogits for one instruction set; the including file sets LOL_LANES, LOL_ISA
 // and LOL_KERNELS. Nothing depends on how rows are spread over threads.
 //
 // No std:: templates here: an out-of-line copy of one would carry this instruction set into code
@@ -92,7 +92,7 @@ inline Logit logit(F32 x, const LogitMap& map) {
   return {t.value * map.outer, t.slope * map.gain};
 }
 
-// row_stats cuts a row into blocks that stay in the first-level cache, so memory is read once.
+// exps cuts a row into blocks that stay in the first-level cache, so memory is read once.
 // Inside a block sums run in float lanes, kBlock / (kUnroll * kLanes) additions each; across blocks
 // they are in double.
 constexpr int64_t kBlock = 2048;
@@ -101,15 +101,9 @@ constexpr int64_t kStep = kUnroll * kLanes;
 static_assert(kBlock % kStep == 0);
 
 struct Sums {
-  double p;   // sum exp(z - ref)
-  double pz;  // sum exp(z - ref) * (z - ref)
+  double p;   // sum exp(z - anchor)
+  double pz;  // sum exp(z - anchor) * (z - anchor)
 };
-
-int64_t count_equal(const float* z, int64_t count, float value) {
-  int64_t equal = 0;
-  for (int64_t i = 0; i < count; ++i) equal += z[i] == value;
-  return equal;
-}
 
 // kBlock columns of logits.
 template <typename D, bool kCapped, bool kSlopes>
@@ -156,66 +150,6 @@ struct Block {
     max = largest(top);
   }
 };
-
-// Sums over the columns with z < ref, or NaN; z > ref does not occur. A column at ref counts 1, and
-// the caller adds it in double: in a float lane it would swallow the rest of a confident row.
-// Clamping from below keeps exp(-inf) * -inf out; what a clamped column then adds, 1e-38, is lost
-// beside the 1 of the largest.
-template <typename D>
-Sums block_sums(const float* z, int64_t count, float ref, const Row<D>& row, int64_t next_col) {
-  const F32 lowest = splat(kExpMin);
-  F32 p[kUnroll] = {}, pz[kUnroll] = {};
-  for (int64_t i = 0; i < count; i += kStep) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * kLanes;
-      if (row.stride == 1) __builtin_prefetch(row.data + next_col + at);
-      const F32 t = at_least(load<F32>(z + at) - ref, lowest);
-      const F32 e = t == F32{} ? F32{} : exp_in_range(t);
-      p[u] += e;
-      pz[u] += e * t;
-    }
-  }
-  return {static_cast<double>(total((p[0] + p[1]) + (p[2] + p[3]))),
-          static_cast<double>(total((pz[0] + pz[1]) + (pz[2] + pz[3])))};
-}
-
-template <typename D, bool kCapped>
-void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end) {
-  Block<D, kCapped, false> block;
-  for (int64_t r = begin; r < end; ++r) {
-    const Row<D> row(args.logits, r);
-    float max = -kInf;
-    Sums sum = {0.0, 0.0};  // relative to max
-    for (int64_t col = 0; col < row.cols; col += kBlock) {
-      block.read(row, col, args.map);
-      if (block.max > max) {
-        if (max != -kInf) {
-          const double shift = static_cast<double>(max) - static_cast<double>(block.max);
-          const double f = std::exp(shift);
-          sum = {f * sum.p, f * (sum.pz + sum.p * shift)};
-        }
-        max = block.max;
-      }
-      // While every logit is -inf, 0 takes the place of the maximum and only a NaN counts.
-      const bool nothing = max == -kInf;
-      const Sums s = block_sums(block.z, block.count, nothing ? 0.0f : max, row, col + kBlock);
-      if (!nothing || s.p != s.p) {
-        sum.p += s.p;
-        sum.pz += s.pz;
-      }
-      if (!nothing && block.max == max) {
-        sum.p += static_cast<double>(count_equal(block.z, block.count, max));
-      }
-    }
-    const int64_t label = args.labels[r];
-    const bool nan = sum.p != sum.p;
-    args.target_logit[r] =
-        row.holds(label) ? logit<kCapped>(gather(row, label), args.map).z[0] : -kInf;
-    args.lse[r] = static_cast<float>(max + std::log(sum.p));
-    args.expected_logit[r] = static_cast<float>(max + sum.pz / sum.p);
-    args.max_logit[r] = nan && max != kInf ? static_cast<float>(sum.p) : max;
-  }
-}
 
 // The maximum of the columns from `col` on but for the label.
 template <typename D, bool kCapped>
@@ -357,20 +291,6 @@ void dlogits(const DlogitsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename D>
-void row_stats_of(const RowStatsArgs& args, int64_t begin, int64_t end) {
-  return args.map.capped ? row_stats<D, true>(args, begin, end)
-                         : row_stats<D, false>(args, begin, end);
-}
-
-void row_stats_any(const RowStatsArgs& args, int64_t begin, int64_t end) {
-  switch (args.logits.dtype) {
-    case DType::f32: return row_stats_of<Float32>(args, begin, end);
-    case DType::bf16: return row_stats_of<Bf16>(args, begin, end);
-    case DType::f16: return row_stats_of<Fp16>(args, begin, end);
-  }
-}
-
 template <typename In, typename Out, bool kCapped>
 void write_rows(const ExpsArgs& args, int64_t begin, int64_t end) {
   exps<In, Out, kCapped>(args, begin, end);
@@ -416,7 +336,6 @@ void write_any(const Args& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const RowKernels LOL_KERNELS = {LOL_ISA, row_stats_any, write_any<ExpsArgs>,
-                                write_any<DlogitsArgs>};
+const RowKernels LOL_KERNELS = {LOL_ISA, write_any<ExpsArgs>, write_any<DlogitsArgs>};
 
 }  // namespace lolkernels::cpu

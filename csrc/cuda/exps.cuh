@@ -11,6 +11,16 @@ namespace lolkernels::cuda {
 template <typename T, bool kCapped, bool kContiguous>
 constexpr int kExps = kWrites<T, kContiguous> / (kCapped ? 2 : 1);
 
+// Of some columns: their maximum m, sum e^(z - anchor) and sum e^(z - anchor) (z - anchor).
+struct Running {
+  float m, rest, dev;
+};
+
+__device__ __forceinline__ Running nothing() { return {-HUGE_VALF, 0.0f, 0.0f}; }
+
+// How far below base z lies; e^d is 0 before -128, and d = -inf would make 0 * d a nan.
+__device__ __forceinline__ float depth(float z, float base) { return fmaxf(z - base, -128.0f); }
+
 // Whether exponentials of a row whose greatest is `top` may be relative to the anchor.
 __device__ __forceinline__ bool within_reach(float top, float anchor) {
   return fabsf(anchor) < HUGE_VALF && !(top > anchor + kReach);
@@ -23,9 +33,30 @@ __device__ __forceinline__ float own_anchor(float top, float target) {
   return fabsf(target) < HUGE_VALF ? target : 0.0f;
 }
 
-// Of sums relative to one anchor; `m` is the maximum.
 __device__ __forceinline__ Running add_up(Running a, Running b) {
   return {fmaxf(a.m, b.m), a.rest + b.rest, a.dev + b.dev};
+}
+
+// In the first thread of the block: everyone's, in an order that depends on blockDim alone.
+__device__ __forceinline__ Running add_up_block(Running s) {
+  __shared__ Running of_warp[kMaxThreads / kWarp];
+  const auto add_up_warp = [&](Running mine) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      Running other;
+      other.m = __shfl_down_sync(kEveryLane, mine.m, step);
+      other.rest = __shfl_down_sync(kEveryLane, mine.rest, step);
+      other.dev = __shfl_down_sync(kEveryLane, mine.dev, step);
+      mine = add_up(mine, other);
+    }
+    return mine;
+  };
+  s = add_up_warp(s);
+  if (blockDim.x == kWarp) return s;
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = s;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return s;
+  return add_up_warp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : nothing());
 }
 
 // Sums and exponentials relative to `from` become relative to `to`, which is greater. Half of the
@@ -153,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
       }
     }
 
-    all = merge_block(s, add_up);
+    all = add_up_block(s);
     if (thread == 0) top_of_row = all.m;
     __syncthreads();
     if (limit != -HUGE_VALF && !(top_of_row > limit)) break;

@@ -41,18 +41,6 @@ bool packs_align(const Matrix& x, const Matrix& out) {
   return x_past + out_past + x_row + out_row == 0;
 }
 
-template <typename T, bool kCapped>
-cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream) {
-  const auto go = [&](auto contiguous) {
-    constexpr bool kContiguous = decltype(contiguous)::value;
-    constexpr int64_t kBatch = kPackOf<T, kContiguous> * kReads<T, kContiguous>;
-    const int threads = block_threads(args.logits.cols, kBatch);
-    return launch(row_stats_kernel<T, kCapped, kContiguous>,
-                  static_cast<unsigned>(args.logits.rows), 1, threads, stream, args);
-  };
-  return args.logits.col_stride == 1 ? go(std::true_type{}) : go(std::false_type{});
-}
-
 template <typename F>
 cudaError_t with_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -86,13 +74,6 @@ cudaError_t with_rows(const Matrix& x, const Matrix& out, bool capped, bool alia
 }
 
 // At least one row and one column.
-inline cudaError_t row_stats(const RowStatsArgs& args, cudaStream_t stream) {
-  return with_dtype(args.logits.dtype, [&](auto x) {
-    return args.map.capped ? launch_row_stats<decltype(x), true>(args, stream)
-                           : launch_row_stats<decltype(x), false>(args, stream);
-  });
-}
-
 // aliased: out's rows start where those of logits do, with narrower elements.
 inline cudaError_t exps(const ExpsArgs& args, bool aliased, cudaStream_t stream) {
   const auto go = [&](auto in, auto to, auto capped, auto contiguous, auto shared) {

@@ -41,23 +41,6 @@ void check_size(const Matrix& x) {
   STD_TORCH_CHECK(x.rows < 1ll << 31, "logits must have less than 2^31 rows, not ", x.rows);
 }
 
-Four row_stats_op(const Tensor& logits, const Tensor& labels, double scale, double softcap,
-                  double temperature) {
-  const Here here(logits);
-  const Matrix x = matrix(logits, "logits", here.device);
-  const int64_t n = x.rows;
-  check_size(x);
-  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
-  const LogitMap map = logit_map(scale, softcap, temperature);
-  Four result{new_float(logits, n), new_float(logits, n), new_float(logits, n),
-              new_float(logits, n)};
-  if (n == 0) return result;
-  check_launch(row_stats({x, y, map, floats(std::get<0>(result)), floats(std::get<1>(result)),
-                          floats(std::get<2>(result)), floats(std::get<3>(result))},
-                         here.stream));
-  return result;
-}
-
 // out's rows begin where those of logits do, with narrower elements.
 bool begins_with(const Matrix& x, const Matrix& out) {
   const int64_t x_size = item_size(x.dtype), out_size = item_size(out.dtype);
@@ -311,7 +294,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lolkernels_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lolkernels_cuda, CUDA, m) {
   using namespace lolkernels::cuda;
-  m.impl("row_stats", TORCH_BOX(&row_stats_op));
   m.impl("exps", TORCH_BOX(&exps_op));
   m.impl("dlogits", TORCH_BOX(&dlogits_op));
   m.impl("sequence_coef", TORCH_BOX(&sequence_coef_op));

@@ -1,7 +1,7 @@
-// row_stats and dlogits on an NVIDIA GPU: one block walks one row (with few rows, a part of one in
-// dlogits), so that nothing crosses blocks, there are no atomics, and results are bit-reproducible.
-// Nothing but ordinary functions of the CUDA runtime: tests/cuda_host compiles this very text for
-// the CPU.
+// dlogits on an NVIDIA GPU, and what it shares with exps: one block walks one row (with few rows, a
+// part of one), so that nothing crosses blocks, there are no atomics, and results are
+// bit-reproducible. Nothing but ordinary functions of the CUDA runtime: tests/cuda_host compiles
+// this very text for the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -75,10 +75,7 @@ struct Split {
 template <typename T, bool kContiguous>
 constexpr int kPackOf = kContiguous ? kLoadBytes / static_cast<int>(sizeof(T)) : 1;
 
-// Packs a thread reads before it computes: in row_stats 64 bytes, where it has as much to write 16
-// columns; 8 columns of a strided row.
-template <typename T, bool kContiguous>
-constexpr int kReads = kContiguous ? 4 : 8;
+// Packs a thread reads before it computes: 16 columns; 8 of a strided row.
 template <typename T, bool kContiguous>
 constexpr int kWrites = kContiguous ? 16 / kPackOf<T, kContiguous> : 8;
 
@@ -104,131 +101,6 @@ __device__ __forceinline__ void in_batches(int first, int last, int threads, con
   }
   for (; begin < last; begin += threads) batch(begin, std::integral_constant<int, 1>{});
 }
-
-// row_stats ---------------------------------------------------------------------------------------
-
-// The statistics of some logits: their maximum m, sum e^(z - m) less the 1 of a maximum, and
-// sum e^(z - m) (z - m). Where one logit is nearly everything, `rest` is what its log-prob is made
-// of, and expectations around the maximum lose no digits to its size.
-struct Running {
-  float m, rest, dev;
-};
-
-__device__ __forceinline__ Running nothing() { return {-HUGE_VALF, 0.0f, 0.0f}; }
-
-// What may be subtracted from a logit where the maximum so far is m.
-__device__ __forceinline__ float finite_or_zero(float m) { return m == -HUGE_VALF ? 0.0f : m; }
-
-__device__ __forceinline__ float held(float m) { return m == -HUGE_VALF ? 0.0f : 1.0f; }
-
-// How far below base z lies; e^d is 0 before -128, and d = -inf would make 0 * d a nan.
-__device__ __forceinline__ float depth(float z, float base) { return fmaxf(z - base, -128.0f); }
-
-template <int kCount>
-__device__ __forceinline__ void absorb(Running& s, const float (&z)[kCount]) {
-  float top = z[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) top = fmaxf(top, z[i]);  // skips nan
-  const float m = fmaxf(s.m, top);
-  const float base = finite_or_zero(m), fall = depth(s.m, base), shrink = fast_exp(fall);
-  float total = 0.0f, dev = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float d = z[i] - base, e = fast_exp(d);
-    total += e;
-    dev += e * depth(z[i], base);
-  }
-  const float before = held(s.m) + s.rest;
-  s.dev = shrink * (s.dev + before * fall) + dev;
-  s.rest = m > s.m ? shrink * before + (total - 1.0f) : s.rest + total;
-  s.m = m;
-}
-
-__device__ __forceinline__ Running merge(Running a, Running b) {
-  if (b.m > a.m) {
-    const Running c = a;
-    a = b, b = c;
-  }
-  const float fall = depth(b.m, finite_or_zero(a.m)), shrink = fast_exp(fall);
-  const float sum = held(b.m) + b.rest;
-  return {a.m, a.rest + shrink * sum, a.dev + shrink * (b.dev + sum * fall)};
-}
-
-// In the first thread of the block: everyone's, in an order that depends on blockDim alone.
-template <typename Merge>
-__device__ __forceinline__ Running merge_block(Running s, const Merge& merge) {
-  __shared__ Running of_warp[kMaxThreads / kWarp];
-  const auto merge_warp = [&](Running mine) {
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      Running other;
-      other.m = __shfl_down_sync(kEveryLane, mine.m, step);
-      other.rest = __shfl_down_sync(kEveryLane, mine.rest, step);
-      other.dev = __shfl_down_sync(kEveryLane, mine.dev, step);
-      mine = merge(mine, other);
-    }
-    return mine;
-  };
-  s = merge_warp(s);
-  if (blockDim.x == kWarp) return s;
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = s;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return s;
-  return merge_warp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : nothing());
-}
-
-__device__ __forceinline__ void write_stats(Running s, float* lse, float* expected, float* max) {
-  const float base = finite_or_zero(s.m);
-  // Of no logit but -inf the sum is 0 = 1 + -1, or nan.
-  *lse = base + log1pf(s.rest - (1.0f - held(s.m)));
-  *expected = base + s.dev / (held(s.m) + s.rest);
-  *max = s.rest != s.rest && s.m != HUGE_VALF ? s.rest : s.m;  // it skips nan
-}
-
-// One online-softmax sweep of a row. Bytes per logit: its own size, read once; one exponential a
-// logit and one a batch. Every thread has statistics of its own until the row's end.
-template <typename T, bool kCapped, bool kContiguous>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    row_stats_kernel(const RowStatsArgs args) {
-  constexpr int kPack = kPackOf<T, kContiguous>, kBatch = kReads<T, kContiguous>;
-  using Columns = Pack<T, kPack>;
-  const int64_t row = blockIdx.x;
-  const T* x = static_cast<const T*>(args.logits.data) + row * args.logits.row_stride;
-  const int64_t stride = kContiguous ? 1 : args.logits.col_stride;
-  const Split<kPack> at = split<T, kContiguous>(x, args.logits.cols);
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-
-  Running s = nothing();
-  in_batches<kBatch>(0, at.packs, threads, [&](int begin, auto count) {
-    constexpr int kCount = decltype(count)::value;
-    if (kCount == 1 && begin + thread >= at.packs) return;
-    Columns raw[kCount];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int64_t column = at.column(begin + u * threads + thread);
-      raw[u] = *reinterpret_cast<const Columns*>(x + column * stride);
-    }
-    float z[kCount * kPack];
-#pragma unroll
-    for (int i = 0; i < kCount * kPack; ++i) {
-      z[i] = logit<kCapped>(widen(raw[i / kPack].lane[i % kPack]), args.map).z;
-    }
-    absorb(s, z);
-  });
-  if (thread < at.edges()) {
-    absorb(s, {logit<kCapped>(widen(x[at.edge(thread) * stride]), args.map).z});
-  }
-  s = merge_block(s, merge);
-
-  if (thread != 0) return;
-  const int64_t label = args.labels[row];
-  const bool has_target = label >= 0 && label < args.logits.cols;
-  args.target_logit[row] =
-      has_target ? logit<kCapped>(widen(x[label * stride]), args.map).z : -HUGE_VALF;
-  write_stats(s, args.lse + row, args.expected_logit + row, args.max_logit + row);
-}
-
-// dlogits -----------------------------------------------------------------------------------------
 
 // dx = (a [v == y] + p (b + c z)) dz/dx with p = e^(z - lse). Bytes per logit: one read, one write.
 //

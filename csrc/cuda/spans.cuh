@@ -51,6 +51,9 @@ __device__ __forceinline__ void gather_groups(uint32_t (&words)[kQuad], int q) {
   }
 }
 
+// What may be subtracted from a logit where the maximum so far is m.
+__device__ __forceinline__ float finite_or_zero(float m) { return m == -HUGE_VALF ? 0.0f : m; }
+
 // What exponentials of columns whose greatest logit is `top` are relative to.
 __device__ __forceinline__ float base_of(float top, float anchor) {
   return within_reach(top, anchor) ? anchor : finite_or_zero(top);

@@ -44,24 +44,6 @@ class Compiled:
             raise ValueError(f"backend is not available: {self.why_unavailable}")
         return getattr(torch.ops, self.namespace)
 
-    def row_stats(
-        self,
-        logits: Tensor,  # (n, V)
-        labels: Tensor,  # (n,) int64
-        *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`target_logit, lse, expected_logit, max_logit`, each (n,) float32, in one sweep.
-
-        Memory traffic: each logit is read once.
-        """
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.row_stats(
-            logits, labels, scale, softcap, temperature
-        )
-        return result
-
     def exps_(
         self,
         logits: Tensor,  # (n, V)

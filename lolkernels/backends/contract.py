@@ -26,7 +26,6 @@ class Backend(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # of the logits
     panels: bool  # on a CPU the caller hands over panels of columns that fit its cache
     why_unavailable: Callable[[], str | None]  # None where it can be used, else why and what to do
-    row_stats: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     exps_: Callable[..., Exps]
     sums: Callable[..., Exps]  # of exps_, which are not written
     dlogits_: Callable[..., Tensor]

@@ -11,7 +11,7 @@ from .contract import Backend
 from .finish import add_labels, finish
 
 _compiled = Compiled("_C.abi3.so", "lolkernels", "compiled", "a C++ compiler")
-row_stats, exps_, sums = _compiled.row_stats, _compiled.exps_, _compiled.sums
+exps_, sums = _compiled.exps_, _compiled.sums
 dlogits_, sequence_coef = _compiled.dlogits_, _compiled.sequence_coef
 
 
@@ -32,7 +32,6 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     panels=True,
     why_unavailable=why_unavailable,
-    row_stats=row_stats,
     exps_=exps_,
     sums=sums,
     dlogits_=dlogits_,

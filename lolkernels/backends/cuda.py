@@ -58,7 +58,6 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     panels=False,
     why_unavailable=why_unavailable,
-    row_stats=compiled.row_stats,
     exps_=compiled.exps_,
     sums=compiled.sums,
     dlogits_=compiled.dlogits_,

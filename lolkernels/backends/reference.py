@@ -3,10 +3,8 @@
 For a row of raw logits x (n, V), with z = softcap(scale * x) / temperature and softcap(x) = cap
 tanh(x / cap):
 
-    row_stats     target_logit = z[label]   lse = log sum exp z   expected_logit = sum softmax(z) z
-                  max_logit = max z
-    exps_         E = exp(z - anchor) dz/dx, the label's column 0, and the sums that make the same
-                  statistics of it (see ``finish.statistics``)
+    exps_         E = exp(z - anchor) dz/dx, the label's column 0, and the sums of which
+                  ``finish.statistics`` makes log softmax(z)[label] and its kin
     dlogits_      (a [v == label] + exp(z - lse) (b + c z)) dz/dx
     sequence_coef the A-LoL family's loss and d loss / d logp (see Family in objectives.py)
 
@@ -23,26 +21,6 @@ from torch import Tensor
 
 from .contract import REACH, SHIFT, Backend, Exps
 from .finish import add_labels, finish
-
-
-def row_stats(
-    logits: Tensor,  # (n, V)
-    labels: Tensor,  # (n,)
-    *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (n,)
-    z, _ = _transform(logits, scale, softcap, temperature)
-    has_target, index = _target(labels, z.shape[1])
-    target_logit = z.gather(1, index[:, None]).squeeze(1)
-    target_logit = torch.where(has_target, target_logit, -torch.inf)
-    lse = torch.logsumexp(z, 1)
-    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a row with +inf is spoilt, and says so
-    # Normalised by its own sum: the rounding of lse alone would shift sum p z by 1e-4 at z = 40.
-    p = torch.softmax(z, 1)
-    expected_logit = torch.where(p == 0, 0.0, p * z).sum(1)
-    return target_logit, lse, expected_logit, z.amax(1)
 
 
 def exps_(
@@ -175,7 +153,7 @@ def sequence_coef(
 
 
 def _transform(
-    logits: Tensor, scale: float, softcap: float, temperature: float
+    logits: Tensor, scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor | float]:
     x = logits if logits.dtype == torch.float64 else logits.float()
     z = x * scale
@@ -196,7 +174,6 @@ BACKEND = Backend(
     dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     panels=True,
     why_unavailable=lambda: None,
-    row_stats=row_stats,
     exps_=exps_,
     sums=sums,
     dlogits_=dlogits_,

@@ -37,13 +37,6 @@ def why_unavailable() -> str | None:
     return None
 
 
-def stats_block(vocab: int, itemsize: int) -> tuple[int, int, int]:
-    """(GROUPS, VEC, num_warps) of ``row_stats``: 16 columns per thread, 16 bytes per load."""
-    vec = 16 // itemsize
-    block = max(vec, min(_power_of_2(vocab), 4096))
-    return block // vec, vec, max(1, min(8, block // 512))
-
-
 def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
     """(BLOCK, num_warps) of ``dlogits_``: 16 columns per thread, 8 where tanh takes registers."""
     columns = 8 if cap else 16
@@ -54,43 +47,6 @@ def dlogits_block(vocab: int, cap: bool) -> tuple[int, int]:
 def exps_block(vocab: int) -> tuple[int, int]:
     """(BLOCK, num_warps) of ``exps_``: 8 columns per thread, as its sums take registers too."""
     return dlogits_block(vocab, cap=True)
-
-
-def row_stats(
-    logits: Tensor,  # (n, V)
-    labels: Tensor,  # (n,) int64
-    *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`target_logit, lse, expected_logit, max_logit`, each (n,) float32, in one sweep.
-
-    Memory traffic: each logit is read once.
-    """
-    n, vocab = logits.shape
-    target, lse, expected, largest = (logits.new_empty(n, dtype=torch.float32) for _ in range(4))
-    if n:
-        groups, vec, warps = stats_block(vocab, logits.element_size())
-        with _device(logits):
-            _kernels().row_stats[(n,)](
-                logits,
-                labels,
-                target,
-                lse,
-                expected,
-                largest,
-                vocab,
-                *logits.stride(),
-                labels.stride(0),
-                *_scaling(scale, softcap, temperature),
-                CAP=softcap != 0,
-                GROUPS=groups,
-                VEC=vec,
-                num_warps=warps,
-                num_stages=STAGES,
-            )
-    return target, lse, expected, largest
 
 
 def exps_(
@@ -385,7 +341,6 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     panels=False,
     why_unavailable=why_unavailable,
-    row_stats=row_stats,
     exps_=exps_,
     sums=sums,
     dlogits_=dlogits_,

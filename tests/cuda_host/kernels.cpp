@@ -44,13 +44,6 @@ extern "C" {
 void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
 
 #if !defined(SPANS_ALONE)  // quicker to compile
-int host_row_stats(const int64_t* logits, const int64_t* labels, const double* map, float* target,
-                   float* lse, float* expected, float* largest) {
-  return cuda::row_stats({matrix(logits), vector<int64_t>(labels),
-                          make_logit_map(map[0], map[1], map[2]), target, lse, expected, largest},
-                         nullptr);
-}
-
 // sums: six rows of float32. anchor: address (0: none), stride.
 int host_exps(const int64_t* logits, const int64_t* out, const int64_t* labels,
               const int64_t* anchor, const double* map, int aliased, float* const* sums) {

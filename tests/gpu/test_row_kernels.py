@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from judges import row_stats
 from on_device import (
     DEVICE,
     DTYPES,
@@ -50,7 +51,7 @@ def rows_of(v: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, list
 
 def truth_of(logits: Tensor, labels: Tensor, abc: list[Tensor], options: Any) -> Any:
     x, y = logits.double().to(DEVICE), labels.to(DEVICE)
-    stats = reference.row_stats(x, y, **options)
+    stats = row_stats(reference, x, y, **options)
     given = (t.double().to(DEVICE) for t in abc)
     dx = reference.dlogits_(x.clone(), y, stats[1], *given, **options)
     return stats, dx
@@ -83,7 +84,7 @@ def test_statistics_and_gradients(v: int, layout: str, dtype: torch.dtype, backe
         zones = RedZones()
         x = zones.place("logits", logits, layout)
         y = zones.place("labels", labels, LAYOUTS[seed])
-        stats = module.row_stats(x, y, **options)
+        stats = row_stats(module, x, y, **options)
         given = [
             zones.place(k, t, LAYOUTS[(seed + i) % 3])
             for i, (k, t) in enumerate(zip(("lse", *"abc"), (stats[1], *abc), strict=True))
@@ -122,7 +123,7 @@ def test_half_precision_gradients_over_fp32_logits(
         buffer = torch.full((n + 2, pitch), -7.5, device=DEVICE)
         x = buffer[1:-1, :v]
         x.copy_(logits)
-        stats = module.row_stats(x, y, **options)
+        stats = row_stats(module, x, y, **options)
         out = x.view(narrow)[:, :v] if x.stride(1) == 1 else None
         apart = torch.empty(n, v, dtype=narrow, device=DEVICE)
         module.dlogits_(x.clone(), y, stats[1], *given, **options, out=apart)
