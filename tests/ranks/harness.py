@@ -45,13 +45,13 @@ def close(
 ) -> None:
     """Equal relative to the largest value, and nan where that is.
 
-    With ``sizes`` dweight and dbias are the rank's rows of what is wanted.
+    With ``sizes`` dweight, dup and dbias are the rank's rows of what is wanted.
     """
     assert got.keys() == want.keys()
     for name, value in want.items():
         value = value.detach().double()
         scale = value.nan_to_num().abs().max() if value.numel() else 1.0
-        value = own(value, sizes) if sizes and name in ("dweight", "dbias") else value
+        value = own(value, sizes) if sizes and name in ("dweight", "dup", "dbias") else value
         mine = got[name]
         assert mine.shape == value.shape, f"{name}: {tuple(mine.shape)}, not {tuple(value.shape)}"
         assert torch.equal(mine.isnan(), value.isnan()), f"{name} is nan elsewhere"

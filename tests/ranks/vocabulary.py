@@ -91,6 +91,36 @@ def every_way_through_the_walk() -> None:
         close({name: got}, {name: sharded(p, None)[name]}, 1e-11, sizes)
 
 
+@scenario(2)
+def a_low_rank_part_is_sharded_by_rows_too() -> None:
+    """Beside a frozen shard of the weight and a trained one; log-probs, and an objective."""
+    p = peaky(23, 8, 301, dtype=F64, bias=True)
+    sizes, seq = parts(301), lk.Sequences.from_lengths([11, 12])
+    low, up = torch.randn(23, 3, dtype=F64), 0.3 * torch.randn(301, 3, dtype=F64)
+
+    def results(sizes: list[int] | None, trained: bool, objective: bool) -> dict[str, Tensor]:
+        mine = (lambda t: t) if sizes is None else (lambda t: own(t, sizes))
+        leaves = {"hidden": p.hidden, "low": low, "weight": mine(p.weight), "up": mine(up)}
+        leaves = {k: t.detach().clone().requires_grad_() for k, t in leaves.items()}
+        h, a, w, b = leaves.values()
+        w.requires_grad_(trained)
+        options = {"bias": mine(p.bias), "low_rank": (a, b)}
+        if sizes is not None:
+            options["tp_group"] = dist.group.WORLD
+        if objective:
+            loss = lk.linear_loss(objectives.nll, h, w, p.labels, seq, **options)
+        else:
+            loss = weighted(lk.linear_logprob(h, w, p.labels, **options), "logps lse entropy")
+        loss.backward()
+        made = {f"d{k}": t.grad for k, t in leaves.items() if t.requires_grad}
+        return {"loss": loss.detach(), **made}
+
+    for trained in (False, True):
+        for objective in (False, True):
+            whole = results(None, trained, objective)
+            close(results(sizes, trained, objective), whole, 1e-11, sizes)
+
+
 @scenario(2, 4)
 def confident_labels_keep_their_digits() -> None:
     """In float32, down to 1 - p = 1e-9, where target_logit - lse has none left: row by row."""
