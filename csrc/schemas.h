@@ -9,13 +9,13 @@ void define_row_functions(Library& m) {
   // -> anchor, rest, deviation, max_logit, target_logit, slope, each (n,) float32; out may be
   // logits itself: the exponentials then take its place; without one they are not written.
   m.def(
-      "exps(Tensor logits, Tensor labels, Tensor? anchor, float scale, float softcap,"
-      " float temperature, *, Tensor(a!)? out)"
+      "exps(Tensor logits, Tensor labels, Tensor? anchor, float scale=1, float softcap=0,"
+      " float temperature=1, *, Tensor(a!)? out)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // out may be logits itself: the gradient then takes its place.
   m.def(
       "dlogits(Tensor logits, Tensor labels, Tensor lse, Tensor a, Tensor b, Tensor c,"
-      " float scale, float softcap, float temperature, *, Tensor(a!) out, Tensor? logps=None)"
+      " float scale=1, float softcap=0, float temperature=1, *, Tensor(a!) out, Tensor? logps=None)"
       " -> ()");
   // -> loss (s,), coef (n,), log_ratio (s,), clipped (s,), all float32
   m.def(

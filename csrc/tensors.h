@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -67,6 +68,48 @@ inline Tensor new_float(const Tensor& like, int64_t size) {
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// What an op returns, of which the kernel writes the fields of its arguments.
+template <typename Args>
+Six new_sums(const Tensor& like, int64_t n, Args& args) {
+  Six sums{new_float(like, n), new_float(like, n), new_float(like, n),
+           new_float(like, n), new_float(like, n), new_float(like, n)};
+  args.used = floats(std::get<0>(sums)), args.rest = floats(std::get<1>(sums));
+  args.deviation = floats(std::get<2>(sums)), args.max_logit = floats(std::get<3>(sums));
+  args.target_logit = floats(std::get<4>(sums)), args.slope = floats(std::get<5>(sums));
+  return sums;
+}
+
+inline Four new_coefficients(const Tensor& like, int64_t n, int64_t s, SequencesArgs& args) {
+  Four result{new_float(like, s), new_float(like, n), new_float(like, s), new_float(like, s)};
+  args.loss = floats(std::get<0>(result)), args.coef = floats(std::get<1>(result));
+  args.log_ratio = floats(std::get<2>(result)), args.clipped = floats(std::get<3>(result));
+  return result;
+}
+
+// All but the flags and what is returned.
+inline SequencesArgs sequences_args(const Tensor& logps, const std::optional<Tensor>& ref_logps,
+                                    const Tensor& cu_seqlens, const Tensor& weight, int64_t ratio,
+                                    double log_low, double log_high, double beta,
+                                    const std::optional<Tensor>& scale, int device) {
+  STD_TORCH_CHECK(logps.dim() == 1, "logps must have 1 dimension, not ", logps.dim());
+  STD_TORCH_CHECK(weight.dim() == 1, "weight must have 1 dimension, not ", weight.dim());
+  STD_TORCH_CHECK(ratio >= 0 && ratio <= 2, "ratio must be 0, 1 or 2, not ", ratio);
+  STD_TORCH_CHECK(log_low <= log_high, "log_low must not exceed log_high");
+  const int64_t n = logps.size(0), s = weight.size(0);
+  const auto floats_of = [&](const Tensor& t, const char* name, int64_t size) {
+    return vector<float>(t, name, ScalarType::Float, size, device);
+  };
+  SequencesArgs args{};
+  args.logps = floats_of(logps, "logps", n);
+  args.has_ref = ref_logps.has_value();
+  if (ref_logps) args.ref_logps = floats_of(*ref_logps, "ref_logps", n);
+  args.cu_seqlens = vector<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, s + 1, device);
+  args.weight = floats_of(weight, "weight", s);
+  args.rule = {static_cast<Ratio>(ratio), log_low, log_high, beta};
+  if (scale) args.scale = floats_of(*scale, "scale", s);
+  return args;
+}
 
 inline size_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 

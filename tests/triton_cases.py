@@ -10,7 +10,7 @@ from typing import Any
 from triton_aot import Case
 
 from lolkernels.backends import triton as rows
-from lolkernels.backends import triton_kernels
+from lolkernels.backends import triton_finish, triton_rows, triton_sequences
 
 ARCHS = (80, 90, 100)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -72,7 +72,7 @@ def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
     ones = ("x_col", "out_col", "labels_row", "lse_row", "a_row", "b_row", "c_row", "logps_row")
     return Case(
         name=f"dlogits-sm{arch}-{x}-{out}{'-cap' * cap}",
-        fn=triton_kernels.dlogits,
+        fn=triton_rows.dlogits,
         signature=signature,
         constexprs=dict.fromkeys(ones, 1)
         | {"CAP": cap, "HAS_LOGPS": True, "ALIASED": x != out, "BLOCK": block},
@@ -106,7 +106,7 @@ def exps_case(arch: int, x: str, out: str | None, vocab: int, cap: bool) -> Case
     aligned += ["out_col" if out is None else "out_ptr"]
     return Case(
         name=f"exps-sm{arch}-{x}-{out}-{vocab}{'-cap' * cap}",
-        fn=triton_kernels.exps,
+        fn=triton_rows.exps,
         signature=signature,
         constexprs=constexprs,
         arch=arch,
@@ -128,7 +128,7 @@ def sequence_case(arch: int, ratio: int, ref: bool) -> Case:
     constexprs |= {"BLOCK": rows.SEQUENCE_BLOCK} | ({} if ref else {"ref_ptr": None})
     return Case(
         name=f"sequence_coef-sm{arch}-{ratio}{'-ref' * ref}",
-        fn=triton_kernels.sequence_coef,
+        fn=triton_sequences.sequence_coef,
         signature=signature | ({"ref_ptr": "*fp32"} if ref else {}),
         constexprs=constexprs,
         arch=arch,
@@ -154,7 +154,7 @@ def finish_case(arch: int, table: str, unit: bool) -> Case:
         constexprs |= {**nothing, "table_col": 0}
     return Case(
         name=f"finish-sm{arch}-{table}{'-unit' * unit}",
-        fn=triton_kernels.finish,
+        fn=triton_finish.finish,
         signature=signature,
         constexprs=constexprs | {"BLOCK": rows.WIDTH},
         arch=arch,
@@ -175,7 +175,7 @@ def labels_case(arch: int, x: str, both: bool) -> Case:
     constexprs |= {"both_row": 1} if both else {"both_ptr": None, "both_row": 0}
     return Case(
         name=f"add_labels-sm{arch}-{x}{'-both' * both}",
-        fn=triton_kernels.add_labels,
+        fn=triton_finish.add_labels,
         signature=signature,
         constexprs=constexprs | {"HAS_BOTH": both, "SCAN": rows.WIDTH, "BLOCK": rows.WIDTH},
         arch=arch,

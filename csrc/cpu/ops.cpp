@@ -38,14 +38,7 @@ Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>
   args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, kCpu);
   if (anchor) args.anchor = vector<float>(*anchor, "anchor", ScalarType::Float, n, kCpu);
   args.map = logit_map(scale, softcap, temperature);
-  Six result{new_float(logits, n), new_float(logits, n), new_float(logits, n),
-             new_float(logits, n), new_float(logits, n), new_float(logits, n)};
-  args.used = floats(std::get<0>(result));
-  args.rest = floats(std::get<1>(result));
-  args.deviation = floats(std::get<2>(result));
-  args.max_logit = floats(std::get<3>(result));
-  args.target_logit = floats(std::get<4>(result));
-  args.slope = floats(std::get<5>(result));
+  const Six result = new_sums(logits, n, args);
   torch::stable::parallel_for(0, n, grain(n, n * x.cols), [&](int64_t begin, int64_t end) {
     row_kernels().exps(args, begin, end);
   });
@@ -76,30 +69,15 @@ Four sequence_coef(const Tensor& logps, const std::optional<Tensor>& ref_logps,
                    double log_high, double beta, const std::optional<Tensor>& scale,
                    const std::optional<Tensor>& flags) {
   STD_TORCH_CHECK(!flags, "flags are for a GPU: on a CPU the caller looks at the inputs");
-  STD_TORCH_CHECK(logps.dim() == 1, "logps must have 1 dimension, not ", logps.dim());
-  STD_TORCH_CHECK(weight.dim() == 1, "weight must have 1 dimension, not ", weight.dim());
-  STD_TORCH_CHECK(ratio >= 0 && ratio <= 2, "ratio must be 0, 1 or 2, not ", ratio);
-  STD_TORCH_CHECK(log_low <= log_high, "log_low must not exceed log_high");
+  SequencesArgs args = sequences_args(logps, ref_logps, cu_seqlens, weight, ratio, log_low,
+                                      log_high, beta, scale, kCpu);
   const int64_t n = logps.size(0), s = weight.size(0);
-  SequencesArgs args;
-  args.logps = vector<float>(logps, "logps", ScalarType::Float, n, kCpu);
-  args.has_ref = ref_logps.has_value();
-  args.ref_logps = args.has_ref ? vector<float>(*ref_logps, "ref_logps", ScalarType::Float, n, kCpu)
-                                : Vector<float>{nullptr, 0};
-  args.cu_seqlens = vector<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, s + 1, kCpu);
-  args.weight = vector<float>(weight, "weight", ScalarType::Float, s, kCpu);
-  args.rule = {static_cast<Ratio>(ratio), log_low, log_high, beta};
-  if (scale) args.scale = vector<float>(*scale, "scale", ScalarType::Float, s, kCpu);
   STD_TORCH_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[s] == n,
                   "cu_seqlens must start at 0 and end at the number of tokens, ", n);
   for (int64_t i = 0; i < s; ++i) {
     STD_TORCH_CHECK(args.cu_seqlens[i] <= args.cu_seqlens[i + 1], "cu_seqlens must not decrease");
   }
-  Four result{new_float(logps, s), new_float(logps, n), new_float(logps, s), new_float(logps, s)};
-  args.loss = floats(std::get<0>(result));
-  args.coef = floats(std::get<1>(result));
-  args.log_ratio = floats(std::get<2>(result));
-  args.clipped = floats(std::get<3>(result));
+  const Four result = new_coefficients(logps, n, s, args);
   torch::stable::parallel_for(0, s, grain(s, n), [&](int64_t begin, int64_t end) {
     sequence_coefficients(args, begin, end);
   });

@@ -66,24 +66,17 @@ Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tens
             double scale, double softcap, double temperature, const std::optional<Tensor>& out) {
   const Here here(logits);
   const Matrix x = matrix(logits, "logits", here.device);
-  Matrix e = {};
   check_size(x);
-  if (out) e = matrix(*out, "out", here.device);
-  const bool aliased = out && check_out(x, e);
+  ExpsArgs args = {};
+  args.logits = x;
+  if (out) args.out = matrix(*out, "out", here.device);
+  const bool aliased = out && check_out(x, args.out);
   const int64_t n = x.rows;
-  const Vector<int64_t> y = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
-  Vector<float> given = {nullptr, 0};
-  if (anchor.has_value()) {
-    given = vector<float>(*anchor, "anchor", ScalarType::Float, n, here.device);
-  }
-  const LogitMap map = logit_map(scale, softcap, temperature);
-  Six sums{new_float(logits, n), new_float(logits, n), new_float(logits, n),
-           new_float(logits, n), new_float(logits, n), new_float(logits, n)};
-  if (n == 0) return sums;
-  check_launch(exps({x, e, y, given, map, floats(std::get<0>(sums)), floats(std::get<1>(sums)),
-                     floats(std::get<2>(sums)), floats(std::get<3>(sums)),
-                     floats(std::get<4>(sums)), floats(std::get<5>(sums))},
-                    aliased, here.stream));
+  args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
+  if (anchor) args.anchor = vector<float>(*anchor, "anchor", ScalarType::Float, n, here.device);
+  args.map = logit_map(scale, softcap, temperature);
+  const Six sums = new_sums(logits, n, args);
+  if (n > 0) check_launch(exps(args, aliased, here.stream));
   return sums;
 }
 
@@ -126,30 +119,12 @@ Four sequence_coef_op(const Tensor& logps, const std::optional<Tensor>& ref_logp
                       double log_high, double beta, const std::optional<Tensor>& scale,
                       const std::optional<Tensor>& flags) {
   const Here here(logps);
-  STD_TORCH_CHECK(logps.dim() == 1, "logps must have 1 dimension, not ", logps.dim());
-  STD_TORCH_CHECK(weight.dim() == 1, "weight must have 1 dimension, not ", weight.dim());
-  STD_TORCH_CHECK(ratio >= 0 && ratio <= 2, "ratio must be 0, 1 or 2, not ", ratio);
-  STD_TORCH_CHECK(log_low <= log_high, "log_low must not exceed log_high");
-  const int64_t n = logps.size(0), s = weight.size(0);
-  const auto floats_of = [&](const Tensor& t, const char* name, int64_t size) {
-    return vector<float>(t, name, ScalarType::Float, size, here.device);
-  };
-  SequencesArgs args;
-  args.logps = floats_of(logps, "logps", n);
-  args.has_ref = ref_logps.has_value();
-  args.ref_logps = args.has_ref ? floats_of(*ref_logps, "ref_logps", n) : Vector<float>{nullptr, 0};
-  args.cu_seqlens = vector<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, s + 1, here.device);
-  args.weight = floats_of(weight, "weight", s);
-  args.rule = {static_cast<Ratio>(ratio), log_low, log_high, beta};
-  if (scale) args.scale = floats_of(*scale, "scale", s);
+  SequencesArgs args = sequences_args(logps, ref_logps, cu_seqlens, weight, ratio, log_low,
+                                      log_high, beta, scale, here.device);
   args.flags = flag_word(flags, here.device);
-  Four result{new_float(logps, s), new_float(logps, n), new_float(logps, s), new_float(logps, s)};
-  args.loss = floats(std::get<0>(result));
-  args.coef = floats(std::get<1>(result));
-  args.log_ratio = floats(std::get<2>(result));
-  args.clipped = floats(std::get<3>(result));
-  if (s == 0) return result;
-  check_launch(sequence_coef(args, s, here.stream));
+  const int64_t n = logps.size(0), s = weight.size(0);
+  const Four result = new_coefficients(logps, n, s, args);
+  if (s > 0) check_launch(sequence_coef(args, s, here.stream));
   return result;
 }
 
@@ -257,14 +232,10 @@ Six linear_exps_op(const Tensor& hidden, const Tensor& weight, const std::option
                     "out must share no memory with hidden or weight");
     args.out = e.data, args.row_stride = e.row_stride;
   }
-  Six sums{new_float(hidden, n), new_float(hidden, n), new_float(hidden, n),
-           new_float(hidden, n), new_float(hidden, n), new_float(hidden, n)};
+  const Six sums = new_sums(hidden, n, args);
   if (n == 0) return sums;
   const Tensor parts = torch::stable::new_empty(hidden, {3, spans, n}, ScalarType::Float);
   args.parts = floats(parts);
-  args.used = floats(std::get<0>(sums)), args.rest = floats(std::get<1>(sums));
-  args.deviation = floats(std::get<2>(sums)), args.max_logit = floats(std::get<3>(sums));
-  args.target_logit = floats(std::get<4>(sums)), args.slope = floats(std::get<5>(sums));
   check_launch(linear_spans(h, w, args, shape, here.stream));
   check_launch(merge_spans(args, span, here.stream));
   return sums;

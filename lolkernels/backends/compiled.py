@@ -50,10 +50,8 @@ class Compiled:
         labels: Tensor,  # (n,) int64
         anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
         *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
         out: Tensor | None = None,  # (n, V)
+        **scaling: float,
     ) -> Exps:
         """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
 
@@ -61,22 +59,14 @@ class Compiled:
         written once; twice in rows that reach too far above their anchor, and in float16.
         """
         target = logits if out is None else out
-        return Exps(*self.ops.exps(logits, labels, anchor, scale, softcap, temperature, out=target))
+        return Exps(*self.ops.exps(logits, labels, anchor, **scaling, out=target))
 
-    def sums(
-        self,
-        logits: Tensor,  # (n, V)
-        labels: Tensor,  # (n,) int64
-        *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
-    ) -> Exps:
+    def sums(self, logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
         """The sums of :meth:`exps_`; nothing is written.
 
         Memory traffic: each logit is read once; twice in rows that reach too far above their label.
         """
-        return Exps(*self.ops.exps(logits, labels, None, scale, softcap, temperature, out=None))
+        return Exps(*self.ops.exps(logits, labels, None, **scaling, out=None))
 
     def dlogits_(
         self,
@@ -87,11 +77,9 @@ class Compiled:
         b: Tensor,
         c: Tensor,
         *,
-        scale: float = 1.0,
-        softcap: float = 0.0,
-        temperature: float = 1.0,
         out: Tensor | None = None,  # (n, V)
         logps: Tensor | None = None,  # (n,) float32
+        **scaling: float,
     ) -> Tensor:
         """`(a [v == y] + exp(z - lse) (b + c z)) dz/dx`, written over `logits` or into `out`.
 
@@ -100,8 +88,8 @@ class Compiled:
         narrower elements. ``logps`` has the digits of 1 - p that z - lse at the label has lost.
         Memory traffic: each logit is read once, each gradient written once.
         """
-        target, scaling = logits if out is None else out, (scale, softcap, temperature)
-        self.ops.dlogits(logits, labels, lse, a, b, c, *scaling, out=target, logps=logps)
+        target = logits if out is None else out
+        self.ops.dlogits(logits, labels, lse, a, b, c, **scaling, out=target, logps=logps)
         return target
 
     def sequence_coef(

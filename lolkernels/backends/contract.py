@@ -15,6 +15,9 @@ REACH = 50.0  # a row whose maximum stands higher than this above its anchor is 
 class Backend(NamedTuple):
     """Row functions for some devices and dtypes. The reference backend defines what they compute.
 
+    ``**scaling``, which is ``scale=1.0, softcap=0.0, temperature=1.0`` where it is left out, makes
+    z = softcap(scale x) / temperature of the logits x; a softcap of 0 is none.
+
     Adding one is a module with a ``BACKEND`` and an entry in the table of ``backends``.
     ``gemm(hidden, weight, bias, labels, anchor, out, **scaling) -> Exps`` is a matrix product whose
     epilogue does what ``exps_`` does, so that no logits are written. ``finish`` and ``add_labels``

@@ -14,8 +14,6 @@ columns: its target_logit is -inf and it gets no ``a`` term. p = 0 times z = -in
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,10 +26,8 @@ def exps_(
     labels: Tensor,  # (n,)
     anchor: Tensor | None = None,  # (n,); None: the label's own logit + SHIFT
     *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
+    **scaling: float,
 ) -> Exps:
     """E = exp(z - anchor) dz/dx over ``logits`` or into ``out``, the label's column 0.
 
@@ -42,7 +38,7 @@ def exps_(
     The sums are of what stands before the rounding to ``out``'s dtype.
     """
     out = logits if out is None else out
-    z, dz_dx = _transform(logits, scale, softcap, temperature)
+    z, dz_dx = _transform(logits, **scaling)
     has_target, index = _target(labels, z.shape[1])
     index, missing = index[:, None], ~has_target
     z_y = z.gather(1, index).squeeze(1).masked_fill(missing, -torch.inf)
@@ -65,7 +61,7 @@ def exps_(
     return Exps(anchor, e.sum(1), deviation, largest, z_y, slope_y)
 
 
-def sums(logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
+def sums(logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
     """Those of :func:`exps_`; in float64 from the row's maximum, which keeps the last digit."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     top = _transform(wide, **scaling)[0].amax(1) if wide is logits else None
@@ -80,13 +76,11 @@ def dlogits_(
     b: Tensor,  # (n,)
     c: Tensor,  # (n,)
     *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
     logps: Tensor | None = None,  # (n,); None: z - lse at the label, without digits for p near 1
+    **scaling: float,
 ) -> Tensor:
-    z, dz_dx = _transform(logits, scale, softcap, temperature)
+    z, dz_dx = _transform(logits, **scaling)
     log_p = z - lse[:, None]
     p = log_p.exp()
     dz = torch.where(p == 0, 0.0, p * (b[:, None] + c[:, None] * z))

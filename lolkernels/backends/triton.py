@@ -6,6 +6,7 @@ of the reference backend. Nothing here waits for the device.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from functools import cache
@@ -54,50 +55,35 @@ def exps_(
     labels: Tensor,  # (n,) int64
     anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
     *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
+    **scaling: float,
 ) -> Exps:
     """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
 
     `out` as for :func:`dlogits_`. Memory traffic: each logit is read once and its exponential
     written once; twice in rows that reach too far above their anchor, and in float16.
     """
-    target = logits if out is None else out
-    return _sweep(logits, labels, anchor, target, scale, softcap, temperature)
+    return _sweep(logits, labels, anchor, logits if out is None else out, **scaling)
 
 
-def sums(
-    logits: Tensor,  # (n, V)
-    labels: Tensor,  # (n,) int64
-    *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-) -> Exps:
+def sums(logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
     """The sums of :func:`exps_`; nothing is written.
 
     Memory traffic: each logit is read once; twice in rows that reach too far above their label.
     """
-    return _sweep(logits, labels, None, None, scale, softcap, temperature)
+    return _sweep(logits, labels, None, None, **scaling)
 
 
 def _sweep(
-    logits: Tensor,
-    labels: Tensor,
-    anchor: Tensor | None,
-    target: Tensor | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
+    logits: Tensor, labels: Tensor, anchor: Tensor | None, target: Tensor | None, **scaling: float
 ) -> Exps:
     n, vocab = logits.shape
+    scale, softcap, inv_temperature = _scaling(**scaling)
     sums = Exps(*(logits.new_empty(n, dtype=torch.float32) for _ in Exps._fields))
     if n:
         block, warps = exps_block(vocab)
         with _device(logits):
-            _kernels().exps[(n,)](
+            _kernels("rows").exps[(n,)](
                 logits,
                 labels,
                 anchor,
@@ -108,7 +94,7 @@ def _sweep(
                 *((0, 0) if target is None else target.stride()),
                 labels.stride(0),
                 0 if anchor is None else anchor.stride(0),
-                *_scaling(scale, softcap, temperature),
+                *(scale, softcap, inv_temperature),
                 SHIFT,
                 REACH,
                 HAS_ANCHOR=anchor is not None,
@@ -130,11 +116,9 @@ def dlogits_(
     b: Tensor,
     c: Tensor,
     *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
     out: Tensor | None = None,  # (n, V)
     logps: Tensor | None = None,  # (n,) float32
+    **scaling: float,
 ) -> Tensor:
     """`(a * [v == y] + exp(z - lse) * (b + c * z)) * dz/dx`, written over `logits` or into `out`.
 
@@ -147,6 +131,7 @@ def dlogits_(
     n, vocab = logits.shape
     if n == 0:
         return target
+    scale, softcap, inv_temperature = _scaling(**scaling)
     block, warps = dlogits_block(vocab, softcap != 0)
     aliased = target.dtype != logits.dtype and (
         target.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
@@ -155,7 +140,7 @@ def dlogits_(
     parts = 1 if aliased else max(1, min(-(-vocab // block), 1024 // n))
     span = -(-vocab // (parts * block)) * block
     with _device(logits):
-        _kernels().dlogits[(n * parts,)](
+        _kernels("rows").dlogits[(n * parts,)](
             logits,
             labels,
             lse,
@@ -171,7 +156,7 @@ def dlogits_(
             *target.stride(),
             *(t.stride(0) for t in (labels, lse, a, b, c)),
             0 if logps is None else logps.stride(0),
-            *_scaling(scale, softcap, temperature),
+            *(scale, softcap, inv_temperature),
             CAP=softcap != 0,
             HAS_LOGPS=logps is not None,
             ALIASED=aliased,
@@ -206,7 +191,7 @@ def sequence_coef(
     coef = logps.new_empty(logps.shape, dtype=torch.float32)
     if num_sequences:
         with _device(logps):
-            _kernels().sequence_coef[(num_sequences,)](
+            _kernels("sequences").sequence_coef[(num_sequences,)](
                 logps.contiguous(),
                 None if ref_logps is None else ref_logps.contiguous(),
                 cu_seqlens.to(logps.device).contiguous(),
@@ -249,7 +234,7 @@ def finish(
     if n:
         width = 0 if unit is None else unit.shape[1]
         with _device(labels):
-            _kernels().finish[(n,)](
+            _kernels("finish").finish[(n,)](
                 labels,
                 *sums,
                 *out,
@@ -284,7 +269,7 @@ def add_labels(
     n, width = rows.shape
     if n and width:
         with _device(labels):
-            _kernels().add_labels[(n, -(-width // WIDTH))](
+            _kernels("finish").add_labels[(n, -(-width // WIDTH))](
                 table,
                 labels,
                 rows,
@@ -309,7 +294,9 @@ def add_labels(
             )
 
 
-def _scaling(scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
+def _scaling(
+    scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0
+) -> tuple[float, float, float]:
     """What the kernels take: without a cap the whole factor is in ``scale``."""
     if softcap:
         return float(scale), float(softcap), 1.0 / temperature
@@ -326,13 +313,12 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @cache
-def _kernels() -> Any:
+def _kernels(subject: str) -> Any:
+    """The module ``triton_<subject>``; importing it imports Triton."""
     reason = why_unavailable()
     if reason is not None:
         raise ValueError(f"backend 'triton' is not available: {reason}")
-    from . import triton_kernels
-
-    return triton_kernels
+    return importlib.import_module(f".triton_{subject}", __package__)
 
 
 BACKEND = Backend(
