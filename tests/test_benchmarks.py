@@ -113,6 +113,7 @@ def test_an_op_of_ours_that_fails_is_a_fault_and_a_peer_that_fails_is_not(
         ("compare HEAD --shapes 8,8", "T,D,V,L[,dtype]"),
         ("compare HEAD --ops softmax", "invalid choice"),
         ("train --sequences 1", "--sequences must be >= 2"),
+        ("train --rounds 0", "--rounds must be at least 1"),
         ("train --memory lots", "--memory must be like 24GiB"),
         ("train --memory-budget some", "--memory-budget must be like 24GiB"),
         ("train --model gpt2", "invalid choice"),  # its blocks are not built here
