@@ -108,6 +108,7 @@ def test_an_op_of_ours_that_fails_is_a_fault_and_a_peer_that_fails_is_not(
         ("--rounds 0", "--rounds must be at least 1"),
         ("scaling --points 8", "--points needs one --axis"),
         ("scaling --axis tokens --points 100", "must be a multiple of seq_len"),
+        ("scaling --axis depth", "invalid choice"),
         ("scaling --axis tokens --shape 64,32", "T,D,V,L[,dtype]"),
         ("compare HEAD --rounds 7", "--rounds must be at least 8"),
         ("compare HEAD --shapes 8,8", "T,D,V,L[,dtype]"),
