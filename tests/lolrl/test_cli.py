@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 import lolkernels as lk
-from lolrl import cli
+from lolrl import cli, plan
 from lolrl.cli import main
 from lolrl.config import LoLConfig, load_yaml
 from lolrl.files import write_jsonl
@@ -184,6 +184,8 @@ def test_help_lists_the_flags(verb, capsys) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     assert [flag for flag in FLAGS[verb] if flag not in out] == []
+    if verb == "plan":  # and the formulas
+        assert str(plan.__doc__).strip() in out
     if verb == "train":
         base = {f.name for f in dataclasses.fields(TrainingArguments)}
         own = [f.name for f in dataclasses.fields(LoLConfig) if f.name not in base]
