@@ -587,13 +587,18 @@ def test_filter_and_order_of_the_rows(rows, tokenizer, tmp_path) -> None:
     assert chosen == ("advantage", "positive", "a_lol")
 
 
+# Its name, and the one it had before.
+CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}
+
+
 @pytest.mark.parametrize("adapter", [False, True])
-def test_activation_checkpointing_changes_nothing(adapter, rows, tokenizer, tmp_path) -> None:
+@pytest.mark.parametrize("flag", sorted(CHECKPOINTING & LoLConfig.__dataclass_fields__.keys()))
+def test_activation_checkpointing_changes_nothing(flag, adapter, rows, tokenizer, tmp_path) -> None:
     ends = []
     for switch in (False, True):
         model = make_llama(len(tokenizer), dtype=torch.float64)
         lora = LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None
-        kw = {"max_steps": 3, "gradient_checkpointing": switch, "given": {"peft_config": lora}}
+        kw = {"max_steps": 3, flag: switch, "given": {"peft_config": lora}}
         ends.append(run(tmp_path / str(switch), rows, tokenizer, model=model, **kw).model)
         assert model.model.gradient_checkpointing == switch
     same_parameters(*ends, 1e-12)
