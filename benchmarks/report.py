@@ -85,9 +85,10 @@ def source() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers' packages that are installed."""
+    """Of the peers' packages, and of the training steps' models, that are installed."""
     found = {}
-    for package in sorted({peer.package for peer in peers.PEERS.values()} - {"torch"}):
+    packages = {peer.package for peer in peers.PEERS.values()} | {"transformers"}
+    for package in sorted(packages - {"torch"}):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -25,7 +25,7 @@ from measure import Device, Entry
 from report import Goal
 from shapes import DTYPES, SHAPES, Shape, parse_shape
 
-MODES = ("card", "compare", "plots", "scaling", "train")  # each a script of its own, too
+MODES = ("card", "compare", "plots", "scaling", "train")  # a file each; card is a script, too
 OPS = (*peers.OPS, "logprob")
 TITLES = {
     "linear_loss": "linear_loss (A-LoL)",

@@ -19,6 +19,12 @@ from hypothesis import strategies as st
 from measure import Entry
 
 TINY = shapes.SHAPES["tiny"]
+PEERS = (  # a test below holds this equal to the table
+    *("eager", "torch.compile", "lol-rl", "torch lce", "torch lce accurate"),
+    *("torch lce balanced", "torch lce compact", "torch lce no options", "verl recompute"),
+    *("trl", "liger", "liger fp32 dweight", "liger scaled", "cce", "cce no filter"),
+    *("cce kahan", "cce torch_compile", "quack"),
+)
 COMPILED = ("torch.compile", "cce torch_compile")
 CPU = torch.device("cpu")
 
@@ -36,7 +42,7 @@ def test_one_op_writes_json_and_the_markdown_made_from_it(
 ) -> None:
     out, memory = tmp_path / "here", op == "linear_loss"  # in a process for each contestant
     flags = ["--shape", "tiny", "--rounds", "4", "--threads", "1", "--out", str(out)]
-    assert run.main([op, *flags, *(["--memory", "--peer", "eager"] if memory else [])]) == 0
+    assert run.main([op, *flags, *(["--memory"] if memory else [])]) == 0
     record = json.loads(out.with_suffix(".json").read_text())
     where = {"device", "torch", "lolkernels", "commit", "source", "command", "peers", "date"}
     assert where <= set(record["environment"]) and record["rounds"] == 4
@@ -102,11 +108,13 @@ def test_an_op_of_ours_that_fails_is_a_fault_and_a_peer_that_fails_is_not(
         ("--rounds 0", "--rounds must be at least 1"),
         ("scaling --points 8", "--points needs one --axis"),
         ("scaling --axis tokens --points 100", "must be a multiple of seq_len"),
+        ("scaling --axis depth", "invalid choice"),
         ("scaling --axis tokens --shape 64,32", "T,D,V,L[,dtype]"),
         ("compare HEAD --rounds 7", "--rounds must be at least 8"),
         ("compare HEAD --shapes 8,8", "T,D,V,L[,dtype]"),
         ("compare HEAD --ops softmax", "invalid choice"),
         ("train --sequences 1", "--sequences must be >= 2"),
+        ("train --rounds 0", "--rounds must be at least 1"),
         ("train --memory lots", "--memory must be like 24GiB"),
         ("train --memory-budget some", "--memory-budget must be like 24GiB"),
         ("train --model gpt2", "invalid choice"),  # its blocks are not built here
@@ -121,6 +129,15 @@ def test_bad_flags_say_what_to_change(
     with pytest.raises(SystemExit) as stopped:
         run.main(flags.split())
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", run.MODES)
+def test_the_other_scripts_are_modes_of_the_driver(
+    mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run.main([mode, "--no-such-flag"])
+    assert stopped.value.code == 2 and "error" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -197,6 +214,7 @@ SPOIL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "zeros": torch.zeros_like,
     "scaled": lambda t: 1.02 * t,
     "rolled": lambda t: t.roll(1, 0),
+    "nan": lambda t: t.new_full(t.shape, torch.nan),
     "one nan": one_nan,
     "cut": lambda t: t[1:],
 }
@@ -278,10 +296,14 @@ def test_a_gradient_is_wrong_at_three_times_eagers_error(factor: float, verdict:
 # --- peers ----------------------------------------------------------------------------------------
 
 
+def test_the_table_of_peers_is_the_one_tested() -> None:
+    assert tuple(peers.PEERS) == PEERS
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in COMPILED else []) for n in peers.PEERS],
+    [pytest.param(n, marks=[pytest.mark.slow] if n in COMPILED else []) for n in PEERS],
 )
 def test_a_peer_does_the_same_work(name: str, dtype: str) -> None:
     """Those that run here, in Triton's interpreter too, pass the gate in every op."""

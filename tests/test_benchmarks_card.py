@@ -105,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, list[Any],
             env={**os.environ, "PYTHONPATH": str(folder), **extra},
             text=True,
             capture_output=True,
-            timeout=600,  # a shared machine may be slow
+            timeout=300,
         )
         lines = [json.loads(x) for x in (folder / "out/journal.jsonl").read_text().splitlines()]
         page = (folder / "out" / "report.md").read_text() + done.stderr

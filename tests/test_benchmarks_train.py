@@ -50,6 +50,8 @@ def test_a_run_writes_json_and_the_markdown_made_from_it(
     memory = 8 * 2**20
     code, record, page = call(tmp_path / "run", "--memory", "8MiB")
     assert code == 0
+    assert {"device", "torch", "commit"} <= set(record["environment"])
+    assert "transformers" in record["environment"]["peers"]
     assert "benchmarks/run.py train --model test" in record["environment"]["command"]
     assert [c["title"].split(", ")[1] for c in record["cases"]] == ["all weights", "LoRA"]
     for shown, mode in zip(record["cases"], ("full", "lora"), strict=True):
@@ -62,9 +64,13 @@ def test_a_run_writes_json_and_the_markdown_made_from_it(
             step = case(mode).step(name)
             assert len(row["times_ms"]) == 2 and min(row["times_ms"]) > 0
             assert f"| {64e3 / row['median_ms']:,.0f} tokens/s |" in page
-            assert max(row["gradient_errors"].values()) < 1e-4 and not row["error"]
+            assert row["gradient_errors"]["gradient"] < 1e-4 and not row["error"]
+            assert row["gradient_errors"]["loss"] < 1e-5
             assert row["formula_bytes"] == (step.working if step else None)
             assert row["extra_bytes"] == int(1.02 * (step or case(mode).step("eager")).working)
+        step = case(mode).step("fused")
+        fixed = (step.weights + step.states) / 2**20  # measured, and by formula
+        assert [fact["value"] for fact in shown["facts"]] == [fixed, fixed]
         found = {one["contestant"]: one for one in shown["fits"]}
         assert set(found) == {"eager", "trl", "fused"} - {n for n in rows if rows[n]["skipped"]}
         for name, one in found.items():
@@ -76,6 +82,7 @@ def test_a_run_writes_json_and_the_markdown_made_from_it(
                 assert (taken <= memory) is fits
             assert f"| {one['measured']:,} |" in page
             assert (one["formula"] is None) is (name == "trl")
+            assert name == "trl" or n <= one["formula"] // 16
         assert found["fused"]["measured"] > found["eager"]["measured"]
     assert all(goal["met"] for goal in record["goals"] if "formula" in goal["text"])
 
@@ -90,13 +97,14 @@ def test_the_losses_are_one(mode: str, dtype: str) -> None:
         if not isinstance(check, UnavailableError):
             assert not check.faults
             assert dtype != "fp32" or max(check.gradients.values()) < 1e-4
-    assert run.gradients(train.LOSSES["fused"])[0] != 0
+    assert run.gradients(train.LOSSES["fused"])[0] != 0 and run.trained
     # The batch has ratios on both sides of one, and none of its sequences is without weight.
     assert bool((run.batch.advantages > 0).all()) and run.batch.ref_logps.shape == (4 * 8,)
     larger = run.sized(6)  # made of the sequences that are here
     assert larger.input_ids.shape == (6, 16) and larger.ref_logps.shape == (6 * 8,)
     assert torch.equal(larger.input_ids[4:], run.batch.input_ids[:2])
     assert torch.equal(larger.ref_logps[32:], run.batch.ref_logps[:16])
+    assert torch.isfinite(train.LOSSES["fused"](run.model, larger))
 
 
 def spoilt(honest: Callable[..., torch.Tensor], how: str) -> Callable[..., torch.Tensor]:
@@ -125,6 +133,16 @@ def test_what_is_wrong_is_not_timed(
     assert name not in {one for one, _ in measured} and train.report.faults(shown)
 
 
+def test_a_wrong_loss_of_ours_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(train.LOSSES, "fused", spoilt(train.LOSSES["fused"], "gradient"))
+    code, record, page = call(tmp_path / "wrong", "--mode", "full", "--memory")
+    rows = {row["label"]: row for row in record["cases"][0]["rows"]}
+    assert code == 1 and rows["fused"]["times_ms"] == [] and "fused" not in dict(measured)
+    assert "| fused | WRONG: its loss is off by" in page
+
+
 def test_no_time_was_left(measured: list[tuple[str, int]]) -> None:
     shown = train.measure_case(case(), [2**23], 5, CPU, time.monotonic())
     assert "the time was up" in shown["title"] and not shown["fits"]
@@ -146,7 +164,9 @@ def test_the_largest_batch(most: int, memory: int | None) -> None:
         assert formula == asked[0] == 500 and len(asked) <= 5
 
 
-def test_out_of_memory_is_a_row_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_row_leaves_no_gradient_and_the_search_goes_on(
+    monkeypatch: pytest.MonkeyPatch, measured: list[Any]
+) -> None:
     def loss(model: Any, batch: Any) -> torch.Tensor:
         train_cases.eager_loss(model, batch).backward()
         if len(batch.input_ids) > 2:  # beyond the gate's batch
@@ -155,8 +175,15 @@ def test_out_of_memory_is_a_row_and_leaves_no_gradient(monkeypatch: pytest.Monke
         return train_cases.eager_loss(model, batch)
 
     monkeypatch.setitem(train.LOSSES, "eager", loss)
+
+    def fits(run: Any, name: str, sequences: int, **memory: int) -> bool:
+        return sequences <= (3 if name == "eager" else 8)
+
     monkeypatch.setattr(measure.Cpu, "extra_bytes", lambda self, c: c.call())
-    shown = train.measure_case(case(), None, 1, CPU)
+    monkeypatch.setattr(train, "fits", fits)
+    shown = train.measure_case(case(), [2**30], 1, CPU)
+    largest = {one["contestant"]: one["measured"] for one in shown["fits"]}
+    assert (largest["eager"], largest["fused"]) == (3 * 16, 8 * 16)
     rows = {row["label"]: row for row in shown["rows"]}
     assert "no memory" in rows["eager"]["error"] and not rows["fused"]["error"]
     assert "| eager | failed: OutOfMemoryError: no memory |" in train.report.table(shown)

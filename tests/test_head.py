@@ -561,6 +561,8 @@ def test_a_fused_model_can_be_compiled() -> None:
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
+    want = plain(**inputs).logps
+    assert torch.allclose(compiled(**inputs).logps, want, atol=1e-6)
     losses = [m(**inputs, objective=objectives.a_lol, **REF).loss for m in (plain, compiled)]
     assert abs(losses[0].item() - losses[1].item()) <= 1e-5 * losses[0].abs().item()
     for loss in losses:

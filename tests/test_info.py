@@ -51,6 +51,7 @@ def test_the_command_and_bad_flags(monkeypatch, capsys) -> None:
     for flags, words in (
         (["--rows", "8"], "--rows, --hidden and --vocab"),
         (["--rows", "8", "--hidden", "-4", "--vocab", "9"], "all > 0"),
+        (["--backend", "nope"], "invalid choice"),
     ):
         with pytest.raises(SystemExit) as stop:
             call(*flags)

@@ -64,6 +64,31 @@ def equal(got: Any, want: Any) -> bool:
 # --- strides --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_strides_of_the_input_change_no_bit(dtype: torch.dtype, backend) -> None:
+    r = Rows(3, 77, dtype)
+    wide = torch.full((8, 400), math.nan, dtype=dtype)
+    views = {
+        "transposed": wide.view(400, 8)[5:82, 2:5].T,
+        "padded": wide[2:5, 9:86],
+        "every third column": wide[1:4, 3 : 3 + 3 * 77 : 3],
+        "every second row": wide[1:7:2, 100:177],
+    }
+    stats = triton.row_stats(r.logits, r.labels)
+    grad, exps = r.dlogits_(), r.exps_()
+    for name, view in views.items():
+        wide.fill_(math.nan)
+        view.copy_(r.logits)
+        assert equal(triton.row_stats(view, r.labels), stats), name
+        for out in (torch.empty(77, 3, dtype=dtype).T, None):  # the last one overwrites
+            assert torch.equal(r.dlogits_(view, out=out), grad), name
+            view.copy_(r.logits)
+            assert equal(r.exps_(view, out=out), exps), name
+        inside = torch.zeros_like(wide, dtype=torch.bool)
+        inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        assert bool(wide[~inside].isnan().all()) and not bool(wide[inside].isnan().any())
+
+
 def test_one_row_of_memory_may_be_many_rows(backend: str) -> None:
     r = Rows(5, 40)
     same = r.logits[:1].expand(5, 40)

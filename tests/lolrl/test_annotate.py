@@ -3,6 +3,7 @@
 import copy
 import json
 import operator
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lolrl import cache
 from lolrl.annotate import annotate, call_reward_funcs, score_logps
 from lolrl.cache import StaleCacheError
 from lolrl.config import AnnotateConfig, ValueConfig
-from lolrl.data import DataError
+from lolrl.data import DataError, read_records
+from lolrl.tokens import LoLDataset
 from lolrl.value import ValueHead, predict_values
 from tests.lolrl.toys import CHAT, make_dataset, make_llama, make_rows, make_tokenizer, row_logps
 
@@ -345,16 +347,45 @@ def test_key_is_in_both_files_and_every_field_counts(world) -> None:
     manifest = json.loads((world.folder / cache.MANIFEST).read_text())
     assert len(manifest["key"]) >= 20
     assert manifest["key_sha256"] == cache.key_hash(manifest["key"])
+    assert manifest["bytes"] == (world.folder / cache.ARRAYS).stat().st_size
     with safetensors.safe_open(world.folder / cache.ARRAYS, framework="pt") as file:
         assert json.loads(file.metadata()["key"]) == manifest["key"]
     for field in manifest["key"]:
         other = {**manifest["key"], field: "something else"}
         assert cache.stale_fields(manifest["key"], other) == [field]
         assert cache.key_hash(other) != manifest["key_sha256"]
+    shorter = {k: v for k, v in manifest["key"].items() if k != "dtype"}
+    assert cache.stale_fields(manifest["key"], shorter) == ["dtype"]
+
+
+def test_torn_flipped_and_hostile_files_are_found(world, tmp_path, monkeypatch) -> None:
+    """50 truncations and 50 bit flips of each file: none is loaded, and nothing hostile runs."""
+    monkeypatch.chdir(tmp_path)
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (Path("CANARY"),))
+
+    for name in (cache.ARRAYS, cache.MANIFEST):
+        path = world.folder / name
+        data = path.read_bytes()
+        for k in range(50):
+            path.write_bytes(data[: k * len(data) // 50])
+            with pytest.raises(StaleCacheError, match="damaged"):
+                world.run()
+            place = (k * 977) % len(data)
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(StaleCacheError):
+                world.run()
+        path.write_bytes(pickle.dumps(Attack()))
+        with pytest.raises(StaleCacheError):
+            world.run()
+        path.write_bytes(data)
+    assert not (tmp_path / "CANARY").exists()
+    assert world.run().report["cache"] == "hit"
 
 
 def test_a_cache_that_is_not_whole_is_damaged_or_absent(world) -> None:
-    """What stands in a mutated file is judged in test_fuzz.py."""
     arrays = world.folder / cache.ARRAYS
     arrays.write_bytes(arrays.read_bytes()[:-1])
     for damage in (lambda: None, arrays.unlink):
@@ -373,3 +404,14 @@ def test_identity_of_reward_functions() -> None:
     assert cache.function_key(Judge("a")) == "judge:a" != cache.function_key(Judge("b"))
     one, two = (lambda p, c, **k: [0.0]), (lambda p, c, **k: [1.0])
     assert isinstance(cache.function_key(one), str) and isinstance(cache.function_key(two), str)
+
+
+def test_rows_keep_their_scores_under_shuffling(llama, tokenizer) -> None:
+    records = read_records(make_rows(11))
+    dataset = LoLDataset.from_records(records, tokenizer)
+    order = [7, 2, 9, 0, 10, 4, 1, 8, 3, 6, 5]
+    shuffled = LoLDataset.from_records([records[i] for i in order], tokenizer)
+    a = score_logps(llama, dataset, pad_token_id=2, batch_size=4)
+    b = score_logps(llama, shuffled, pad_token_id=2, batch_size=4)
+    for place, row in enumerate(order):
+        assert (a[row] - b[place]).abs().max() < 1e-5

@@ -88,8 +88,9 @@ def test_clip_none_is_the_only_way_to_say_off(tmp_path) -> None:
     assert LoLConfig(output_dir=str(tmp_path), clip=None, **CPU).clip is None
     with pytest.raises(ConfigError, match="null switches it off"):
         LoLConfig(output_dir=str(tmp_path), clip=0.0, **CPU)
-    with pytest.raises(ConfigError, match="beta=None must be a number, or auto"):
-        LoLConfig(output_dir=str(tmp_path), beta=None, **CPU)
+    for name in ("beta", "floor"):
+        with pytest.raises(ConfigError, match=f"{name}=None must be a number, or auto"):
+            LoLConfig(output_dir=str(tmp_path), **{name: None}, **CPU)
     with pytest.raises(ConfigError, match="min_value"):
         ValueConfig(min_value=1.0, max_value=1.0)
 
@@ -128,6 +129,8 @@ def test_round_trip_through_yaml(
 
 
 def test_text_of_a_number_is_a_number() -> None:
+    config = LoLConfig(output_dir="out", **CPU)
+    assert (config.clip, config.beta, config.floor) == ("auto", "auto", "auto")
     config = LoLConfig(output_dir="out", clip="5e-1", beta="0.25", **CPU)
     assert (config.clip, config.beta, config.floor) == (0.5, 0.25, "auto")
 

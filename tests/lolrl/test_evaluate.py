@@ -97,6 +97,14 @@ def test_long_prompts_keep_their_end(llama, tokenizer) -> None:
     assert drawn.prompt_ids == [whole[0], *whole[-3:]]
 
 
+def test_texts_have_no_special_tokens_and_are_in_order(llama, tokenizer) -> None:
+    samples = sample(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3, batch_size=2)
+    texts = generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3, batch_size=2)
+    assert texts == [s.text for s in samples]
+    assert [s.prompt_ids for s in samples] == [encode_prompt(tokenizer, p) for p in PROMPTS]
+    assert not any("<eos>" in t or "<pad>" in t or "<bos>" in t for t in texts)
+
+
 def test_messages_go_through_the_chat_template(chat_tokenizer) -> None:
     prompt = [{"role": "user", "content": "the movie"}]
     model = make_llama(len(chat_tokenizer))
@@ -209,6 +217,23 @@ def test_divergence_and_perplexity_are_those_of_the_samples(tokenizer) -> None:
     assert report.divergence_per_token == pytest.approx((own - ref).sum() / counts.sum(), abs=1e-6)
     assert report.ppl_ref == pytest.approx(math.exp(-ref.sum() / counts.sum()), rel=1e-6)
     assert report.divergence > 0.1
+
+
+def test_divergence_estimates_the_kl(llama, tokenizer) -> None:
+    """With one token a completion, KL(pi || pi_ref) is a finite sum."""
+    policy = make_llama(len(tokenizer), seed=1)
+    ids = torch.tensor([encode_prompt(tokenizer, "the")])
+    with torch.no_grad():
+        p = policy(ids).logits[0, -1].double().log_softmax(-1)
+        q = llama(ids).logits[0, -1].double().log_softmax(-1)
+    ratio, probability = p - q, p.exp()
+    kl = float((probability * ratio).sum())
+    deviation = float((probability * (ratio - kl) ** 2).sum().sqrt())
+    options: dict[str, Any] = {"max_new_tokens": 1, "top_p": 1.0, "batch_size": 3000}
+    options |= {"reference": llama, "resamples": 10}
+    report = evaluate(policy, tokenizer, ["the"] * 3000, words, **options)
+    assert kl > 0.1
+    assert report.divergence == pytest.approx(kl, abs=5 * deviation / 3000**0.5)
 
 
 def test_what_was_not_given_is_none(llama, tokenizer) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from lolrl.annotate import annotate
 from lolrl.config import AnnotateConfig
-from lolrl.gate import StepZeroError, dropout_modules, gate_rows
+from lolrl.gate import StepZeroError, dropout_modules, gate_rows, switch_off_dropout
 from lolrl.tokens import LoLDataset
 from tests.lolrl.toys import make_gpt2, make_llama, make_rows, parameters, run, same_parameters
 
@@ -52,6 +52,18 @@ def test_dropout_is_refused_and_named(kind, tokenizer, rows, tmp_path) -> None:
     # By default it is switched off.
     trainer = attempt(model, rows, tokenizer, tmp_path)
     assert trainer.step0["max"] <= 1e-3 and dropout_modules(trainer.model) == []
+
+
+def test_functional_dropout_is_found_and_switched_off(tokenizer) -> None:
+    model = make_llama(len(tokenizer), attention_dropout=0.25)
+    assert any("attention_dropout" in name for name in dropout_modules(model))
+    switch_off_dropout(model)
+    assert dropout_modules(model) == []
+    ids = torch.arange(3, 20)[None]
+    model.train()
+    a, b = model(ids).logits, model(ids).logits
+    model.eval()
+    assert torch.equal(a, b) and torch.equal(a, model(ids).logits)
 
 
 def test_other_weights_are_refused(tokenizer, rows, tmp_path) -> None:

@@ -83,6 +83,11 @@ def test_adapters_score_and_train_as_their_own_logits(name: str, dtype: torch.dt
     judge(plain, fused, batch(ADAPTERS[name][0]), 1e-11 if dtype == torch.float64 else 1e-6)
 
 
+def test_an_adapter_may_come_into_the_body_of_a_fused_model() -> None:
+    plain, model = adapted("LoRA in the body"), lk.fuse_lm_head(build("llama"))
+    judge(plain, with_values(model, target_modules=BODY).double(), batch(), 1e-11)
+
+
 @pytest.mark.parametrize("name", ["LoRA on the head", "modules_to_save", "tokens of a tied head"])
 def test_adapters_are_switched_merged_and_added(name: str) -> None:
     plain, fused, inputs = adapted(name), lk.fuse_lm_head(adapted(name)), batch()

@@ -90,6 +90,13 @@ def test_curves_have_a_panel_a_quantity_and_a_line_a_method(tmp_path, drawn) -> 
     assert reward.get_xydata().tolist() == [[10, 0.4]]
 
 
+def test_the_reference_and_the_control_are_grey() -> None:
+    colors = plots._colors(["sft", "nll", "a_lol", "a_lol_seq"])
+    assert colors["sft"] == "0.2"
+    assert colors["nll"] == "0.55"
+    assert colors["a_lol"] != colors["a_lol_seq"]
+
+
 @pytest.mark.parametrize(
     ("function", "rows", "cause"),
     [

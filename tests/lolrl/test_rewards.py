@@ -180,6 +180,15 @@ def test_fetch_gives_pip_the_hash_and_checks_what_came(tmp_path, monkeypatch) ->
     assert {"--require-hashes", "--no-deps", "--no-build-isolation"} <= set(commands[-1])
 
 
+def test_fetch_says_what_pip_said(tmp_path, monkeypatch) -> None:
+    def pip(command: list[str], **kw: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "first\nERROR: no route\n")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match="ERROR: no route"):
+        fetch_sdist(tmp_path)
+
+
 def snippets(count: int) -> list[Snippet]:
     return [Snippet(f"Word{i % 40} then {i} more words follow here.", i / 10) for i in range(count)]
 

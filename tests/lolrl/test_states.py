@@ -61,6 +61,43 @@ def test_tensors_survive_in_every_dtype(tmp_path) -> None:
     assert back["array"].dtype == np.uint32 and np.array_equal(back["array"], value["array"])
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "LBFGS", "Adagrad"])
+def test_optimizers_go_on_as_if_nothing_happened(name, tmp_path) -> None:
+    def setting() -> tuple:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        kw = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+        optimizer = getattr(torch.optim, name)(layer.parameters(), **kw)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        return layer, optimizer, schedule
+
+    def step(layer: Any, optimizer: Any, schedule: Any) -> None:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = layer(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        schedule.step()
+
+    first = setting()
+    for _ in range(3):
+        step(*first)
+    save_state(tmp_path / "o", first[1].state_dict())
+    save_state(tmp_path / "s", first[2].state_dict())
+    second = setting()
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(load_state(tmp_path / "o"))
+    second[2].load_state_dict(load_state(tmp_path / "s"))
+    for _ in range(3):
+        step(*first)
+        step(*second)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, setting()[0].weight)
+    assert first[2].get_last_lr() == second[2].get_last_lr()
+
+
 def test_random_streams_go_on(tmp_path) -> None:
     random.gauss(0, 1)  # leaves a number in waiting
     np.random.standard_normal()

@@ -16,7 +16,7 @@ from lolrl.tokens import (
     prefix_ids,
     prompt_text,
 )
-from tests.lolrl.toys import TOKENIZERS, make_dataset, make_llama, make_rows, make_tokenizer
+from tests.lolrl.toys import CHAT, TOKENIZERS, make_dataset, make_llama, make_rows, make_tokenizer
 
 TEXTS = [
     ("the movie was ", "good and long"),
@@ -73,6 +73,9 @@ def test_pad_equal_to_eos_keeps_the_real_eos_in_the_mask() -> None:
     for i in range(5):
         scored = batch["input_ids"][i][batch["completion_mask"][i]]
         assert scored[-1] == tokenizer.eos_token_id
+        assert (scored == tokenizer.eos_token_id).sum() == 1
+        padding = batch["attention_mask"][i] == 0
+        assert not bool(batch["completion_mask"][i][padding].any())
         assert len(scored) == int(dataset.completion_lengths[i])
 
 
@@ -206,3 +209,4 @@ def test_dataset_columns_and_selection(tokenizer) -> None:
 def test_texts_of_both_forms() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert prompt_text("x") == "x" and completion_text(messages) == "b"
+    assert CHAT.count("add_generation_prompt") == 1

@@ -88,16 +88,17 @@ def test_gradient_of_one_update_is_the_formula_s(name, rows, tokenizer, tmp_path
     assert logged == pytest.approx(float(loss.detach()), rel=1e-8)
 
 
-def test_accumulation_does_not_matter(rows, tokenizer, tmp_path) -> None:
-    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 over two epochs, uneven rows and a partial last window.
+@pytest.mark.parametrize("name", ["a_lol", "a_lol_seq", "nll"])
+def test_accumulation_does_not_matter(name, rows, tokenizer, tmp_path) -> None:
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 over 20 updates, uneven rows and a partial last window.
 
-    Rows with a negative advantage make whole micro-batches of the 1 x 8 run empty.
+    Rows with a negative advantage make whole micro-batches of the 1 x 8 run empty for A-LoL.
     """
+    kw = {"objective": name, "max_steps": 20, "learning_rate": 3e-3, **EVERY_ROW}
 
     def attempt(size: int) -> Any:
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        folder = tmp_path / str(size)
-        return run(folder, rows, tokenizer, max_steps=8, learning_rate=3e-3, **EVERY_ROW, **sizes)
+        return run(tmp_path / str(size), rows, tokenizer, **kw, **sizes)
 
     whole = attempt(8)
     start = parameters(make_llama(len(tokenizer), dtype=torch.float64))
@@ -143,16 +144,16 @@ def test_fused_equals_eager_and_the_figures_are_those_of_the_batches(
     rows, tokenizer, tmp_path
 ) -> None:
     """A hand-written loop with log-softmax and AdamW over several epochs, and its log lines."""
-    trainer = run(tmp_path, rows, tokenizer, max_steps=12, learning_rate=1e-2, optim="adamw_torch")
+    trainer = run(tmp_path, rows, tokenizer, max_steps=20, learning_rate=1e-2, optim="adamw_torch")
     kept, stream = trainer.train_dataset, []
-    for epoch in range(12):
+    for epoch in range(20):
         trainer._sampler.set_epoch(epoch)
         order = list(trainer._sampler)
         stream += [order[s : s + 4] for s in range(0, len(order), 4)]
     model = make_llama(len(tokenizer), dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-8, weight_decay=0.0)
     tokens = 0
-    for index, line in zip(stream[:12], lines_of(trainer), strict=True):
+    for index, line in zip(stream[:20], lines_of(trainer), strict=True):
         for name, value in figures_by_hand(model, kept, index).items():
             assert line[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
         tokens += sum(len(kept[i]["input_ids"]) for i in index)
@@ -166,7 +167,15 @@ def test_fused_equals_eager_and_the_figures_are_those_of_the_batches(
         optimizer.step()
     same_parameters(trainer.model, model, 1e-9)
     # The learning rate is large enough for the clip to be seen.
-    assert any(0 < line["clip_ratio"] <= 1 for line in lines_of(trainer))
+    assert any(0 < x["clip_ratio"] <= 1 and x["ratio/max"] > 1.9 for x in lines_of(trainer))
+
+
+def test_unlearned_share_counts_rows_below_beta(rows, tokenizer, tmp_path) -> None:
+    kw = {"objective": "a_lol_kl", "beta": 0.4, "max_steps": 1, **EVERY_ROW}
+    trainer = run(tmp_path, rows, tokenizer, **kw)
+    index = list(trainer._sampler)[:4]
+    expected = float((rows.advantages[index].clamp(min=0) < 0.4).double().mean())
+    assert trainer.state.log_history[0]["unlearned_share"] == expected
 
 
 def test_fp32_curve_stays_with_fp64(rows, tokenizer, tmp_path) -> None:
@@ -325,6 +334,7 @@ def test_resume_with_other_rows_is_refused(rows, tokenizer, tmp_path) -> None:
     run(tmp_path, rows, tokenizer, **saving(2, 4))
     changed: list[tuple[dict[str, Any], str]] = [
         ({"data_seed": 1}, "seed"),
+        ({"given": {"args": make_config(tmp_path, **saving(2, 4, seed=1))}}, "seed"),
         ({"per_device_train_batch_size": 2}, "update_batch_size"),
         ({"sampling": "uniform"}, "weights"),
         (EVERY_ROW, "num_rows"),
@@ -392,6 +402,7 @@ def test_evaluation_best_and_last(rows, tokenizer, tmp_path) -> None:
     assert len(evaluated) == 3 and trainer.args.metric_for_best_model == "reward"
     best = max(evaluated, key=lambda at: at[0])
     assert trainer.state.best_metric == best[0]
+    assert trainer.best_model_dir == tmp_path / "best"
     for folder, values in (("best", best[1]), ("last", evaluated[-1][1])):
         stored = parameters(reload(tmp_path / folder))
         assert all(torch.equal(stored[key], value) for key, value in values.items())
@@ -445,6 +456,12 @@ def test_a_callable_objective(rows, tokenizer, tmp_path) -> None:
     mine = run(tmp_path / "a", rows, tokenizer, given={"objective": focal}, **settings)
     known = run(tmp_path / "b", rows, tokenizer, objective="a_lol_ref_free")
     same_parameters(mine.model, known.model, 1e-12)
+    start = make_llama(len(tokenizer), dtype=torch.float64)
+    settings |= {"given": {"objective": focal}, "objective_args": {"power": 0.0}}
+    same_parameters(run(tmp_path / "c", rows, tokenizer, **settings).model, start)
+    settings["objective_args"] = {"powder": 1}
+    with pytest.raises(ValueError, match="no option 'powder'"):
+        build(tmp_path / "d", rows, tokenizer, **settings)
 
 
 def test_non_finite_gradients_are_left_out_and_counted(rows, tokenizer, tmp_path) -> None:
@@ -484,7 +501,12 @@ def test_missing_inputs_are_named(rows, tokenizer, tmp_path) -> None:
         (no_reward, {"objective": "wbc"}, DataError, "line 4, field 'reward'"),
         (negative, {}, ValueError, "positive advantage"),
         (bare, {"objective": "nll", "sampling": "advantage"}, ValueError, "sampling='advantage'"),
-        (bare, {"objective": "nll", "advantage_filter": "positive"}, ValueError, "advantage_filt"),
+        (
+            bare,
+            {"objective": "nll", "advantage_filter": "positive"},
+            ValueError,
+            "advantage_filter",
+        ),
         (rows, {"given": {"processing_class": None}}, ValueError, "processing_class"),
         (rows, {"given": {"args": several}}, ValueError, "2 GPUs"),
         (rows, {"given": {"args": 3}}, TypeError, "LoLConfig"),
@@ -565,13 +587,18 @@ def test_filter_and_order_of_the_rows(rows, tokenizer, tmp_path) -> None:
     assert chosen == ("advantage", "positive", "a_lol")
 
 
+# Its name, and the one it had before.
+CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}
+
+
 @pytest.mark.parametrize("adapter", [False, True])
-def test_activation_checkpointing_changes_nothing(adapter, rows, tokenizer, tmp_path) -> None:
+@pytest.mark.parametrize("flag", sorted(CHECKPOINTING & LoLConfig.__dataclass_fields__.keys()))
+def test_activation_checkpointing_changes_nothing(flag, adapter, rows, tokenizer, tmp_path) -> None:
     ends = []
     for switch in (False, True):
         model = make_llama(len(tokenizer), dtype=torch.float64)
         lora = LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None
-        kw = {"max_steps": 3, "gradient_checkpointing": switch, "given": {"peft_config": lora}}
+        kw = {"max_steps": 3, flag: switch, "given": {"peft_config": lora}}
         ends.append(run(tmp_path / str(switch), rows, tokenizer, model=model, **kw).model)
         assert model.model.gradient_checkpointing == switch
     same_parameters(*ends, 1e-12)

@@ -224,4 +224,4 @@ def same_parameters(a: Any, b: Any, atol: float = 0.0) -> None:
     mine, theirs = parameters(a), parameters(b)
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert (mine[name] - value).abs().max() <= atol, name
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=atol, msg=name)
