@@ -49,7 +49,8 @@ class Count(TorchDispatchMode):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         out, schema = func(*args, **(kwargs or {})), func._schema
-        view = not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+        may_view = not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+        view = may_view and memory_of(out) <= memory_of((args, kwargs))  # a conversion may be none
         made = size(*tree_leaves(out))
         if made and not view and not any(name in str(func) for name in HOST):
             self.launched[str(func)] += 1
@@ -63,6 +64,11 @@ class Count(TorchDispatchMode):
     @property
     def seconds_beyond(self) -> float:  # the products
         return (self.logit_bytes + self.other_bytes) / BANDWIDTH + LAUNCH * self.launches
+
+
+def memory_of(values: Any) -> set[int]:
+    tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor))
+    return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 def size(*values: Any) -> int:
@@ -109,7 +115,7 @@ def nothing_runs(count: Count) -> Iterator[None]:
         yield
 
 
-def make(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Any, Any]:
+def make(op: str, n: int, d: int, v: int, frozen: bool, bias: bool = False) -> tuple[Any, Any]:
     """A forward in bfloat16, and its backward: of linear_logprob, score, or an objective's name."""
     h, w = (torch.empty(k, d, dtype=torch.bfloat16) for k in (n, v))
     leaves = [t.requires_grad_() for t in (h, w)[: 0 if op == "score" else 2 - frozen]]
@@ -118,6 +124,7 @@ def make(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Any, Any]:
     side = {"ref_logps": vector, "advantages": torch.empty(s)} if op == "a_lol" else {}
 
     known, options = lk.objectives.REGISTRY.get(op), {"backend": "counted"}
+    options |= {"bias": torch.empty(v, dtype=torch.bfloat16)} if bias else {}
     loss = known and partial(lk.linear_loss, known, h, w, y, seq, **options, **side)
     up = {1: vector, 0: vector[0]}
     return (
@@ -126,9 +133,9 @@ def make(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Any, Any]:
     )
 
 
-def count(op: str, n: int, d: int, v: int, frozen: bool) -> tuple[Count, Count]:
+def count(op: str, n: int, d: int, v: int, frozen: bool, bias: bool = False) -> tuple[Count, Count]:
     """Of the forward and of the backward of :func:`make`."""
-    there, back, (forward, backward) = Count(), Count(), make(op, n, d, v, frozen)
+    there, back, (forward, backward) = Count(), Count(), make(op, n, d, v, frozen, bias)
     with nothing_runs(there), there:
         out = forward()
     with nothing_runs(back), back:

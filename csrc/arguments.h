@@ -31,6 +31,7 @@ struct ExpsArgs {
   Vector<float> anchor;    // null: the label's own logit + kShift
   LogitMap map;
   float *used, *rest, *deviation, *max_logit, *target_logit, *slope;
+  const float* bias = nullptr;  // (cols,), added to the logits; whole rows on a GPU only
 };
 
 struct DlogitsArgs {
@@ -40,6 +41,7 @@ struct DlogitsArgs {
   Vector<float> lse, a, b, c;
   LogitMap map;
   Vector<float> logps = {nullptr, 0};  // null: z - lse at the label, without digits for p near 1
+  const float* bias = nullptr;         // as in ExpsArgs
 };
 
 // What exps leaves, made by a GEMM: x = hidden weight^T + bias in spans of columns, E of bfloat16.

@@ -470,12 +470,13 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     dtrained = dbias = None
     if any(head) and ctx.later:
         c = ctx.kept_call
-        a, b, both, slope, rest, share, *more = saved
+        a, b, both = saved[:3] * g
+        slope, rest, share = saved[3:6]
         _, dtrained, dbias = head_gradients(
             ctx,
-            [a * g, b * g],
-            both * g,
-            more[0] * g if more else None,
+            [a, b],
+            both,
+            saved[6] * g if len(saved) > 6 else None,
             [logps, lse, slope, rest, share],
             kept,
             hidden,
@@ -503,7 +504,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     of_weight, of_up = (dtrained, None) if up is None else (None, dtrained)
     found = iter(dside)
     return (
-        (dhidden * g).to(hidden.dtype) if need_hidden else None,
+        _product(dhidden, g, hidden.dtype) if need_hidden else None,
         of_weight,
         None,
         dbias,
@@ -517,12 +518,18 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g times a gradient that nobody else needs, in ``dtype``."""
-    if type(g) is not Tensor:  # a tracer sees the op's outputs: the product is a value of its own
+def _product(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g grad in ``dtype``, in one pass."""
+    if type(g) is not Tensor:  # a tracer writes into nothing
         return (grad * g).to(dtype)
-    if grad.is_cuda and grad.dtype != dtype:  # one pass over it instead of two
-        return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
+    return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of a gradient that nobody else needs."""
+    # A tracer sees the op's outputs: the product is a value of its own.
+    if type(g) is not Tensor or (grad.is_cuda and grad.dtype != dtype):
+        return _product(grad, g, dtype)
     if grad.is_cuda or float(g) != 1.0:
         grad.mul_(g)
     return grad.to(dtype)

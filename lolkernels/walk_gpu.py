@@ -28,6 +28,10 @@ class RowWalk(Walk):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.more = None
+        bias = self.bias
+        # Kernels add it to the logits as they read them.
+        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
+        self.scaling = {**self.options, "bias": self.bias}
         taken = self.operand in self.backend.gemm_dtypes
         self.gemm = self.backend.gemm if taken else None
 
@@ -51,11 +55,6 @@ class RowWalk(Walk):
     def narrow(self, x: Tensor) -> Tensor:
         """Elements of the operands' dtype over the beginnings of the rows of x."""
         return x if x.dtype == self.operand else x.view(self.operand)[:, : self.vocab]
-
-    def logits(self, h: Tensor, out: Tensor) -> None:
-        matmul(h, self.table.T, out)
-        if self.bias is not None:
-            out.add_(self.bias)
 
     def anchors(self, h: Tensor, labels: Tensor) -> Tensor:
         """z_y + SHIFT by a product of its own, before the logits are made."""
@@ -84,12 +83,12 @@ class RowWalk(Walk):
             held = kept[i:j] if kept is not None and i < k else None
             if hold or (held is None and unit is None and self.gemm is None):  # nothing is written
                 x = buffer[: j - i] if held is None else held
-                self.logits(h, x)
+                matmul(h, self.table.T, x)
                 if self.half_range:  # anchored as where they are kept: statistics of the same bits
                     e = self.narrow(buffer[: j - i])
-                    sums = self.backend.exps_(x, labels, None, **self.options, out=e)
+                    sums = self.backend.exps_(x, labels, None, **self.scaling, out=e)
                 else:
-                    sums = self.backend.sums(x, labels, **self.options)
+                    sums = self.backend.sums(x, labels, **self.scaling)
             elif self.gemm is not None:
                 e = buffer[: j - i] if held is None else held
                 out = None if held is None and unit is None else e  # scoring writes none
@@ -97,9 +96,9 @@ class RowWalk(Walk):
                 sums = self.gemm(h, self.table, self.bias, labels, anchor, out, **self.options)
             else:
                 x = held if held is not None and in_place else buffer[: j - i]
-                self.logits(h, x)
+                matmul(h, self.table.T, x)
                 e = self.narrow(x) if held is None else held
-                sums = self.backend.exps_(x, labels, None, **self.options, out=e)
+                sums = self.backend.exps_(x, labels, None, **self.scaling, out=e)
             into = None if unit is None else unit[i:j]
             if into is not None:
                 matmul(e, self.table, into)
@@ -143,12 +142,12 @@ class RowWalk(Walk):
             if kept is not None and i < k:
                 x = kept[i:j]
             else:
-                self.logits(h, x)
+                matmul(h, self.table.T, x)
             dx = self.narrow(buffer[: j - i])
             some = [t[i:j] for t in abc]
             if largest is not None:  # each row in its own range, which its products leave again
                 some = [t / largest[i:j] for t in some]
-            options = {**self.options, "logps": stats.logps[i:j]}
+            options = {**self.scaling, "logps": stats.logps[i:j]}
             self.backend.dlogits_(x, labels[i:j], stats.lse[i:j], *some, **options, out=dx)
             if dh is not None:
                 matmul(dx, self.table, dh[i:j])

@@ -89,6 +89,13 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
+def _bias(bias: Tensor | None, logits: Tensor) -> Any:
+    if bias is None:
+        return None
+    assert bias.dtype == torch.float32 and bias.shape == logits.shape[1:] and bias.is_contiguous()
+    return _address(bias)
+
+
 def _address(t: Tensor) -> Any:
     return ctypes.c_void_p(t.data_ptr())
 
@@ -118,12 +125,15 @@ class Host:
         anchor: Tensor | None = None,
         *,
         out: Tensor | None = None,
+        bias: Tensor | None = None,
         **scaling: float,
     ) -> Exps:
-        return self.sweep(logits, labels, anchor, logits if out is None else out, **scaling)
+        return self.sweep(logits, labels, anchor, logits if out is None else out, bias, **scaling)
 
-    def sums(self, logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
-        return self.sweep(logits, labels, None, None, **scaling)
+    def sums(
+        self, logits: Tensor, labels: Tensor, *, bias: Tensor | None = None, **scaling: float
+    ) -> Exps:
+        return self.sweep(logits, labels, None, None, bias, **scaling)
 
     def sweep(
         self,
@@ -131,6 +141,7 @@ class Host:
         labels: Tensor,
         anchor: Tensor | None,
         target: Tensor | None,
+        bias: Tensor | None,
         **scaling: float,
     ) -> Exps:
         n = len(logits)
@@ -143,6 +154,7 @@ class Host:
                 _scaling(**scaling),
                 int(target is not None and _narrower(logits, target)),
                 _pointers(sums),
+                _bias(bias, logits),
             )
             assert status == 0
         return sums
@@ -158,6 +170,7 @@ class Host:
         *,
         out: Tensor | None = None,
         logps: Tensor | None = None,
+        bias: Tensor | None = None,
         **scaling: float,
     ) -> Tensor:
         target, n = logits if out is None else out, len(logits)
@@ -170,6 +183,7 @@ class Host:
                 _scaling(**scaling),
                 int(_narrower(logits, target)),
                 _words(0, 0) if logps is None else _vectors(n, torch.float32, logps),
+                _bias(bias, logits),
             )
             assert status == 0
         return target

@@ -56,15 +56,17 @@ def zoned(values: Tensor, layout: str = "rows") -> Zoned:
     return Zoned(view, whole)
 
 
-def logit_map(x: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
-    v = x.double() * scale
+def logit_map(
+    x: Tensor, scale: float, softcap: float, temperature: float, bias: Tensor | None = None
+) -> Tensor:
+    v = (x.double() if bias is None else x.double() + bias.double()) * scale
     return (softcap * torch.tanh(v / softcap) if softcap else v) / temperature
 
 
 STATS = ("target_logit", "lse", "expected_logit", "max_logit")
 
 
-def true_stats(x: Tensor, labels: Tensor, **options: float) -> list[Tensor]:
+def true_stats(x: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
     z = logit_map(x, **{"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options})
     lse = z.logsumexp(1)
     p = (z - lse[:, None]).exp()
@@ -74,7 +76,7 @@ def true_stats(x: Tensor, labels: Tensor, **options: float) -> list[Tensor]:
 
 
 def true_gradient(
-    x: Tensor, labels: Tensor, lse: Tensor, abc: Any, *, terms: bool = False, **options: float
+    x: Tensor, labels: Tensor, lse: Tensor, abc: Any, *, terms: bool = False, **options: Any
 ) -> Tensor:
     """By autograd through the logit map; with `terms`, the terms' absolute values are added up."""
     options = {"scale": 1.0, "softcap": 0.0, "temperature": 1.0, **options}
@@ -112,6 +114,14 @@ def draw(choices: Any) -> Any:
     return choices[int(torch.randint(len(choices), ()))]
 
 
+def with_bias(options: dict[str, Any], backend: Any, v: int, seed: int) -> dict[str, Any]:
+    """Every other case has a head's bias, but on a CPU, where it stands in the panels already."""
+    if backend is cpu or seed % 2 == 0:
+        return options
+    generator = torch.Generator().manual_seed(seed)
+    return {**options, "bias": torch.randn(v, generator=generator)}
+
+
 def drawn_logits(n: int, v: int, shifts: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Rows of any spread, with columns of -inf or without, and their labels."""
     std = float(torch.empty(()).uniform_(1, 6))
@@ -125,6 +135,7 @@ def drawn_logits(n: int, v: int, shifts: tuple[float, ...]) -> tuple[Tensor, Ten
 def fuzz_case(backend: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
     n, v, dtype, options = 1 + seed % 5, draw(WIDTHS), draw(HALF), draw(OPTIONS)
+    options = with_bias(options, backend, v, seed)
     layout = draw(("rows", "padded", "columns", "steps"))
     raw, labels = drawn_logits(n, v, (0.0, 0.0, -20.0, 20.0))
     x, y = zoned(raw.to(dtype), layout), zoned(labels, layout)
@@ -170,7 +181,7 @@ def test_row_functions_match_float64(backend: ModuleType, block: int) -> None:
 
 
 def check_exps(
-    backend: ModuleType, sums: Exps, e: Tensor, x: Tensor, labels: Tensor, **options: float
+    backend: ModuleType, sums: Exps, e: Tensor, x: Tensor, labels: Tensor, **options: Any
 ) -> None:
     """The statistics that the sums make, and share E, which is softmax(z) dz/dx off the label."""
     assert all(t.dtype == torch.float32 and t.shape == labels.shape for t in sums)
@@ -205,6 +216,7 @@ def fuzz_exps(backend: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
     n, v, dtype, out_dtype = 1 + seed % 5, draw(WIDTHS), draw(HALF), draw(HALF)
     options, layout = draw(OPTIONS), draw(("rows", "padded", "columns", "steps"))
+    options = with_bias(options, backend, v, seed)
     raw, labels = drawn_logits(n, v, (0.0,))
     labels = labels.where(torch.rand(n) < 0.8, draw((-1, v)))
     labels = labels.where(raw.isfinite().any(1), 0)
@@ -248,6 +260,15 @@ def test_row_functions_match_float64_exhaustively(backend: ModuleType, block: in
     for seed in range(100 * block, 100 * block + 100):
         fuzz_case(backend, seed)
         fuzz_exps(backend, seed)
+
+
+@needs_cpu
+def test_on_a_cpu_the_bias_is_the_callers() -> None:
+    x, labels, one = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    calls = (cpu.exps_, cpu.sums, lambda *args, **b: cpu.dlogits_(*args, one, one, one, one, **b))
+    for call in calls:
+        with pytest.raises(RuntimeError, match="bias is for a GPU"):
+            call(x, labels, bias=torch.zeros(5))
 
 
 @needs_cpu

@@ -36,6 +36,9 @@ def compile_cases() -> list[Case]:
         cases += [one_column(dlogits_case(arch, "fp32", "bf16", 1, True))]
         cases += [one_column(exps_case(arch, "fp32", "bf16", 1, False))]
         cases += [one_program_a_row(dlogits_case(arch, "bf16", "bf16", 50257, False))]
+        for out, cap in ((None, False), ("bf16", False), ("bf16", True)):
+            cases += [biased(exps_case(arch, "fp32", out, 50257, cap))]
+        cases += [biased(dlogits_case(arch, "fp32", "bf16", 128256, cap)) for cap in (False, True)]
     return cases
 
 
@@ -50,6 +53,17 @@ def one_column(case: Case) -> Case:
         aligned=[k for k in case.aligned if k not in ones],
         vector_loads=False,
         vector_stores=False,
+    )
+
+
+def biased(case: Case) -> Case:
+    return replace(
+        case,
+        name=f"{case.name}-bias",
+        signature={**case.signature, "bias_ptr": "*fp32"},
+        constexprs={k: v for k, v in case.constexprs.items() if k != "bias_ptr"}
+        | {"HAS_BIAS": True},
+        aligned=[*case.aligned, "bias_ptr"],
     )
 
 
@@ -75,7 +89,8 @@ def dlogits_case(arch: int, x: str, out: str, vocab: int, cap: bool) -> Case:
         fn=triton_rows.dlogits,
         signature=signature,
         constexprs=dict.fromkeys(ones, 1)
-        | {"CAP": cap, "HAS_LOGPS": True, "ALIASED": x != out, "BLOCK": block},
+        | {"CAP": cap, "HAS_LOGPS": True, "ALIASED": x != out, "BLOCK": block}
+        | {"HAS_BIAS": False, "bias_ptr": None},
         arch=arch,
         num_warps=warps,
         num_stages=rows.STAGES,
@@ -101,7 +116,7 @@ def exps_case(arch: int, x: str, out: str | None, vocab: int, cap: bool) -> Case
     constexprs |= {"anchor_row": 1} if given else {"anchor_ptr": None}
     constexprs |= {"out_ptr": None} if out is None else {"out_col": 1}
     constexprs |= {"HAS_ANCHOR": given, "CAP": cap, "AT_TOP": out == "fp16", "BLOCK": block}
-    constexprs |= {"WRITE": out is not None}
+    constexprs |= {"WRITE": out is not None, "HAS_BIAS": False, "bias_ptr": None}
     aligned = ["x_ptr", "labels_ptr", *sums, "x_row", "out_row"]
     aligned += ["out_col" if out is None else "out_ptr"]
     return Case(

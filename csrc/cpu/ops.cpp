@@ -28,8 +28,14 @@ Matrix matrix_like(const Matrix& x, const Tensor& out) {
   return g;
 }
 
+void refuse(const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(!bias, "bias is for a GPU: on a CPU the caller adds it to panels in cache");
+}
+
 Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
-         double scale, double softcap, double temperature, const std::optional<Tensor>& out) {
+         double scale, double softcap, double temperature, const std::optional<Tensor>& out,
+         const std::optional<Tensor>& bias) {
+  refuse(bias);
   const Matrix x = matrix(logits, "logits", kCpu);
   const int64_t n = x.rows;
   ExpsArgs args{};
@@ -47,7 +53,8 @@ Six exps(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>
 
 void dlogits(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
              const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
-             Tensor out, const std::optional<Tensor>& logps) {
+             Tensor out, const std::optional<Tensor>& logps, const std::optional<Tensor>& bias) {
+  refuse(bias);
   const Matrix x = matrix(logits, "logits", kCpu);
   const int64_t n = x.rows;
   DlogitsArgs args{x,

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
   Logit target = {-HUGE_VALF, 0.0f};
   if (args.labels[row] >= 0 && args.labels[row] < args.logits.cols) {
     label = static_cast<int>(args.labels[row]);
-    target = logit<kCapped>(widen(x[label * x_stride]), args.map);
+    target = logit<kCapped>(biased(x[label * x_stride], args.bias, label), args.map);
   }
   __syncthreads();  // all have read it before any writes
   float anchor = args.anchor.data == nullptr ? target.z + kShift : args.anchor[row];
@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
   int done = 0;  // the packs before it hold exponentials
   bool edge_done = false;
   __shared__ float top_of_row;
-  const auto masked = [&](In raw, bool at_label) {
-    Logit v = logit<kCapped>(widen(raw), args.map);
-    if (at_label) v.z = -HUGE_VALF;
+  const auto masked = [&](In raw, int column) {
+    Logit v = logit<kCapped>(biased(raw, args.bias, column), args.map);
+    if (column == label) v.z = -HUGE_VALF;
     return v;
   };
   const auto may_write = [&](float top) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
       for (int u = 0; u < kCount && there; ++u) {
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
-          v[u][i] = masked(raw[u].lane[i], column(u) + i == label);
+          v[u][i] = masked(raw[u].lane[i], column(u) + i);
           top = fmaxf(top, v[u][i].z);
         }
       }
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) exps_kernel(const Exp
     });
     if (kContiguous && !edge_done) {
       Logit v = {-HUGE_VALF, 0.0f};
-      if (has_edge) v = masked(x[at.edge(thread)], at.edge(thread) == label);
+      if (has_edge) v = masked(x[at.edge(thread)], at.edge(thread));
       edge_done = may_write(v.z);
       if (edge_done && has_edge) {
         const float one = fast_exp(v.z - anchor);

@@ -62,8 +62,17 @@ bool check_out(const Matrix& x, const Matrix& out) {
   return aliased;
 }
 
+// (cols,) float32, or null.
+const float* bias_of(const std::optional<Tensor>& bias, int64_t cols, int device) {
+  if (!bias) return nullptr;
+  const Vector<float> given = vector<float>(*bias, "bias", ScalarType::Float, cols, device);
+  STD_TORCH_CHECK(given.stride == 1 || cols == 1, "bias must be contiguous");
+  return given.data;
+}
+
 Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& anchor,
-            double scale, double softcap, double temperature, const std::optional<Tensor>& out) {
+            double scale, double softcap, double temperature, const std::optional<Tensor>& out,
+            const std::optional<Tensor>& bias) {
   const Here here(logits);
   const Matrix x = matrix(logits, "logits", here.device);
   check_size(x);
@@ -75,6 +84,7 @@ Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tens
   args.labels = vector<int64_t>(labels, "labels", ScalarType::Long, n, here.device);
   if (anchor) args.anchor = vector<float>(*anchor, "anchor", ScalarType::Float, n, here.device);
   args.map = logit_map(scale, softcap, temperature);
+  args.bias = bias_of(bias, x.cols, here.device);
   const Six sums = new_sums(logits, n, args);
   if (n > 0) check_launch(exps(args, aliased, here.stream));
   return sums;
@@ -82,7 +92,7 @@ Six exps_op(const Tensor& logits, const Tensor& labels, const std::optional<Tens
 
 void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& a,
                 const Tensor& b, const Tensor& c, double scale, double softcap, double temperature,
-                Tensor out, const std::optional<Tensor>& logps) {
+                Tensor out, const std::optional<Tensor>& logps, const std::optional<Tensor>& bias) {
   const Here here(logits);
   const Matrix x = matrix(logits, "logits", here.device);
   const Matrix g = matrix(out, "out", here.device);
@@ -100,6 +110,7 @@ void dlogits_op(const Tensor& logits, const Tensor& labels, const Tensor& lse, c
                    floats_of(c, "c"),
                    logit_map(scale, softcap, temperature)};
   if (logps) args.logps = floats_of(*logps, "logps");
+  args.bias = bias_of(bias, x.cols, here.device);
   if (n == 0 || x.cols == 0) return;
   check_launch(dlogits(args, aliased, here.stream));
 }

@@ -54,6 +54,12 @@ __device__ __forceinline__ Logit logit(float x, const LogitMap& map) {
   return {t * map.outer, (small ? 1.0f - near * near : q * (2.0f - q)) * map.gain};
 }
 
+// A logit with the head's bias, where there is one: V floats that all rows read from cache.
+template <typename T>
+__device__ __forceinline__ float biased(T raw, const float* bias, int64_t column) {
+  return bias == nullptr ? widen(raw) : widen(raw) + bias[column];
+}
+
 // Columns that lie together, read or written at once.
 template <typename T, int kColumns>
 struct alignas(sizeof(T) * kColumns < kLoadBytes ? sizeof(T) * kColumns : kLoadBytes) Pack {
@@ -123,8 +129,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const int last = at.packs - first < span ? at.packs : first + span;
   const bool has_edge = blockIdx.y == 0 && thread < at.edges();
   const float lse = args.lse[row], a = args.a[row], b = args.b[row], c = args.c[row];
-  const auto gradient = [&](In raw) {
-    const Logit v = logit<kCapped>(widen(raw), args.map);
+  const auto gradient = [&](In raw, int column) {
+    const Logit v = logit<kCapped>(biased(raw, args.bias, column), args.map);
     return dlogit(fast_exp(v.z - lse), v.z, b, c) * v.slope;
   };
 
@@ -153,19 +159,19 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 #pragma unroll
     for (int u = 0; u < kCount && there; ++u) {
       Pack<Out, kPack> dx;
+      const int column = at.column(begin + u * threads + thread);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) narrow(gradient(raw[u].lane[i]), &dx.lane[i]);
-      const int64_t column = at.column(begin + u * threads + thread);
-      *reinterpret_cast<Pack<Out, kPack>*>(out + column * out_stride) = dx;
+      for (int i = 0; i < kPack; ++i) narrow(gradient(raw[u].lane[i], column + i), &dx.lane[i]);
+      *reinterpret_cast<Pack<Out, kPack>*>(out + int64_t{column} * out_stride) = dx;
     }
   });
   if (kContiguous) {
     const In raw = has_edge ? x[at.edge(thread)] : In{};
     if (kAliased) __syncthreads();
-    if (has_edge) narrow(gradient(raw), out + at.edge(thread));
+    if (has_edge) narrow(gradient(raw, at.edge(thread)), out + at.edge(thread));
   }
   if (mine) {
-    const Logit y = logit<kCapped>(widen(x_label), args.map);
+    const Logit y = logit<kCapped>(biased(x_label, args.bias, label), args.map);
     const double z = y.z, logp = args.logps.data == nullptr ? z - lse : args.logps[row];
     narrow(dlogit_at_label(y.z, logp, a, b, c) * y.slope, out + label * out_stride);
   }

@@ -51,7 +51,7 @@ class Compiled:
         anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
         *,
         out: Tensor | None = None,  # (n, V)
-        **scaling: float,
+        **scaling: Any,
     ) -> Exps:
         """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
 
@@ -61,7 +61,7 @@ class Compiled:
         target = logits if out is None else out
         return Exps(*self.ops.exps(logits, labels, anchor, **scaling, out=target))
 
-    def sums(self, logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
+    def sums(self, logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
         """The sums of :meth:`exps_`; nothing is written.
 
         Memory traffic: each logit is read once; twice in rows that reach too far above their label.
@@ -79,7 +79,7 @@ class Compiled:
         *,
         out: Tensor | None = None,  # (n, V)
         logps: Tensor | None = None,  # (n,) float32
-        **scaling: float,
+        **scaling: Any,
     ) -> Tensor:
         """`(a [v == y] + exp(z - lse) (b + c z)) dz/dx`, written over `logits` or into `out`.
 

@@ -16,7 +16,8 @@ class Backend(NamedTuple):
     """Row functions for some devices and dtypes. The reference backend defines what they compute.
 
     ``**scaling``, which is ``scale=1.0, softcap=0.0, temperature=1.0`` where it is left out, makes
-    z = softcap(scale x) / temperature of the logits x; a softcap of 0 is none.
+    z = softcap(scale x) / temperature of the logits x; a softcap of 0 is none. ``bias=`` among it,
+    (V,) of the accumulation dtype, is added to x first; on a CPU it stands in the panels already.
 
     Adding one is a module with a ``BACKEND`` and an entry in the table of ``backends``.
     ``gemm(hidden, weight, bias, labels, anchor, out, **scaling) -> Exps`` is a matrix product whose

@@ -14,6 +14,8 @@ columns: its target_logit is -inf and it gets no ``a`` term. p = 0 times z = -in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def exps_(
     anchor: Tensor | None = None,  # (n,); None: the label's own logit + SHIFT
     *,
     out: Tensor | None = None,  # (n, V)
-    **scaling: float,
+    **scaling: Any,
 ) -> Exps:
     """E = exp(z - anchor) dz/dx over ``logits`` or into ``out``, the label's column 0.
 
@@ -61,7 +63,7 @@ def exps_(
     return Exps(anchor, e.sum(1), deviation, largest, z_y, slope_y)
 
 
-def sums(logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
+def sums(logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
     """Those of :func:`exps_`; in float64 from the row's maximum, which keeps the last digit."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     top = _transform(wide, **scaling)[0].amax(1) if wide is logits else None
@@ -78,7 +80,7 @@ def dlogits_(
     *,
     out: Tensor | None = None,  # (n, V)
     logps: Tensor | None = None,  # (n,); None: z - lse at the label, without digits for p near 1
-    **scaling: float,
+    **scaling: Any,
 ) -> Tensor:
     z, dz_dx = _transform(logits, **scaling)
     log_p = z - lse[:, None]
@@ -147,10 +149,14 @@ def sequence_coef(
 
 
 def _transform(
-    logits: Tensor, scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0
+    logits: Tensor,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     x = logits if logits.dtype == torch.float64 else logits.float()
-    z = x * scale
+    z = (x if bias is None else x + bias) * scale
     if not softcap:
         return z / temperature, scale / temperature
     t = torch.tanh(z / softcap)

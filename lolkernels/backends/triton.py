@@ -56,7 +56,7 @@ def exps_(
     anchor: Tensor | None = None,  # (n,) float32; None: the label's own logit + SHIFT
     *,
     out: Tensor | None = None,  # (n, V)
-    **scaling: float,
+    **scaling: Any,
 ) -> Exps:
     """`exp(z - anchor) dz/dx`, 0 at the label, over `logits` or into `out`, and its sums.
 
@@ -66,7 +66,7 @@ def exps_(
     return _sweep(logits, labels, anchor, logits if out is None else out, **scaling)
 
 
-def sums(logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
+def sums(logits: Tensor, labels: Tensor, **scaling: Any) -> Exps:
     """The sums of :func:`exps_`; nothing is written.
 
     Memory traffic: each logit is read once; twice in rows that reach too far above their label.
@@ -75,7 +75,12 @@ def sums(logits: Tensor, labels: Tensor, **scaling: float) -> Exps:
 
 
 def _sweep(
-    logits: Tensor, labels: Tensor, anchor: Tensor | None, target: Tensor | None, **scaling: float
+    logits: Tensor,
+    labels: Tensor,
+    anchor: Tensor | None,
+    target: Tensor | None,
+    bias: Tensor | None = None,
+    **scaling: float,
 ) -> Exps:
     n, vocab = logits.shape
     scale, softcap, inv_temperature = _scaling(**scaling)
@@ -89,6 +94,7 @@ def _sweep(
                 anchor,
                 target,
                 *sums,
+                bias,
                 vocab,
                 *logits.stride(),
                 *((0, 0) if target is None else target.stride()),
@@ -98,6 +104,7 @@ def _sweep(
                 SHIFT,
                 REACH,
                 HAS_ANCHOR=anchor is not None,
+                HAS_BIAS=bias is not None,
                 CAP=softcap != 0,
                 AT_TOP=target is not None and target.dtype == torch.float16,
                 WRITE=target is not None,
@@ -118,6 +125,7 @@ def dlogits_(
     *,
     out: Tensor | None = None,  # (n, V)
     logps: Tensor | None = None,  # (n,) float32
+    bias: Tensor | None = None,  # (V,) float32
     **scaling: float,
 ) -> Tensor:
     """`(a * [v == y] + exp(z - lse) * (b + c * z)) * dz/dx`, written over `logits` or into `out`.
@@ -148,6 +156,7 @@ def dlogits_(
             b,
             c,
             logps,
+            bias,
             target,
             vocab,
             parts,
@@ -159,6 +168,7 @@ def dlogits_(
             *(scale, softcap, inv_temperature),
             CAP=softcap != 0,
             HAS_LOGPS=logps is not None,
+            HAS_BIAS=bias is not None,
             ALIASED=aliased,
             BLOCK=block,
             num_warps=warps,

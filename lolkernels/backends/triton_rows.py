@@ -65,6 +65,7 @@ def exps(
     max_ptr,
     target_ptr,
     slope_ptr,
+    bias_ptr,  # (V,) fp32
     V,
     x_row,
     x_col,
@@ -78,6 +79,7 @@ def exps(
     shift,
     reach,
     HAS_ANCHOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     CAP: tl.constexpr,
     AT_TOP: tl.constexpr,  # anchor every row at its maximum
     WRITE: tl.constexpr,  # else the sums only: out_ptr is none
@@ -98,6 +100,8 @@ def exps(
     has_target = (label >= 0) & (label < V)
     column = tl.where(has_target, label, -1).to(tl.int32)
     x_y = tl.load(x_ptr + label * x_col, mask=has_target, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x_y += tl.load(bias_ptr + label, mask=has_target, other=0.0)
     z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
     z_y = tl.where(has_target, z_y, NEG_INF)
     tl.store(target_ptr + row, z_y)
@@ -125,6 +129,8 @@ def exps(
                 x = tl.load(x_ptr + v.to(tl.int64) * x_col).to(tl.float32)
             else:
                 x = tl.load(x_ptr + v.to(tl.int64) * x_col, mask=v < V, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                x += tl.load(bias_ptr + v, mask=v < V, other=0.0)
             z, slope = transform(x, scale, softcap, inv_temperature, CAP)
             z = tl.where((v < V) & (v != column), z, NEG_INF)
             high = tl.max(z, 0)
@@ -184,6 +190,7 @@ def dlogits(
     b_ptr,
     c_ptr,
     logps_ptr,
+    bias_ptr,  # (V,) fp32
     out_ptr,  # (n, V)
     V,
     parts,  # programs per row
@@ -203,6 +210,7 @@ def dlogits(
     inv_temperature,
     CAP: tl.constexpr,
     HAS_LOGPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ALIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -227,6 +235,8 @@ def dlogits(
     # p near 1 no digit of 1 - p is lost.
     mine = (label >= first) & (label < end)
     x_y = tl.load(x_ptr + label * x_col, mask=mine, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x_y += tl.load(bias_ptr + label, mask=mine, other=0.0)
     z_y, slope_y = transform(x_y, scale, softcap, inv_temperature, CAP)
     logp = z_y - lse
     if HAS_LOGPS:
@@ -239,6 +249,8 @@ def dlogits(
     for start in range(first, full, BLOCK):
         v = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + v.to(tl.int64) * x_col).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + v)
         if ALIASED:
             tl.debug_barrier()
         dx = dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP)
@@ -247,6 +259,8 @@ def dlogits(
     if full < end:
         v = full + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + v.to(tl.int64) * x_col, mask=v < V, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + v, mask=v < V, other=0.0)
         if ALIASED:
             tl.debug_barrier()
         dx = dlogit(x, lse, b, c, scale, softcap, inv_temperature, CAP)

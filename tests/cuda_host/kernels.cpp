@@ -46,19 +46,21 @@ void host_order(int reverse) { cuda_host::host_reverse = reverse != 0; }
 #if !defined(SPANS_ALONE)  // quicker to compile
 // sums: six rows of float32. anchor: address (0: none), stride.
 int host_exps(const int64_t* logits, const int64_t* out, const int64_t* labels,
-              const int64_t* anchor, const double* map, int aliased, float* const* sums) {
+              const int64_t* anchor, const double* map, int aliased, float* const* sums,
+              const float* bias) {
   return cuda::exps({matrix(logits), matrix(out), vector<int64_t>(labels), vector<float>(anchor),
                      make_logit_map(map[0], map[1], map[2]), sums[0], sums[1], sums[2], sums[3],
-                     sums[4], sums[5]},
+                     sums[4], sums[5], bias},
                     aliased != 0, nullptr);
 }
 
 int host_dlogits(const int64_t* logits, const int64_t* out, const int64_t* labels,
-                 const int64_t* vectors, const double* map, int aliased, const int64_t* logps) {
+                 const int64_t* vectors, const double* map, int aliased, const int64_t* logps,
+                 const float* bias) {
   return cuda::dlogits(
       {matrix(logits), matrix(out), vector<int64_t>(labels), vector<float>(vectors),
        vector<float>(vectors + 2), vector<float>(vectors + 4), vector<float>(vectors + 6),
-       make_logit_map(map[0], map[1], map[2]), vector<float>(logps)},
+       make_logit_map(map[0], map[1], map[2]), vector<float>(logps), bias},
       aliased != 0, nullptr);
 }
 
