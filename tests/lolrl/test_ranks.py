@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,17 +35,16 @@ ZERO3 = {
 }
 
 
-def train(launcher: str, folder: Path, size: int, steps: int, *resume: str) -> list[dict]:
-    folder.mkdir()
+def launch(options: list[str], *worker: str) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    worker = ["-m", "tests.lolrl.ranks_worker", str(folder), str(size), str(steps), *resume]
-    (folder / "zero3.json").write_text(json.dumps(ZERO3))
-    options = [str(folder / o) if o == "zero3.json" else o for o in LAUNCHERS[launcher]]
-    command = [sys.executable, *options, *worker]
+    env["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 shards over what there is
+    command = [sys.executable, *options, "-m", *worker]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
-    ranks = 1 if launcher == "python" else 2
+
+
+def outcome(folder: Path, ranks: int) -> list[dict]:
     return [
         {
             "parameters": load_file(folder / f"rank{rank}.safetensors"),
@@ -52,6 +52,14 @@ def train(launcher: str, folder: Path, size: int, steps: int, *resume: str) -> l
         }
         for rank in range(ranks)
     ]
+
+
+def train(launcher: str, folder: Path, size: int, steps: int, *resume: str) -> list[dict]:
+    folder.mkdir()
+    (folder / "zero3.json").write_text(json.dumps(ZERO3))
+    options = [str(folder / o) if o == "zero3.json" else o for o in LAUNCHERS[launcher]]
+    launch(options, "tests.lolrl.ranks_worker", str(folder), str(size), str(steps), *resume)
+    return outcome(folder, 1 if launcher == "python" else 2)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +112,53 @@ def test_two_ranks_resume_to_the_same_bits(two: tuple[Path, list[dict]], tmp_pat
     for mine, theirs in zip(resumed[0]["log"], whole[0]["log"], strict=True):
         for name in ("loss", "ratio/min", "ratio/mean", "ratio/max", "kl", "num_tokens"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-12), name
+
+
+# --- TRL's trainers -------------------------------------------------------------------------------
+
+METHODS = ("sft", "dpo", "lora")
+ENGINES = ("ddp", "fsdp2", *(["zero3"] if find_spec("deepspeed") else []))
+
+
+@pytest.fixture(scope="module")
+def trl_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ranks -> a folder for each method and engine, from one launch each."""
+    pytest.importorskip("trl", reason="the extra trl is not installed")
+    known: dict[int, Path] = {}
+
+    def of(ranks: int) -> Path:
+        if ranks not in known:
+            known[ranks] = tmp_path_factory.mktemp(f"trl{ranks}")
+            options = [*LAUNCHERS["torchrun"][:-1], str(ranks)] if ranks > 1 else []
+            engines = ENGINES if ranks > 1 else ["one"]
+            cases = [f"{method}-{engine}" for engine in engines for method in METHODS]
+            launch(options, "tests.lolrl.trl_ranks_worker", str(known[ranks]), *cases)
+        return known[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", METHODS)
+def test_trls_trainers_on_ranks_equal_one(
+    method: str, engine: str, ranks: int, trl_runs: Any
+) -> None:
+    """Parameters and log lines; under FSDP2 and ZeRO-3 every parameter is in shards."""
+    (one,) = outcome(trl_runs(1) / f"{method}-one", 1)
+    found = outcome(trl_runs(ranks) / f"{method}-{engine}", ranks)
+    narrow = engine == "zero3"  # in float32
+    for name, value in one["parameters"].items():
+        for rank in found:
+            assert torch.equal(rank["parameters"][name], found[0]["parameters"][name]), name
+        error = (found[0]["parameters"][name] - value).abs().max()
+        assert error <= (1e-4 if narrow else 1e-10), name
+    assert len(one["log"]) == len(found[0]["log"]) == 8
+    # transformers adds losses up in float32, and TRL makes its mean logits in it.
+    rounded = ("loss", "logits/chosen", "logits/rejected")
+    floor = 1e-5 if narrow else 1e-12  # a reward is a difference of log-probs near -60
+    for mine, theirs in zip(found[0]["log"], one["log"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            bound = 1e-3 if narrow else 1e-6 if name in rounded else 1e-9
+            assert mine[name] == pytest.approx(theirs[name], rel=bound, abs=floor), name
