@@ -19,10 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "true"]
+FSDP2 += ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+FSDP2 += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 LAUNCHERS = {
     "python": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "accelerate": [*ACCELERATE, "--multi_gpu"],
+    "fsdp2": [*ACCELERATE, *FSDP2],
     "zero3": [*ACCELERATE, "--use_deepspeed", "--deepspeed_config_file", "zero3.json"],
 }
 ZERO3 = {
@@ -94,6 +98,11 @@ def test_two_ranks_equal_one(two: tuple[Path, list[dict]], one: dict) -> None:
 @pytest.mark.slow
 def test_two_ranks_without_accumulation_equal_one(one: dict, tmp_path: Path) -> None:
     compare(train("torchrun", tmp_path / "two", 4, 1), one)
+
+
+def test_two_ranks_of_fsdp2_equal_one(one: dict, tmp_path: Path) -> None:
+    """Every parameter is in shards; checkpoints are written in between."""
+    compare(train("fsdp2", tmp_path / "two", 2, 2), one)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")

@@ -13,13 +13,13 @@ import peft
 import torch
 import trl
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import lolkernels as lk
 from lolrl.trl import use_lolkernels
+from tests.lolrl.ranks_worker import shard_on_a_cpu
 from tests.lolrl.toys import make_llama, make_rows, make_tokenizer
 
 STEPS = 8
@@ -45,19 +45,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"deepspeed": ZERO3},
 }
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-def shard_on_a_cpu() -> None:
-    """accelerate drops FSDP without a word where there is no accelerator: it is told of it here."""
-    began = AcceleratorState.__init__
-
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        began(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = init
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
