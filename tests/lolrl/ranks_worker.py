@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -28,8 +28,9 @@ def shard_on_a_cpu() -> None:
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         began(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
@@ -59,6 +60,7 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
             logging_steps=3,
             save_strategy="steps",
             save_steps=4,
+            save_best_and_last=True,
             learning_rate=3e-3,
             ddp_backend="gloo" if "RANK" in os.environ else None,
         ),

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.lolrl.toys import parameters, reload
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,7 +36,11 @@ ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,  # else in shards
+    },
     "zero_force_ds_cpu_optimizer": False,
 }
 
@@ -63,7 +69,11 @@ def train(launcher: str, folder: Path, size: int, steps: int, *resume: str) -> l
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
     options = [str(folder / o) if o == "zero3.json" else o for o in LAUNCHERS[launcher]]
     launch(options, "tests.lolrl.ranks_worker", str(folder), str(size), str(steps), *resume)
-    return outcome(folder, 1 if launcher == "python" else 2)
+    found = outcome(folder, 1 if launcher == "python" else 2)
+    saved, trained = parameters(reload(folder / "last")), found[0]["parameters"]
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], value) for name, value in trained.items())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +87,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     return folder, train("accelerate", folder, 2, 2)
 
 
-def compare(ranks: list[dict], one: dict, parameters: float = 1e-10, logged: float = 1e-9) -> None:
+def compare(ranks: list[dict], one: dict, bound: float = 1e-10, logged: float = 1e-9) -> None:
     first, second = ranks
     for name, value in one["parameters"].items():
         assert torch.equal(first["parameters"][name], second["parameters"][name]), name
-        assert (first["parameters"][name] - value).abs().max() <= parameters, name
+        assert (first["parameters"][name] - value).abs().max() <= bound, name
     assert len(one["log"]) == len(first["log"]) == 2
     figures = ("loss", "ratio/min", "ratio/mean", "ratio/max", "kl", "clip_ratio", "entropy")
     figures += ("logps/mean", "advantage/mean", "positive_share", "num_tokens", "grad_norm")
@@ -108,7 +118,7 @@ def test_two_ranks_of_fsdp2_equal_one(one: dict, tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_two_ranks_of_zero3_equal_one(one: dict, tmp_path: Path) -> None:
     """In float32; 8 updates of 3e-3 each move the parameters."""
-    compare(train("zero3", tmp_path / "two", 2, 2), one, parameters=1e-4, logged=1e-3)
+    compare(train("zero3", tmp_path / "two", 2, 2), one, bound=1e-4, logged=1e-3)
 
 
 def test_two_ranks_resume_to_the_same_bits(two: tuple[Path, list[dict]], tmp_path: Path) -> None:
