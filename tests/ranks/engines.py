@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lolkernels as lk
 from tests.lolrl.toys import make_llama
-from tests.ranks.harness import close, scenario
+from tests.ranks.harness import close, raises, scenario
 from tests.ranks.vocabulary import F64
 
 VOCAB, ROWS, LENGTH, STEPS = 67, 8, 12, 20
@@ -321,6 +321,58 @@ def tensor_parallel_by_transformers() -> None:
     close(*found, 1e-10)
 
 
+# --- the comparison with the model's own logits ---------------------------------------------------
+
+
+def spoilt(model: Any) -> Any:
+    """Its head's output is not x W^T."""
+    model.lm_head.register_forward_hook(lambda head, inputs, out: out * 1.01)
+    return model
+
+
+def refused_at_the_first_call(model: Any, wrapped: Any = None) -> None:
+    """Fused without a word, as its weights are in shards; each scoring call refuses it then."""
+    rows = {k: t.chunk(dist.get_world_size())[dist.get_rank()] for k, t in update(0).items()}
+    for _ in range(2):
+        raises(lambda: fused(wrapped or model, rows, (ROWS, 1)), "head's output differs from x W^T")
+    logits = model(rows["input_ids"]).logits  # without completion_mask it is what it was
+    assert logits.shape == (ROWS // dist.get_world_size(), LENGTH, VOCAB)
+
+
+@scenario(2)
+def fsdp2_checks_at_the_first_call() -> None:
+    """The head in a unit of its own, in the root's, tied; sharded before and after fusing, with
+    values or on the meta device."""
+    for tied, own_head in ((False, True), (True, False), (False, False)):
+        model = spoilt(shard(build(tied), everyone(), own_head=own_head))
+        refused_at_the_first_call(lk.fuse_lm_head(model))
+    for fused_first in (False, True):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(build(False).config).to(F64)
+        if fused_first:
+            lk.fuse_lm_head(model)
+        shard(model, everyone(), own_head=True)
+        if not fused_first:
+            lk.fuse_lm_head(model)
+        model.to_empty(device="cpu")
+        filled(model)
+        rows = {k: t.chunk(2)[dist.get_rank()] for k, t in update(0).items()}
+        assert fused(model, rows, (ROWS, 1)).isfinite()
+        refused_at_the_first_call(spoilt(lk.fuse_lm_head(model)))
+    # One that was compared before it was sharded is compared again: other ranks may not have been.
+    refused_at_the_first_call(spoilt(shard(lk.fuse_lm_head(build()), everyone())))
+
+
+def filled(model: Any) -> None:
+    """The values of a model that was on the meta device."""
+    source = build(False)
+    values = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(values[name], p.device_mesh, p.placements))
+    model.model.rotary_emb = source.model.rotary_emb
+
+
 # --- torch.compile --------------------------------------------------------------------------------
 
 
@@ -373,18 +425,22 @@ def compiled_run(loss: Any, wrap: Any, *, compile_it: bool) -> dict[str, Tensor]
 # --- ZeRO-3 ---------------------------------------------------------------------------------------
 
 
-@scenario(*((2,) if find_spec("deepspeed") else ()))
-def zero3() -> None:
-    """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
-    import deepspeed
-
-    config = {
+def zero3_config() -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "gradient_clipping": 0.0,  # 1.0 where nothing is said
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3() -> None:
+    """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
+    import deepspeed
+
+    config = zero3_config()
     for tied, moments in ((True, ["born"]), (False, ["before", "after"])):
         alone = lk.fuse_lm_head(build(tied).float())
         start = {k: v.clone() for k, v in state(alone).items()}
@@ -411,3 +467,25 @@ def zero3() -> None:
                 moved = {k: v - start[k] for k, v in state(engine.module).items()}
             close(moved, {k: v - start[k] for k, v in want.items()}, 1e-3)
             engine.destroy()
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3_checks_at_the_first_call() -> None:
+    """Fused partitioned from birth, before and after the engine; a right model is not refused."""
+    import deepspeed
+
+    for moment in ("born", "before", "after"):
+        model = build(False).float()
+        if moment == "born":
+            deepspeed.zero.Init(module=model, config_dict_or_path=zero3_config())
+        if moment != "after":
+            lk.fuse_lm_head(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3_config())
+        rows = {k: t.chunk(2)[dist.get_rank()] for k, t in update(0).items()}
+        if moment == "after":
+            lk.fuse_lm_head(model)
+            assert fused(engine, rows, (ROWS, 1)).isfinite()
+            lk.fuse_lm_head(model)
+        refused_at_the_first_call(spoilt(model), engine)
+        engine.destroy()
