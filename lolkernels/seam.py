@@ -148,6 +148,7 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
 def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
     hidden, weight, bias = operands(linear, hidden)
+    weight, bias = _whole(weight), _whole(bias)
     plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
     wide = _wide(hidden, at_most=True)
     blocks = torch.split(weight, ROWS)
@@ -155,6 +156,11 @@ def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         [nn.functional.linear(hidden.to(wide), block.to(wide)) for block in blocks], -1
     )
     return plain, logits if bias is None else logits + bias.to(wide)
+
+
+def _whole(t: Any) -> Any:
+    """What stays a DTensor inside the head's forward, as under tensor parallelism, of all ranks."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def compare(

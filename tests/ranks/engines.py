@@ -311,14 +311,15 @@ def tensor_parallel_by_transformers() -> None:
     dist.barrier()
     model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=F64)
     assert model.lm_head.weight.to_local().shape[0] in (VOCAB // 2, VOCAB - VOCAB // 2)
-    # What it is compared with multiplies a plain tensor with a DTensor.
-    lk.fuse_lm_head(model, check=False)
+    lk.fuse_lm_head(model)
     found = []
     for m in (model, alone):
         loss = in_two_steps(m, update(0), (ROWS, 1)) + fused(m, update(3), (ROWS, 1))
         loss.backward()
         found.append({"loss": loss, **state(m, lambda p: p.grad)})
     close(*found, 1e-10)
+    spoilt(lk.fuse_lm_head(model))
+    raises(lambda: fused(model, update(0), (ROWS, 1)), "head's output differs from x W^T")
 
 
 # --- the comparison with the model's own logits ---------------------------------------------------
