@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -322,6 +323,37 @@ def tensor_parallel_by_transformers() -> None:
     raises(lambda: fused(model, update(0), (ROWS, 1)), "head's output differs from x W^T")
 
 
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+def adapted(target_modules: list[str]) -> Any:
+    """LoRA whose B is not zero; all else is frozen."""
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+    return peft.get_peft_model(build(False), config).to(F64)
+
+
+@scenario(2)
+def lora() -> None:
+    """Adapters in the body and on the head, under DDP and FSDP2."""
+    for targets in (["q_proj", "v_proj"], ["q_proj", "lm_head"]):
+        alone = lk.fuse_lm_head(adapted(targets))
+        start = {k: v.clone() for k, v in state(alone).items()}
+        train(alone, range(STEPS))
+        want = state(alone)
+        for name, p in alone.named_parameters():
+            assert p.requires_grad != torch.equal(want[name], start[name]), name
+        model = DistributedDataParallel(lk.fuse_lm_head(adapted(targets)))
+        train(model, range(STEPS), **ranks())
+        equal(model, want)
+        for own_head in (True, False):
+            model = adapted(targets)
+            shard(model.get_base_model(), everyone(), own_head=own_head)
+            fully_shard(model, mesh=everyone())
+            train(lk.fuse_lm_head(model), range(STEPS), **ranks())
+            equal(model, want)
+
+
 # --- the comparison with the model's own logits ---------------------------------------------------
 
 
@@ -443,10 +475,7 @@ def zero3() -> None:
 
     config = zero3_config()
     for tied, moments in ((True, ["born"]), (False, ["before", "after"])):
-        alone = lk.fuse_lm_head(build(tied).float())
-        start = {k: v.clone() for k, v in state(alone).items()}
-        train(alone, range(STEPS), optimizer=torch.optim.SGD(alone.parameters(), lr=1e-3))
-        want = state(alone)
+        want = moved_alone(build(tied).float())
         for moment in moments:
             model = build(tied).float()
             if moment == "before":
@@ -454,20 +483,40 @@ def zero3() -> None:
             elif moment == "born":
                 deepspeed.zero.Init(module=model, config_dict_or_path=config)
                 lk.fuse_lm_head(model)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-            assert engine.module.lm_head.weight.numel() == 0
-            lk.fuse_lm_head(engine.module)
-            for step in range(STEPS):
-                whole = update(step)
-                totals = ROWS, int(whole["completion_mask"].sum())
-                rows = {k: t.chunk(engine.world_size)[dist.get_rank()] for k, t in whole.items()}
-                engine.backward(fused(engine, rows, totals) * engine.world_size)
-                engine.step()
-            with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-                moved = {k: v - start[k] for k, v in state(engine.module).items()}
-            close(moved, {k: v - start[k] for k, v in want.items()}, 1e-3)
-            engine.destroy()
+            moved_by_zero3(model, want)
+
+
+def moved_alone(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Where the training of one process starts, and how far each trained parameter goes."""
+    lk.fuse_lm_head(model)
+    start = {k: v.clone() for k, v in state(model).items()}
+    train(model, range(STEPS), optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
+    return start, {k: v - start[k] for k, v in state(model).items()}
+
+
+def moved_by_zero3(model: Any, want: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    import deepspeed
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3_config())
+    assert not any(p.numel() for p in engine.module.parameters())
+    lk.fuse_lm_head(engine.module)
+    for step in range(STEPS):
+        whole = update(step)
+        totals = ROWS, int(whole["completion_mask"].sum())
+        rows = {k: t.chunk(engine.world_size)[dist.get_rank()] for k, t in whole.items()}
+        engine.backward(fused(engine, rows, totals) * engine.world_size)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        moved = {k: v - want[0][k] for k, v in state(engine.module).items()}
+    close(moved, want[1], 1e-3)
+    engine.destroy()
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3_lora() -> None:
+    for targets in (["q_proj", "v_proj"], ["q_proj", "lm_head"]):
+        moved_by_zero3(adapted(targets).float(), moved_alone(adapted(targets).float()))
 
 
 @scenario(*((2,) if find_spec("deepspeed") else ()))
