@@ -41,7 +41,7 @@ FSDP2 = {
 ENGINES: dict[str, dict[str, Any]] = {
     "one": {},
     "ddp": {"ddp_backend": "gloo"},
-    "fsdp2": {"ddp_backend": "gloo", "fsdp": "full_shard", "fsdp_config": FSDP2},
+    "fsdp2": {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": FSDP2},
     "zero3": {"deepspeed": ZERO3},
 }
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
