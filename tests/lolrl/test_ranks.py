@@ -148,9 +148,9 @@ def trl_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(ranks: int) -> Path:
         if ranks not in known:
             known[ranks] = tmp_path_factory.mktemp(f"trl{ranks}")
-            options = [*LAUNCHERS["torchrun"][:-1], str(ranks)] if ranks > 1 else []
-            engines = ENGINES if ranks > 1 else ["one"]
-            cases = [f"{method}-{engine}" for engine in engines for method in METHODS]
+            options = [*LAUNCHERS["torchrun"][:-1], str(ranks)]
+            # First each rank trains by itself, before there is a process group.
+            cases = [f"{method}-{engine}" for engine in ("one", *ENGINES) for method in METHODS]
             launch(options, "tests.lolrl.trl_ranks_worker", str(known[ranks]), *cases)
         return known[ranks]
 
@@ -164,7 +164,7 @@ def test_trls_trainers_on_ranks_equal_one(
     method: str, engine: str, ranks: int, trl_runs: Any
 ) -> None:
     """Parameters and log lines; under FSDP2 and ZeRO-3 every parameter is in shards."""
-    (one,) = outcome(trl_runs(1) / f"{method}-one", 1)
+    (one,) = outcome(trl_runs(ranks) / f"{method}-one", 1)
     found = outcome(trl_runs(ranks) / f"{method}-{engine}", ranks)
     narrow = engine == "zero3"  # in float32
     for name, value in one["parameters"].items():

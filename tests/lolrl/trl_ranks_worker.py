@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": FSDP2},
     "zero3": {"deepspeed": ZERO3},
 }
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -55,7 +57,15 @@ def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def train(folder: Path, method: str, engine: str) -> None:
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Nothing tells accelerate of the other ranks."""
+    hidden = {name: os.environ.pop(name) for name in TORCHRUN}
+    yield
+    os.environ.update(hidden)
+
+
+def train(folder: Path, rank: int, method: str, engine: str) -> None:
     """Trains for some steps, and writes the whole parameters and the lines of the log."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -75,6 +85,7 @@ def train(folder: Path, method: str, engine: str) -> None:
         "lora": (trl.SFTTrainer, trl.SFTConfig),
         "dpo": (trl.DPOTrainer, trl.DPOConfig),
     }[method]
+    world = 1 if engine == "one" else int(os.environ["WORLD_SIZE"])
     made = trainer(
         model=make_llama(len(tokenizer), dtype=dtype),
         args=config(
@@ -84,7 +95,7 @@ def train(folder: Path, method: str, engine: str) -> None:
             report_to="none",
             disable_tqdm=True,
             gradient_checkpointing=False,
-            per_device_train_batch_size=ROWS // int(os.environ.get("WORLD_SIZE", "1")),
+            per_device_train_batch_size=ROWS // world,
             learning_rate=3e-3,
             adam_epsilon=1e-5,  # else gradients that are rounding alone move weights
             logging_steps=1,
@@ -98,6 +109,7 @@ def train(folder: Path, method: str, engine: str) -> None:
         **given,
     )
     made.train()
+    assert made.accelerator.num_processes == world
     model = made.accelerator.unwrap_model(made.model)
     parameters = dict(model.named_parameters())
     sharded = {
@@ -115,7 +127,6 @@ def train(folder: Path, method: str, engine: str) -> None:
         state = {n: p.detach().contiguous() for n, p in whole.items()}
         files = folder / f"{method}-{engine}"
         files.mkdir(exist_ok=True)
-        rank = made.args.process_index
         save_file(state, files / f"rank{rank}.safetensors")
     lines = [line for line in made.state.log_history if "grad_norm" in line]
     (files / f"rank{rank}.json").write_text(json.dumps(lines))
@@ -124,7 +135,7 @@ def train(folder: Path, method: str, engine: str) -> None:
 def main(folder: Path, *cases: str) -> None:
     torch.set_num_threads(1)
     shard_on_a_cpu()
-    rows, own = 0, lk.linear_logprob
+    rows, own, rank = 0, lk.linear_logprob, int(os.environ["RANK"])
 
     def counted(hidden: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal rows
@@ -135,7 +146,9 @@ def main(folder: Path, *cases: str) -> None:
     with use_lolkernels():
         for case in cases:
             before = rows
-            train(folder, *case.split("-"))
+            method, engine = case.split("-")
+            with alone() if engine == "one" else contextlib.nullcontext():
+                train(folder, rank, method, engine)
             assert rows > before, "TRL's own kernel ran"
     if torch.distributed.is_initialized():
         # A rank that exits while another still talks to it may abort in gloo's threads.
