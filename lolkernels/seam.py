@@ -148,6 +148,7 @@ def fit(given: Tensor, made: Tensor) -> LogitMap:
 def exact_logits(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """x W^T + b twice: in the weight's dtype, and in float64 from the same operands."""
     hidden, weight, bias, low_rank = operands(linear, hidden)
+    weight, bias = _whole(weight), _whole(bias)
     wide = _wide(hidden, at_most=True)
     plain = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
     logits = _product(hidden.to(wide), weight)
@@ -162,6 +163,11 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x; the weight is widened a few rows at a time."""
     blocks = torch.split(weight, ROWS)
     return torch.cat([nn.functional.linear(x, block.to(x.dtype)) for block in blocks], -1)
+
+
+def _whole(t: Any) -> Any:
+    """What stays a DTensor inside the head's forward, as under tensor parallelism, of all ranks."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def compare(

@@ -119,7 +119,11 @@ class SavingTrainer(Trainer):
         fresh, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
         if self.args.should_save:
             shutil.rmtree(fresh, ignore_errors=True)
-        self.save_model(str(fresh), _internal_call=True)
+        if self.is_fsdp_enabled:
+            # The base class writes no model where checkpoints are in shards, FSDP2's default.
+            self._save(str(fresh), self.accelerator.get_state_dict(self.model))
+        else:
+            self.save_model(str(fresh), _internal_call=True)
         if self.args.should_save:
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():

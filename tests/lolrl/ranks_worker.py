@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from lolrl.annotate import annotate
 from lolrl.config import AnnotateConfig
@@ -18,10 +21,27 @@ from lolrl.trainer import LoLTrainer
 from tests.lolrl.toys import make_config, make_llama, make_rows, make_tokenizer
 
 
+def shard_on_a_cpu() -> None:
+    """accelerate drops FSDP without a word where there is no accelerator: it is told of it here."""
+    began = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        began(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
 def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
     torch.set_num_threads(1)
     zero = "ACCELERATE_USE_DEEPSPEED" in os.environ  # which has no float64
     dtype = torch.float32 if zero else torch.float64
+    fsdp = "ACCELERATE_USE_FSDP" in os.environ
+    if fsdp:
+        shard_on_a_cpu()
     tokenizer = make_tokenizer()
     reference = make_llama(len(tokenizer), dtype=dtype)
     rows = annotate(
@@ -40,6 +60,7 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
             logging_steps=3,
             save_strategy="steps",
             save_steps=4,
+            save_best_and_last=True,
             learning_rate=3e-3,
             ddp_backend="gloo" if "RANK" in os.environ else None,
         ),
@@ -54,8 +75,11 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
 
         assert not any(p.numel() for p in trainer.model.parameters())
         gathered = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
+    parameters = dict(trainer.model.named_parameters())
+    assert not fsdp or all(isinstance(p, DTensor) for p in parameters.values())
     with gathered:
-        state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
+        whole = {n: p.full_tensor() if fsdp else p for n, p in parameters.items()}
+        state = {n: p.detach().contiguous() for n, p in whole.items()}
         save_file(state, folder / f"rank{rank}.safetensors")
     lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
     (folder / f"rank{rank}.json").write_text(json.dumps(lines))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lolkernels as lk
 from tests.lolrl.toys import make_llama
-from tests.ranks.harness import close, scenario
+from tests.ranks.harness import close, raises, scenario
 from tests.ranks.vocabulary import F64
 
 VOCAB, ROWS, LENGTH, STEPS = 67, 8, 12, 20
@@ -311,14 +312,98 @@ def tensor_parallel_by_transformers() -> None:
     dist.barrier()
     model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=F64)
     assert model.lm_head.weight.to_local().shape[0] in (VOCAB // 2, VOCAB - VOCAB // 2)
-    # What it is compared with multiplies a plain tensor with a DTensor.
-    lk.fuse_lm_head(model, check=False)
+    lk.fuse_lm_head(model)
     found = []
     for m in (model, alone):
         loss = in_two_steps(m, update(0), (ROWS, 1)) + fused(m, update(3), (ROWS, 1))
         loss.backward()
         found.append({"loss": loss, **state(m, lambda p: p.grad)})
     close(*found, 1e-10)
+    spoilt(lk.fuse_lm_head(model))
+    raises(lambda: fused(model, update(0), (ROWS, 1)), "head's output differs from x W^T")
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+def adapted(target_modules: list[str]) -> Any:
+    """LoRA whose B is not zero; all else is frozen."""
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+    return peft.get_peft_model(build(False), config).to(F64)
+
+
+@scenario(2)
+def lora() -> None:
+    """Adapters in the body and on the head, under DDP and FSDP2."""
+    for targets in (["q_proj", "v_proj"], ["q_proj", "lm_head"]):
+        alone = lk.fuse_lm_head(adapted(targets))
+        start = {k: v.clone() for k, v in state(alone).items()}
+        train(alone, range(STEPS))
+        want = state(alone)
+        for name, p in alone.named_parameters():
+            assert p.requires_grad != torch.equal(want[name], start[name]), name
+        model = DistributedDataParallel(lk.fuse_lm_head(adapted(targets)))
+        train(model, range(STEPS), **ranks())
+        equal(model, want)
+        for own_head in (True, False):
+            model = adapted(targets)
+            shard(model.get_base_model(), everyone(), own_head=own_head)
+            fully_shard(model, mesh=everyone())
+            train(lk.fuse_lm_head(model), range(STEPS), **ranks())
+            equal(model, want)
+
+
+# --- the comparison with the model's own logits ---------------------------------------------------
+
+
+def spoilt(model: Any) -> Any:
+    """Its head's output is not x W^T."""
+    model.lm_head.register_forward_hook(lambda head, inputs, out: out * 1.01)
+    return model
+
+
+def refused_at_the_first_call(model: Any, wrapped: Any = None) -> None:
+    """Fused without a word, as its weights are in shards; each scoring call refuses it then."""
+    rows = {k: t.chunk(dist.get_world_size())[dist.get_rank()] for k, t in update(0).items()}
+    for _ in range(2):
+        raises(lambda: fused(wrapped or model, rows, (ROWS, 1)), "head's output differs from x W^T")
+    logits = model(rows["input_ids"]).logits  # without completion_mask it is what it was
+    assert logits.shape == (ROWS // dist.get_world_size(), LENGTH, VOCAB)
+
+
+@scenario(2)
+def fsdp2_checks_at_the_first_call() -> None:
+    """The head in a unit of its own, in the root's, tied; sharded before and after fusing, with
+    values or on the meta device."""
+    for tied, own_head in ((False, True), (True, False), (False, False)):
+        model = spoilt(shard(build(tied), everyone(), own_head=own_head))
+        refused_at_the_first_call(lk.fuse_lm_head(model))
+    for fused_first in (False, True):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(build(False).config).to(F64)
+        if fused_first:
+            lk.fuse_lm_head(model)
+        shard(model, everyone(), own_head=True)
+        if not fused_first:
+            lk.fuse_lm_head(model)
+        model.to_empty(device="cpu")
+        filled(model)
+        rows = {k: t.chunk(2)[dist.get_rank()] for k, t in update(0).items()}
+        assert fused(model, rows, (ROWS, 1)).isfinite()
+        refused_at_the_first_call(spoilt(lk.fuse_lm_head(model)))
+    # One that was compared before it was sharded is compared again: other ranks may not have been.
+    refused_at_the_first_call(spoilt(shard(lk.fuse_lm_head(build()), everyone())))
+
+
+def filled(model: Any) -> None:
+    """The values of a model that was on the meta device."""
+    source = build(False)
+    values = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(values[name], p.device_mesh, p.placements))
+    model.model.rotary_emb = source.model.rotary_emb
 
 
 # --- torch.compile --------------------------------------------------------------------------------
@@ -373,23 +458,24 @@ def compiled_run(loss: Any, wrap: Any, *, compile_it: bool) -> dict[str, Tensor]
 # --- ZeRO-3 ---------------------------------------------------------------------------------------
 
 
-@scenario(*((2,) if find_spec("deepspeed") else ()))
-def zero3() -> None:
-    """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
-    import deepspeed
-
-    config = {
+def zero3_config() -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "gradient_clipping": 0.0,  # 1.0 where nothing is said
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3() -> None:
+    """In float32, the widest that it takes; fused before, after, or partitioned from birth."""
+    import deepspeed
+
+    config = zero3_config()
     for tied, moments in ((True, ["born"]), (False, ["before", "after"])):
-        alone = lk.fuse_lm_head(build(tied).float())
-        start = {k: v.clone() for k, v in state(alone).items()}
-        train(alone, range(STEPS), optimizer=torch.optim.SGD(alone.parameters(), lr=1e-3))
-        want = state(alone)
+        want = moved_alone(build(tied).float())
         for moment in moments:
             model = build(tied).float()
             if moment == "before":
@@ -397,17 +483,59 @@ def zero3() -> None:
             elif moment == "born":
                 deepspeed.zero.Init(module=model, config_dict_or_path=config)
                 lk.fuse_lm_head(model)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-            assert engine.module.lm_head.weight.numel() == 0
-            lk.fuse_lm_head(engine.module)
-            for step in range(STEPS):
-                whole = update(step)
-                totals = ROWS, int(whole["completion_mask"].sum())
-                rows = {k: t.chunk(engine.world_size)[dist.get_rank()] for k, t in whole.items()}
-                engine.backward(fused(engine, rows, totals) * engine.world_size)
-                engine.step()
-            with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-                moved = {k: v - start[k] for k, v in state(engine.module).items()}
-            close(moved, {k: v - start[k] for k, v in want.items()}, 1e-3)
-            engine.destroy()
+            moved_by_zero3(model, want)
+
+
+def moved_alone(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Where the training of one process starts, and how far each trained parameter goes."""
+    lk.fuse_lm_head(model)
+    start = {k: v.clone() for k, v in state(model).items()}
+    train(model, range(STEPS), optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
+    return start, {k: v - start[k] for k, v in state(model).items()}
+
+
+def moved_by_zero3(model: Any, want: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    import deepspeed
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3_config())
+    assert not any(p.numel() for p in engine.module.parameters())
+    lk.fuse_lm_head(engine.module)
+    for step in range(STEPS):
+        whole = update(step)
+        totals = ROWS, int(whole["completion_mask"].sum())
+        rows = {k: t.chunk(engine.world_size)[dist.get_rank()] for k, t in whole.items()}
+        engine.backward(fused(engine, rows, totals) * engine.world_size)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        moved = {k: v - want[0][k] for k, v in state(engine.module).items()}
+    close(moved, want[1], 1e-3)
+    engine.destroy()
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3_lora() -> None:
+    for targets in (["q_proj", "v_proj"], ["q_proj", "lm_head"]):
+        moved_by_zero3(adapted(targets).float(), moved_alone(adapted(targets).float()))
+
+
+@scenario(*((2,) if find_spec("deepspeed") else ()))
+def zero3_checks_at_the_first_call() -> None:
+    """Fused partitioned from birth, before and after the engine; a right model is not refused."""
+    import deepspeed
+
+    for moment in ("born", "before", "after"):
+        model = build(False).float()
+        if moment == "born":
+            deepspeed.zero.Init(module=model, config_dict_or_path=zero3_config())
+        if moment != "after":
+            lk.fuse_lm_head(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3_config())
+        rows = {k: t.chunk(2)[dist.get_rank()] for k, t in update(0).items()}
+        if moment == "after":
+            lk.fuse_lm_head(model)
+            assert fused(engine, rows, (ROWS, 1)).isfinite()
+            lk.fuse_lm_head(model)
+        refused_at_the_first_call(spoilt(model), engine)
+        engine.destroy()
