@@ -100,7 +100,9 @@ def judge_outputs(out: Any, truth: Any, dtype: torch.dtype) -> tuple[float, int]
     return offs["logps"] / scale, canaries
 
 
-def rounded_sizes(sizes: dict[str, float], problem: Problem, tiny: float = 0.0) -> dict[str, float]:
+def rounded_sizes(
+    sizes: dict[str, Tensor], problem: Problem, tiny: float = 0.0
+) -> dict[str, Tensor]:
     """Sizes (see gradient_sizes) for a walk that rounds the gradients of the logits.
 
     Over whole rows they are rounded to the dtype of half-precision operands: an error of half a

@@ -221,7 +221,9 @@ def logprob_faults(logps: Tensor, truth: Tensor, lengths: list[int] | None = Non
     return faults
 
 
-def gradient_faults(grad: Tensor, baseline: Tensor, truth: Tensor, size: float = 0.0) -> list[str]:
+def gradient_faults(
+    grad: Tensor, baseline: Tensor, truth: Tensor, size: Tensor | float = 0.0
+) -> list[str]:
     """Largest error, each element's error, length along the truth, and direction by row blocks.
 
     With everything scaled so that the truth's largest entry is one: the error is at most twice the
@@ -229,8 +231,10 @@ def gradient_faults(grad: Tensor, baseline: Tensor, truth: Tensor, size: float =
     component along the truth is one within ``GRADIENT_TOL``; and 1 - cosine, of the whole and of
     eight row blocks, at most 1e-6 plus twice that of the baseline and of the rounded truth.
 
-    ``size`` is the largest entry before terms cancel (see :func:`gradient_sizes`). A gradient that
-    nearly vanishes, because p is near one, is known to ``STATISTICS_TOL`` of that size only.
+    ``size`` is the gradient before terms cancel (see :func:`gradient_sizes`), or its largest entry.
+    A gradient that nearly vanishes, because p is near one, is known to ``STATISTICS_TOL`` of that
+    size only: an entry to that of the largest one, the length along the truth to what the errors
+    of all entries add up to at worst.
     """
     if grad.shape != truth.shape:
         return [f"shape {tuple(grad.shape)} instead of {tuple(truth.shape)}"]
@@ -239,11 +243,12 @@ def gradient_faults(grad: Tensor, baseline: Tensor, truth: Tensor, size: float =
     if not bool(grad.isfinite().all()):
         return ["not finite"]
     dtype, top = grad.dtype, float(truth.abs().max())
-    known = STATISTICS_TOL[dtype] * max(size, top)
+    unknown = _unknown(grad, truth, size)  # of each entry
+    known = float(unknown.max())
     if top <= 1e-3 * known:  # an exact zero, or the truth's own rounding
         return [] if float(grad.abs().max()) <= known else ["not zero"]
     g, e, t = (x.detach().double() / top for x in (grad, baseline, truth))
-    known /= top
+    known, unknown = known / top, unknown / top
     faults = []
     error, peer, tol = (g - t).abs(), (e - t).abs(), GRADIENT_TOL[dtype]
     low = t.to(dtype)
@@ -253,7 +258,7 @@ def gradient_faults(grad: Tensor, baseline: Tensor, truth: Tensor, size: float =
     if not bool((error <= peer + tol + known).all()):
         faults.append(f"an element off by {float((error - peer).max()):.2e} more than eager")
     rounded = (t * top).to(dtype).double() / top  # float16 has few digits below 6e-5
-    along, bound = _stretch(g, t), tol + known * t.numel() ** 0.5 / float(t.norm())
+    along, bound = _stretch(g, t), tol + float((unknown * t.abs()).sum() / (t * t).sum())
     bound += 2 * abs(_stretch(rounded, t))
     if not abs(along) <= bound:
         faults.append(f"length along the truth off by {along:.2e}, bound {bound:.0e}")
@@ -270,8 +275,8 @@ def gradient_faults(grad: Tensor, baseline: Tensor, truth: Tensor, size: float =
     return faults
 
 
-def gradient_sizes(problem: Problem, upstream: dict[str, Tensor]) -> dict[str, float]:
-    """The largest entry of each gradient if none of its terms cancelled.
+def gradient_sizes(problem: Problem, upstream: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each gradient if none of its terms cancelled.
 
     ``upstream`` holds the gradients (N,) of logps, lse and entropy: dz_v is a sum of g_logp
     ([v = y] - p_v), g_lse p_v and g_entropy p_v (E[z] - z_v); here every term counts as positive.
@@ -291,13 +296,13 @@ def gradient_sizes(problem: Problem, upstream: dict[str, Tensor]) -> dict[str, f
             mean = (probability * z).sum(1, keepdim=True).abs()
             dz += g * probability * (z.abs() + mean)
     dz *= p.logit_scale / p.temperature
-    if not dz.numel():
-        return {"hidden": 0.0, "weight": 0.0, "bias": 0.0}
-    return {
-        "hidden": float((dz @ p.weight.abs()).max()),
-        "weight": float((dz.T @ p.hidden.abs()).max()),
-        "bias": float(dz.sum(0).max()),
-    }
+    return {"hidden": dz @ p.weight.abs(), "weight": dz.T @ p.hidden.abs(), "bias": dz.sum(0)}
+
+
+def _unknown(grad: Tensor, truth: Tensor, size: Tensor | float) -> Tensor:
+    """What float32 statistics leave open of each entry; where ``size`` is one number, of all."""
+    size = torch.as_tensor(size, dtype=torch.float64, device=truth.device)
+    return STATISTICS_TOL[grad.dtype] * size.clamp(min=float(truth.abs().max()))
 
 
 def _row_blocks(n: int) -> Iterator[slice]:
@@ -355,10 +360,12 @@ def accept_logprobs(logps: Tensor, truth: Tensor, lengths: list[int] | None = No
     )
 
 
-def accept_gradient(grad: Tensor, baseline: Tensor, truth: Tensor, size: float = 0.0) -> int:
+def accept_gradient(
+    grad: Tensor, baseline: Tensor, truth: Tensor, size: Tensor | float = 0.0
+) -> int:
     """:func:`accept` with :func:`gradient_faults`."""
     top = float(truth.abs().max()) if truth.numel() else 0.0
-    known = STATISTICS_TOL[grad.dtype] * max(size, top)
+    known = float(_unknown(grad, truth, size).max()) if truth.numel() else 0.0
     return accept(
         lambda x: gradient_faults(x, baseline, truth, size),
         grad.detach(),

@@ -102,6 +102,20 @@ def test_a_gradient_that_cancels_is_known_to_a_share_of_its_size() -> None:
     assert judges.gradient_faults(torch.full((4, 4), 1e-3), zero.float(), zero, size=1.0)
 
 
+def test_entries_that_cancel_hide_no_wrong_length() -> None:
+    truth = torch.ones(400, 4, dtype=torch.float64)
+    sizes = torch.ones(400, 4, dtype=torch.float64)
+    sizes[7, 2] = 4e3  # this one's terms cancel
+    good, eager = truth.float(), 1.1 * truth
+    off = good.clone()
+    off[7, 2] += 1e-2
+    assert judges.accept_gradient(off, eager, truth, sizes) == 1  # equal rows cannot be rolled
+    for wrong in (1.02 * good, 1.0001 * good):
+        faults = judges.gradient_faults(wrong, eager, truth, sizes)
+        assert any("length along the truth" in f for f in faults)
+    assert judges.gradient_faults(1.02 * good, eager, truth, 4e3) == []
+
+
 def test_gradient_sizes_bound_the_gradients() -> None:
     p = peaky(12, 8, 50, bias=True, temperature=0.7).double()
     upstream = {name: torch.randn(12).double() for name in ("logps", "lse", "entropy")}
@@ -110,7 +124,8 @@ def test_gradient_sizes_bound_the_gradients() -> None:
     total = sum((out[name] * g).sum() for name, g in upstream.items())
     sizes = judges.gradient_sizes(p, upstream)
     for grad, size in zip(torch.autograd.grad(total, leaves), sizes.values(), strict=True):
-        assert 0 < float(grad.abs().max()) <= size
+        assert 0 < float(grad.abs().max()) <= float(size.max())
+        assert bool((grad.abs() <= size).all())
 
 
 # --- canaries -------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
         assert value.dtype == dtype and bool((value[~keep] == 0).all())
     worst, canaries = judge_outputs(out._make(t[keep] for t in out), truth, dtype)
     kept = replace(problem, hidden=problem.hidden[keep], labels=problem.labels[keep])
-    sizes = judges.gradient_sizes(kept, {name: g[keep] for name, g in drawn.upstream.items()})
+    sizes = judges.gradient_sizes(problem, {name: g * keep for name, g in drawn.upstream.items()})
     if not TABLE[backend].panels:
         sizes = rounded_sizes(sizes, kept)
     for name, grad, peer, true in zip(leaves, grads, peer_grads, true_grads, strict=True):

@@ -167,20 +167,20 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     assert float((seq_off / seq_size).max()) <= atol * 60, "seq_loss"
 
     sizes = judges.gradient_sizes(problem, {"logps": true["coef"]})
+    # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
+    longest = max(1, int(seq.lengths.max()))
+    more = {name: (math.sqrt(longest) - 1) * size for name, size in sizes.items()}
     if not TABLE[backend].panels:
         weights = objectives.reduction_weights(seq, drawn.reduction)
         # Of float16 in units of the largest weight, half its smallest number.
         half = problem.hidden.dtype == torch.float16
         tiny = half * 2.0**-25 * abs(drawn.upstream) * float(weights.max())
         sizes = rounded_sizes(sizes, problem, tiny)
-    # The coefficient itself holds exp(sum of log-ratios), known to an error per token of each.
-    longest = max(1, int(seq.lengths.max()))
     for name, grad in zip(trainable, grads, strict=True):
         assert grad.dtype == trainable[name].dtype
         try:
-            canaries += judges.accept_gradient(
-                grad, peer[name], true[name], sizes[name] * math.sqrt(longest)
-            )
+            size = sizes[name] + more[name]
+            canaries += judges.accept_gradient(grad, peer[name], true[name], size)
         except AssertionError as error:
             raise AssertionError(f"d{name} of {drawn.objective.__name__}: {error}") from None
     return off / max(1e-3, abs(true["loss"].item())), canaries

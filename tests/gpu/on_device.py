@@ -108,13 +108,13 @@ def score(p: Problem, **options: Any) -> lk.LogprobOutput:
     return lk.linear_logprob(p.hidden, p.weight, p.labels, bias=p.bias, **p.options, **options)
 
 
-def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: float = 0.0) -> None:
+def accept_gradient(grad: Tensor, peer: Tensor, truth: Tensor, size: Tensor | float = 0.0) -> None:
     """:func:`judges.accept_gradient`, for a large gradient without its canaries.
 
     A dry run is content with less in bfloat16, which Triton's interpreter cuts off.
     """
     if not ON_GPU and grad.dtype == torch.bfloat16:
-        top = max(float(truth.abs().max()), 1e-3 * size)
+        top = max(float(truth.abs().max()), 1e-3 * float(torch.as_tensor(size).max()))
         assert float((grad.double() - truth).abs().max()) <= 0.03 * top
     elif grad.numel() > 2**24:
         faults = judges.gradient_faults(grad, peer, truth, size)
