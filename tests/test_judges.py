@@ -174,6 +174,13 @@ def test_placed_tensors_are_equal_and_surrounded(shape, layout, dtype) -> None:
     zones.check()
 
 
+def test_layouts_differ_in_their_strides() -> None:
+    strides = {
+        layout: RedZones().place("x", torch.zeros(4, 6), layout).stride() for layout in LAYOUTS
+    }
+    assert strides == {"plain": (6, 1), "offset": (13, 1), "sliced": (12, 2), "transposed": (1, 4)}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_stray_write_is_found(layout: str) -> None:
     for where in ("before", "behind", "inside"):

@@ -136,6 +136,26 @@ def test_half_precision_gradients_over_fp32_logits(
         assert equal_bits(buffer[0], before[0]) and equal_bits(buffer[-1], before[-1])
 
 
+@each_kernel
+@each_v
+def test_a_bias_is_added_to_the_logits(v: int, backend: str) -> None:
+    module = TABLE[backend]
+    if backend == "cpu":
+        pytest.skip("on a CPU the bias stands in the panels already")
+    for seed, options in enumerate(OPTIONS):
+        logits, labels, abc = rows_of(v, torch.float32, seed)
+        x, y, bias = logits.to(DEVICE), labels.to(DEVICE), torch.randn(v, device=DEVICE)
+        whole, given = x + bias, [t.to(DEVICE) for t in abc]
+        same(module.sums(x, y, bias=bias, **options), module.sums(whole, y, **options))
+        lse = row_stats(module, whole, y, **options)[1]
+        want = module.dlogits_(whole.clone(), y, lse, *given, **options)
+        same([module.dlogits_(x.clone(), y, lse, *given, bias=bias, **options)], [want])
+        same(
+            [*module.exps_(x, y, bias=bias, **options), x],
+            [*module.exps_(whole, y, **options), whole],
+        )
+
+
 FAMILY = {
     "no ratio": {"ratio": 0, "log_low": -60.0, "log_high": 60.0},
     "sequence": {"ratio": 1, "log_low": -0.5, "log_high": 0.6},
