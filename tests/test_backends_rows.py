@@ -300,7 +300,9 @@ def test_the_error_does_not_grow_with_the_vocabulary(v: int, backend: ModuleType
     for shift in (0.0, 100.0):
         x = torch.randn(4, v) * 3 + shift
         labels = torch.randint(v, (4,))
-        sums = Exps(*(t.double() for t in backend.sums(x, labels)))
+        sums = backend.sums(x, labels)
+        if backend is cpu:  # whose walk makes its statistics in float64
+            sums = Exps(*(t.double() for t in sums))
         stats = [t.float().double() for t in four(statistics(sums))]
         truth = true_stats(x, labels)
         ulp = 2.0**-18 if shift else 2.0**-20  # half a unit of a float32 of this size
