@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_backends_rows as rows
@@ -40,7 +41,7 @@ def _offset(x: Tensor, dtype: torch.dtype) -> int:
     return x.storage_offset() * x.element_size() // dtype.itemsize
 
 
-def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
+def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: Any) -> None:
     """Statistics, then the gradient in place, into each dtype, and over the logits themselves."""
     x = zoned((torch.randn(n, v) * 3).to(dtype))
     labels = torch.randint(v, (n,))
@@ -78,7 +79,7 @@ def check_rows(host: Host, n: int, v: int, dtype: torch.dtype, **options: float)
     assert x.intact()
 
 
-def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: float) -> None:
+def check_exps(host: Host, n: int, v: int, dtype: torch.dtype, **options: Any) -> None:
     """Into each dtype, in place and over the logits; one row stands out of its anchor's reach."""
     for out_dtype, over in [(d, over) for d in HALF for over in (False, True)]:
         if over and out_dtype != dtype and out_dtype.itemsize >= dtype.itemsize:
@@ -210,8 +211,13 @@ def fuzz(library: Path, seeds: int) -> None:
         for seed in range(seeds):
             torch.manual_seed(seed)
             n, v, dtype = 1 + seed % 3, rows.draw(WIDTHS[:-1]), rows.draw(HALF)
-            check_rows(host, n, v, dtype, **rows.draw(rows.OPTIONS))
-            check_exps(host, n, v, dtype, **rows.draw(rows.OPTIONS))
+
+            def with_bias(seed: int = seed, v: int = v) -> dict[str, Any]:
+                # Where fuzz_case has none.
+                return rows.with_bias(rows.draw(rows.OPTIONS), host, v, seed + 1)
+
+            check_rows(host, n, v, dtype, **with_bias())
+            check_exps(host, n, v, dtype, **with_bias())
             rows.fuzz_case(host, seed)
             rows.fuzz_exps(host, seed)
         for ratio in (0, 1, 2):
