@@ -97,20 +97,25 @@ def fused_head(
 ) -> Any:
     """The head's result without logits; reads its :func:`operands`."""
     hidden, weight, bias, low_rank = operands(linear, hidden)
-    options["low_rank"] = low_rank
+    own: dict[str, Any] = {"bias": bias, "low_rank": low_rank}
     if main_grad and torch.is_grad_enabled():
-        options["accumulate_into"] = getattr(weight, "main_grad", None)
-        if options["accumulate_into"] is None:
+        own["accumulate_into"] = getattr(weight, "main_grad", None)
+        if own["accumulate_into"] is None:
             raise ValueError(
                 "the head's weight has no main_grad: give it one, such as torch.zeros_like(weight, "
                 "dtype=torch.float32), or leave main_grad out"
             )
+    for name in own.keys() & options.keys():
+        raise TypeError(
+            f"{name} is the head's own: leave it out, or call linear_logprob or linear_loss with "
+            "the head's weight"
+        )
     if objective is None:
-        return linear_logprob(hidden, weight, labels, bias=bias, **options)
+        return linear_logprob(hidden, weight, labels, **own, **options)
     if seq is None:
         raise ValueError("seq is missing: an objective needs to know the sequences")
     return linear_loss(
-        objective, hidden, weight, labels, seq, bias=bias, return_outputs=True, **options
+        objective, hidden, weight, labels, seq, return_outputs=True, **own, **options
     )
 
 

@@ -115,7 +115,7 @@ def linear_logprob(
     grad = torch.is_grad_enabled()
     if accumulate_into is not None and grad:
         checks.accumulator(accumulate_into, weight)
-    checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias)
+    checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias, up=up)
     name = backends.pick(backend, hidden.device, accumulation_dtype(hidden, weight))
     keep = labels != IGNORED
     if mask is not None:

@@ -136,7 +136,7 @@ def linear_loss(
         raise ValueError(f"seq is on {seq.device} but hidden is on {hidden.device}: seq.to(device)")
     scaling = checks.scaling(temperature, softcap, logit_scale)
     memory_budget = checks.budget(memory_budget)
-    checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias)
+    checks.no_forward_mode(hidden=hidden, weight=weight, bias=bias, up=up)
     grad = torch.is_grad_enabled()
     if accumulate_into is not None and grad:
         checks.accumulator(accumulate_into, weight)

@@ -452,7 +452,9 @@ def test_every_pair_of_dtypes_works_forward_and_backward(
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["linear_logprob", "logprob", "linear_loss", "side input"])
+@pytest.mark.parametrize(
+    "which", ["linear_logprob", "logprob", "linear_loss", "side input", "low rank"]
+)
 def test_forward_mode_raises_instead_of_giving_zero(which: str) -> None:
     h, w, labels = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, 1])
     seq, ref = lk.Sequences.from_lengths([3, 1]), -torch.ones(4)
@@ -464,6 +466,9 @@ def test_forward_mode_raises_instead_of_giving_zero(which: str) -> None:
             return lk.logprob(x @ w.T, labels).logps
         if which == "linear_loss":
             return lk.linear_loss(objectives.nll, x, w, labels, seq)
+        if which == "low rank":
+            both = torch.ones(4, 1), x.sum() * torch.ones(7, 1)
+            return lk.linear_logprob(h, w, labels, low_rank=both).logps
         side = {"ref_logps": ref * x.square().sum(), "advantages": torch.ones(2)}
         return lk.linear_loss(objectives.a_lol, h, w, labels, seq, **side)
 

@@ -153,6 +153,18 @@ def test_padding_side_and_batch_do_not_change_a_score() -> None:
         assert float((scores[0] - other).abs().max()) <= 1e-10
 
 
+@pytest.mark.parametrize("name", ["bias", "low_rank", "accumulate_into"])
+def test_what_a_head_brings_itself_is_not_taken_from_the_caller(name: str) -> None:
+    """The caller's would be lost without a word."""
+    linear = torch.nn.Linear(4, 9)
+    linear.weight.main_grad = torch.zeros(9, 4)
+    head, hidden, labels = lk.LogprobHead(linear), torch.randn(3, 4), torch.arange(3)
+    given = {name: (torch.zeros(3, 2), torch.zeros(9, 2)), "main_grad": True}
+    for more in ({}, {"seq": lk.Sequences.from_lengths([3]), "objective": objectives.nll}):
+        with pytest.raises(TypeError, match=f"{name} is the head's own"):
+            head(hidden, labels, **given, **more)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_backend_and_the_budget_are_passed_on(
     backend: str, monkeypatch: pytest.MonkeyPatch
