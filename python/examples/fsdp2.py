@@ -10,6 +10,7 @@ Without a model a tiny one is made up; the rows are random tokens in either case
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,7 @@ def main() -> None:
         # Any number of ranks can load it again, with dcp.load.
         dcp.save({"model": get_state_dict(model, [])[0]}, checkpoint_id=args.save)
     dist.barrier()
+    time.sleep(0.2)  # gloo's threads drop their tensors: while Python ends that would abort
     dist.destroy_process_group()
 
 

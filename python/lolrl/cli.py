@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -157,14 +158,20 @@ def _run(args: argparse.Namespace) -> int:
     function = getattr(commands, f"run_{args.verb}")
     for line in function(merge(args)):
         print(line)
-    _leave()
+    leave()
     return 0
 
 
-def _leave() -> None:
-    """Ends the process group of several ranks: one that exits while another talks to it aborts."""
+def leave() -> None:
+    """Ends the process group of several ranks: one that exits while another talks to it aborts.
+
+    A thread of gloo's takes the GIL to drop a tensor after its collective has ended. Where the
+    interpreter ends meanwhile, the process aborts (torch 2.13; a sharded model keeps the group, and
+    so its threads, beyond destroy_process_group).
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()

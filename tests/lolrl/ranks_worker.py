@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from lolrl.annotate import annotate
+from lolrl.cli import leave
 from lolrl.config import AnnotateConfig
 from lolrl.trainer import LoLTrainer
 from tests.lolrl.toys import make_config, make_llama, make_rows, make_tokenizer
@@ -83,10 +84,7 @@ def main(folder: Path, size: int, steps: int, resume: str | None) -> None:
         save_file(state, folder / f"rank{rank}.safetensors")
     lines = [x for x in trainer.state.log_history if "ratio/mean" in x]
     (folder / f"rank{rank}.json").write_text(json.dumps(lines))
-    if torch.distributed.is_initialized():
-        # A rank that exits while another still talks to it may abort in gloo's threads.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import lolkernels as lk
+from lolrl.cli import leave
 from lolrl.trl import use_lolkernels
 from tests.lolrl.ranks_worker import shard_on_a_cpu
 from tests.lolrl.toys import make_llama, make_rows, make_tokenizer
@@ -150,10 +151,7 @@ def main(folder: Path, *cases: str) -> None:
             with alone() if engine == "one" else contextlib.nullcontext():
                 train(folder, rank, method, engine)
             assert rows > before, "TRL's own kernel ran"
-    if torch.distributed.is_initialized():
-        # A rank that exits while another still talks to it may abort in gloo's threads.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lolrl.cli import leave
 from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
 from tests.ranks.harness import SCENARIOS
 
@@ -37,9 +38,7 @@ def main(folder: Path, *names: str) -> None:
         dist.all_reduce(wrong)
         if wrong:
             break  # what the ranks say to each other no longer fits
-    # A rank that exits while another still talks to it may abort in gloo's threads.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
