@@ -13,7 +13,8 @@ from . import backends, checks, deferred, distributed
 from .backends.contract import Exps, RowStats
 from .backends.finish import at_label
 from .gemm import accumulation_dtype
-from .logprob import LogprobOutput, no_second_derivative, whole_labels
+from .linear import no_second_derivative
+from .logprob import LogprobOutput, whole_labels
 from .walk import Coefficients, Scaling
 
 

@@ -15,10 +15,8 @@ from torch.library import custom_op
 from . import backends, checks, deferred, distributed, objectives
 from .backends.contract import RowStats
 from .gemm import accumulation_dtype, ieee_fp32
-from .logprob import (
-    LogprobOutput,
+from .linear import (
     head_gradients,
-    linear_logprob,
     make_walk,
     new_kept,
     no_second_derivative,
@@ -27,6 +25,7 @@ from .logprob import (
     wanted,
     with_low_rank,
 )
+from .logprob import LogprobOutput, linear_logprob
 from .objectives import Objective, reduction_weights
 from .packing import longest_group, plan_blocks
 from .sequences import Sequences
