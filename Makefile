@@ -15,7 +15,7 @@ EXTENSION := lolkernels/_C.abi3.so
 # One worker a core. A file's tests stay together, since they share what is slow to make.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all lint format bench peers bench-train bench-scaling bench-compare plots
+.PHONY: demo demo-smollm2 test test-ci test-all lint format bench peers bench-train bench-scaling bench-compare plots
 .PHONY: card test-gpu bench-gpu gpu-bundle lock clean install
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,10 @@ demo-smollm2: install $(STAMPS)/smollm2
 
 test: install $(STAMPS)/engines
 	$(PYTEST) $(ARGS)
+
+# What CI runs beside `make test`: kernels compiled anew, engines launched, the card's script in a dry run.
+test-ci: install $(STAMPS)/engines
+	$(PYTEST) -m "ci and not slow" $(ARGS)
 
 test-all: install $(STAMPS)/engines
 	$(PYTEST) -m "slow or not slow" --hypothesis-profile=exhaustive $(ARGS)

@@ -125,6 +125,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.ci
 def test_a_fault_at_each_stage_costs_its_task_alone(
     runs: list[tuple[int, list[Any], str]],
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_fault_at_each_stage_costs_its_task_alone(
     assert "not equal" in page and "| test_some triton | 1 | 0 | 0 |" in page
 
 
+@pytest.mark.ci
 def test_the_page_says_where_and_what(runs: list[tuple[int, list[Any], str]]) -> None:
     _, lines, page = runs[0]
     (header,) = (x for x in lines if x["kind"] == "header")
@@ -169,6 +171,7 @@ def test_the_page_says_where_and_what(runs: list[tuple[int, list[Any], str]]) ->
     assert "object _CUDA" in page
 
 
+@pytest.mark.ci
 def test_the_same_command_does_what_is_left(runs: list[tuple[int, list[Any], str]]) -> None:
     code, lines, page = runs[1]
     before = [x for x in runs[0][1] if x["kind"] == "result" and not x.get("wrong")]

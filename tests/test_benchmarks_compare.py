@@ -98,6 +98,7 @@ def worktrees() -> set[str]:
 
 
 @needs_git
+@pytest.mark.ci
 @pytest.mark.compiled
 def test_a_version_agrees_with_itself_and_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str],

@@ -23,7 +23,7 @@ SEQUENCE_REGISTERS = 128  # two blocks of 256 threads on a processor, or four of
 # exps, dlogits, sequence_coef, finish, add_labels, merge_spans
 KERNELS = 56 + 44 + 3 + 3 + 9 + 1
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(NVCC is None, reason="needs nvcc")]
 
 
 class Kernel(NamedTuple):

@@ -245,6 +245,7 @@ def fuzz_sanitized(file: str, library: Path, seeds: int) -> None:
     assert done.stdout.strip() == "clean", done.stdout[-2000:] + done.stderr[-6000:]
 
 
+@pytest.mark.ci
 def test_under_the_sanitizers(tmp_path: Path) -> None:
     """Every tensor is a heap block of its own: past its borders AddressSanitizer sees it too."""
     library = compile_host(ROOT, tmp_path / "host.so", "-O1", *SANITIZE)

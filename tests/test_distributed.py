@@ -16,7 +16,11 @@ import lolkernels as lk
 from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
 from tests.ranks.harness import SCENARIOS
 
-CASES = [(n, name) for name, (_, worlds) in SCENARIOS.items() for n in worlds]
+CASES = [
+    pytest.param(n, name, marks=pytest.mark.ci if n > 2 else ())
+    for name, (_, worlds) in SCENARIOS.items()
+    for n in worlds
+]
 
 
 def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:

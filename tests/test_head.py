@@ -271,6 +271,17 @@ def test_packed_sequences_are_as_they_are_alone(
     )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_masks_keep_packed_sequences_apart() -> None:
+    """Of flex_attention, in eager torch and forward only: it has no backward on a CPU."""
+    model, inputs = build("llama"), batch(NO_LEFT_PADDING)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        want = lk.fuse_lm_head(model)(**inputs).logps
+        lk.unfuse_lm_head(model).set_attn_implementation("flex_attention")
+        got = lk.fuse_lm_head(model)(**packed(inputs)).logps
+    assert got.shape == want.shape and float((got - want).abs().max()) <= 1e-6
+
+
 RUNNING_ON = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **TOKENS},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},  # ALiBi

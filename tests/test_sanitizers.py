@@ -19,7 +19,10 @@ CXX = shutil.which("g++")
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-fno-omit-frame-pointer"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++ with its sanitizers")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(CXX is None, reason="needs g++ with its sanitizers"),
+]
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.lolrl.toys import parameters, reload
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.ci
 
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"]
