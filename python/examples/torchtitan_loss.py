@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 python/examples/torchtitan_loss.py
 
-For torchtitan 0.3.0: ``ALoLTrainer.Config(loss=LinearALoLLoss.Config(), ...)`` without a validator,
-and ``ref_logps`` and ``advantages`` beside ``input`` in what the data loader yields. A row of the
-batch is one sequence: no packing, no context, tensor or pipeline parallelism.
+For torchtitan 0.3.0: ``ALoLTrainer.Config(loss=LinearALoLLoss.Config(), ...)`` without a validator
+and with ``training.disable_cuda_graphs``, and ``ref_logps`` and ``advantages`` beside ``input`` in
+what the data loader yields. A row of the batch is one sequence: no packing, no context, tensor or
+pipeline parallelism.
 """
 
 import time
@@ -68,11 +69,14 @@ class LinearALoLLoss(ChunkedLossWrapper):
             ).loss
 
         # A call of the layer itself, since FSDP gathers its weight and reduces the gradient there.
+        own = vars(self.lm_head).pop("forward", None)  # torchtitan's, where it parallelizes
         self.lm_head.forward = forward
         try:
             return self.lm_head(pred), {}
         finally:
             del self.lm_head.forward
+            if own is not None:
+                self.lm_head.forward = own
 
 
 class ALoLTrainer(Trainer):
@@ -81,6 +85,12 @@ class ALoLTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         pass
+
+    def __init__(self, config: Config) -> None:
+        for kind in ("context", "tensor", "pipeline"):  # these split sequences, or the head
+            if getattr(config.parallelism, f"{kind}_parallel_degree") > 1:
+                raise ValueError(f"{kind}_parallel_degree > 1 is not supported by this loss")
+        super().__init__(config)
 
     def _forward_backward_body(
         self,
