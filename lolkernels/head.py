@@ -206,7 +206,7 @@ def check_linear(linear: Any) -> None:
     problem = None
     if not weight.is_floating_point():
         problem = f"its weight is {weight.dtype}: dequantise it"
-    elif type(linear).forward is not nn.Linear.forward and is_materialised(weight):
+    elif type(linear).forward is not nn.Linear.forward:
         problem = _unlike_a_linear_layer(linear, weight)
     if problem is not None:
         raise TypeError(
@@ -238,6 +238,12 @@ def _beneath(layer: Any) -> Any:
 
 def _unlike_a_linear_layer(linear: nn.Module, weight: Tensor) -> str | None:
     """What tells a layer with a forward of its own from a linear one, on one row; None if equal."""
+    # An adapter that starts at zero gives the same at first, and would be left out from then on.
+    others = {name for name, _ in linear.named_parameters()} - {"weight", "bias"}
+    if others:
+        return f"it has further parameters, {', '.join(sorted(others))}"
+    if not is_materialised(weight):
+        return None
     if weight.dim() != 2:
         return f"its weight has shape {tuple(weight.shape)}"
     x = torch.linspace(-1.0, 1.0, weight.shape[1], device=weight.device).to(weight.dtype)[None]

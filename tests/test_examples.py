@@ -17,9 +17,10 @@ EXAMPLES = sorted((ROOT / "python" / "examples").glob("*.py"))
 
 def skip_without(code: str) -> None:
     """Skips where a trainer that the code imports is not installed."""
-    for name in re.findall(r"^(?:import|from) (lightning|trl|peft|datasets|deepspeed)", code, re.M):
+    trainers = "lightning|trl|peft|datasets|deepspeed|torchtitan"  # make test installs the others
+    for name in re.findall(rf"^(?:import|from) ({trainers})", code, re.M):
         if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: make test installs it")
+            pytest.skip(f"{name} is not installed")
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -957,6 +957,18 @@ class Quantised(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(30, 8, dtype=torch.int8), requires_grad=False)
 
 
+class Adapted(nn.Linear):
+    """As torchtune's LoRALinear: an adapter of the layer's own, which starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 30)
+        self.lora_a, self.lora_b = nn.Linear(8, 2, bias=False), nn.Linear(2, 30, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_b(self.lora_a(x))
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -966,6 +978,8 @@ class Quantised(nn.Linear):
         nn.Conv1d(8, 30, 1),
         Transposed(),
         Quantised(),
+        Adapted(),
+        Adapted().to("meta"),
     ],
     ids=lambda layer: type(layer).__name__,
 )

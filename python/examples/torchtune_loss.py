@@ -1,10 +1,12 @@
-"""A loss object that is handed the output projection, as torchtune's recipes do it.
+"""A loss on hidden states for torchtune's recipes, which is handed the output projection.
 
     python python/examples/torchtune_loss.py
 
-torchtune's recipes build the loss from the configuration, call ``set_model_output(model)`` once and
-then ``loss(outputs, targets)``, where ``outputs`` are hidden states because the model skips its
-output layer. Advantages and reference log-probs travel beside the targets.
+For torchtune 0.6.1, whose recipes give a loss the logits and the labels alone: mix ``ALoLStep``
+into a single-device recipe (full or LoRA), name this loss in the configuration, and let the
+``collate_fn`` put ``ref_logps`` (B, T) and ``advantages`` (B,) beside the labels:
+
+    class Recipe(ALoLStep, FullFinetuneRecipeSingleDevice): ...
 """
 
 from typing import Any
@@ -20,20 +22,26 @@ class LinearALoLLoss(nn.Module):
 
     Args:
         clip: eps of the ratio's bounds. ignore_index: of targets that are left out.
+        reduction: the recipe multiplies the loss by the number of tokens of its batch and divides
+            the gradients by that of the update, which undoes the mean over tokens and no other.
     """
 
-    def __init__(self, clip: float | None = 0.9, ignore_index: int = -100) -> None:
+    def __init__(
+        self, clip: float | None = 0.9, ignore_index: int = -100, reduction: str = "token-mean"
+    ) -> None:
         super().__init__()
-        self.clip, self.ignore_index = clip, ignore_index
-        self.linear_projection: nn.Linear | None = None
+        self.clip, self.ignore_index, self.reduction = clip, ignore_index, reduction
+        self.head: lk.LogprobHead | None = None
 
     def set_model_output(self, model: Any) -> None:
-        model.skip_output_layer = True
-        self.set_lm_head(model.output)
-
-    def set_lm_head(self, lm_head: nn.Linear) -> None:
-        """torchtitan's way, which hands over the layer."""
-        self.linear_projection = lm_head
+        """From here on the model returns its final hidden states."""
+        model.unembed = lambda hidden: model.norm(hidden)
+        output = model.output
+        if not isinstance(output, nn.Module):  # TiedLinear: the embedding's weight
+            weight = output.tied_module.weight
+            output = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            output.weight = weight
+        self.head = lk.LogprobHead(output)
 
     def forward(
         self,
@@ -42,32 +50,49 @@ class LinearALoLLoss(nn.Module):
         ref_logps: Tensor,  # (B, T), the reference's, at the places of the targets
         advantages: Tensor,  # (B,)
     ) -> Tensor:
-        assert self.linear_projection is not None, "call set_model_output(model) first"
-        return lk.linear_loss(
-            lk.objectives.a_lol,
+        assert self.head is not None, "call set_model_output(model) first"
+        return self.head(
             outputs,
-            self.linear_projection.weight,
             targets,
-            lk.Sequences.from_mask(targets != self.ignore_index),
+            targets != self.ignore_index,
+            objective=lk.objectives.a_lol,
+            reduction=self.reduction,
             ref_logps=ref_logps,
             advantages=advantages,
             clip=self.clip,
-        )
+        ).loss
+
+
+class ALoLStep:
+    """Two methods of a recipe: the model is handed over once, the side inputs at every step."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self._loss_fn.set_model_output(self._model)
+
+    def _loss_step(self, batch: dict[str, Tensor]) -> Tensor:
+        labels, ref_logps = batch.pop("labels"), batch.pop("ref_logps")  # at their own tokens
+        advantages = batch.pop("advantages")
+        with self.activations_handling_ctx:
+            hidden = self._model(**batch)
+        return self._loss_fn(hidden[:, :-1], labels[:, 1:], ref_logps[:, 1:], advantages)
 
 
 class TinyDecoder(nn.Module):
-    """Stands for a torchtune decoder: an ``output`` layer, and the flag that skips it."""
+    """Stands for a torchtune decoder: ``unembed`` applies ``norm`` and ``output``."""
 
     def __init__(self, vocab: int = 50, width: int = 16) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocab, width)
         self.layer = nn.GRU(width, width, batch_first=True)
+        self.norm = nn.RMSNorm(width)
         self.output = nn.Linear(width, vocab, bias=False)
-        self.skip_output_layer = False
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return self.output(self.norm(hidden)).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.layer(self.tok_embeddings(tokens))[0]
-        return hidden if self.skip_output_layer else self.output(hidden)
+        return self.unembed(self.layer(self.tok_embeddings(tokens))[0])
 
 
 def main() -> None:
@@ -90,7 +115,8 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     # The policy starts as the reference: every ratio is one.
-    first = -(advantages.clamp(min=0) * (ref_logps * (targets != -100)).sum(1)).mean()
+    kept = targets != -100
+    first = -(advantages.clamp(min=0) * (ref_logps * kept).sum(1)).sum() / kept.sum()
     torch.testing.assert_close(losses[0], first.item(), rtol=1e-5, atol=1e-5)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0]

@@ -2,11 +2,14 @@
 
     python python/examples/verl_linear.py
 
-In verl, with actor_rollout_ref.model.use_fused_kernels=True and its torch backend, before a worker
-builds its model:
+For verl 0.9.1 with its FSDP engine: these two lines in a module that is named by
+actor_rollout_ref.model.external_lib, which every worker imports before it builds its model, and
+actor_rollout_ref.model.use_fused_kernels=True (its backend is "torch" unless you choose another):
 
     import verl.utils.experimental.torch_functional as torch_functional
     torch_functional.FusedLinearForPPO = LinearForPPO
+
+verl looks the class up in that module at every forward.
 """
 
 import torch
@@ -26,9 +29,13 @@ class LinearForPPO(torch.nn.Module):
         log_probs, entropy: float32, of input_ids' shape, both differentiable.
     """
 
-    def __init__(self, chunk_size: int = 512, entropy_grad: bool = False) -> None:
-        super().__init__()  # chunk_size is verl's: chunks follow from memory_budget here
-        self.entropy_grad = entropy_grad  # True where entropy_coeff is not 0: saves a product
+    def __init__(
+        self, chunk_size: int = 512, impl_backend: str = "torch", entropy_grad: bool = False
+    ) -> None:
+        super().__init__()  # the first two are verl's; memory_budget decides on blocks here
+        # Where entropy_coeff is not 0, functools.partial(LinearForPPO, entropy_grad=True) in its
+        # place saves a product. The gradient is the same.
+        self.entropy_grad = entropy_grad
 
     def forward(
         self,
@@ -61,13 +68,14 @@ def main() -> None:
     logp = ((hidden @ weight.T).float() / 0.7).log_softmax(-1)
     label = logp.gather(-1, input_ids[..., None]).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(-1)
-    log_probs, own = LinearForPPO(entropy_grad=True)(hidden, weight, input_ids, temperature=0.7)
+    fused = LinearForPPO(impl_backend="torch", entropy_grad=True)
+    log_probs, own = fused(hidden, weight, input_ids, temperature=0.7)
     torch.testing.assert_close(log_probs, label, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(own, entropy, rtol=1e-4, atol=1e-4)
     inputs = (hidden, weight)
     eager = torch.autograd.grad(policy_loss(label, entropy), inputs)
-    fused = torch.autograd.grad(policy_loss(log_probs, own), inputs)
-    for got, want in zip(fused, eager, strict=True):
+    grads = torch.autograd.grad(policy_loss(log_probs, own), inputs)
+    for got, want in zip(grads, eager, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
     print("log-probs, entropies and both gradients equal the eager ones")
 
