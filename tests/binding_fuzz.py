@@ -66,7 +66,7 @@ def call_dlogits(n: int, v: int) -> None:
     x = floats((n, v), FLOATS)
     out = x if chance(0.4) else floats((n, v), FLOATS)
     if chance(0.1) and x.dtype == torch.float32:
-        out = x.view(torch.int16).view(torch.bfloat16) if x.is_contiguous() else x.t()
+        out = x.view(torch.int16).view(torch.bfloat16) if x.is_contiguous() else x.transpose(0, -1)
     vectors = [floats((n,)) for _ in range(4)]
     torch.ops.lolkernels.dlogits(x, labels(n, v), *vectors, *options(), out=out)
 

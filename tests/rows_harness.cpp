@@ -231,6 +231,42 @@ void check_exps(const RowKernels& kernels, const Owned& logits, const Vector<int
   }
 }
 
+struct Statistics {
+  std::vector<float> target, max, used, rest, lse, expected;
+};
+
+Statistics statistics(const RowKernels& kernels, const Matrix& x, const Vector<int64_t>& labels,
+                      const Vector<float>& anchor, const LogitMap& map) {
+  const int64_t n = x.rows;
+  Statistics s = {std::vector<float>(n), std::vector<float>(n), std::vector<float>(n),
+                  std::vector<float>(n), std::vector<float>(n), std::vector<float>(n)};
+  std::vector<float> deviation(n), slope(n);
+  kernels.exps({x,
+                {},
+                labels,
+                anchor,
+                map,
+                s.used.data(),
+                s.rest.data(),
+                deviation.data(),
+                s.max.data(),
+                s.target.data(),
+                slope.data()},
+               0, n);
+  for (int64_t r = 0; r < n; ++r) {
+    const float used = s.used[r], target = s.target[r];
+    const double base = std::max<double>(used, target);
+    const double others = std::exp(used - base), own = std::exp(target - base);
+    const double sum = s.rest[r] * others + own;
+    const double mean = others == 0 ? 0.0 : others * (deviation[r] + s.rest[r] * (used - base));
+    s.lse[r] = static_cast<float>(base + std::log(sum));
+    if (s.lse[r] == kInfinity) s.lse[r] = NAN;
+    s.expected[r] =
+        static_cast<float>(base + (mean + (own == 0 ? 0.0 : own * (target - base))) / sum);
+  }
+  return s;
+}
+
 void check_rows(const RowKernels& kernels) {
   const auto [n, v] = draw_shape();
   const DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
@@ -259,30 +295,11 @@ void check_rows(const RowKernels& kernels) {
     c[r] = chance(0.5) ? 0.0f : static_cast<float>(normal());
   }
 
-  std::vector<float> target(n), got_lse(n), expected(n), max(n);
-  std::vector<float> used(n), rest(n), deviation(n), slope(n);
-  kernels.exps({x.m,
-                {},
-                labels,
-                {nullptr, 0},
-                map,
-                used.data(),
-                rest.data(),
-                deviation.data(),
-                max.data(),
-                target.data(),
-                slope.data()},
-               0, n);
-  for (int64_t r = 0; r < n; ++r) {  // what these sums make
-    const double base = std::max<double>(used[r], target[r]);
-    const double others = std::exp(used[r] - base), own = std::exp(target[r] - base);
-    const double sum = rest[r] * others + own;
-    const double mean = others == 0 ? 0.0 : others * (deviation[r] + rest[r] * (used[r] - base));
-    got_lse[r] = static_cast<float>(base + std::log(sum));
-    if (got_lse[r] == kInfinity) got_lse[r] = NAN;
-    expected[r] =
-        static_cast<float>(base + (mean + (own == 0 ? 0.0 : own * (target[r] - base))) / sum);
-  }
+  // What the sums make, anchored at the maximum as where logits are made, and at the label's logit.
+  Column<float> at_top(n);
+  for (int64_t r = 0; r < n; ++r) at_top[r] = -INFINITY;
+  const Statistics tops = statistics(kernels, x.m, labels, at_top, map);
+  const Statistics sums = statistics(kernels, x.m, labels, {nullptr, 0}, map);
   check_exps(kernels, x, labels, map, scale, cap, temperature);
   std::vector<double> want_g(n * v), tolerance_g(n);
   for (int64_t r = 0; r < n; ++r) {
@@ -302,16 +319,23 @@ void check_rows(const RowKernels& kernels) {
     }
     const double want_lse = nan ? NAN : sum == 0.0 ? -kInfinity : top + std::log(sum);
     const bool has_target = labels[r] >= 0 && labels[r] < v;
-    // A few units in the last place of the largest number involved, and far below 2e-5.
-    const double tolerance = 4e-7 * (4.0 + (std::isfinite(top) ? std::fabs(top) : 0.0));
     const double want_target = has_target ? z[labels[r]] : -kInfinity;
-    expect(kernels.isa, "target_logit", target[r], want_target,
-           4e-7 * (4.0 + std::fabs(want_target)), worst_stat);
-    expect(kernels.isa, "lse", got_lse[r], want_lse, tolerance, worst_stat);
-    expect(kernels.isa, "expected_logit", expected[r], nan || sum == 0 ? NAN : mean / sum,
-           4 * tolerance, worst_stat);
-    if (!nan) expect(kernels.isa, "max_logit", max[r], top, tolerance, worst_stat);
-    if (!nan && !(rest[r] >= 0.0f)) fail(kernels.isa, "rest below 0", rest[r], 0.0);
+    const double want_mean = nan || sum == 0 ? NAN : mean / sum;
+    // A few units in the last place of the largest number involved, and far below 2e-5. Relative to
+    // an anchor elsewhere that is the distance to it, which a mean is multiplied by besides.
+    const double units = 4e-7 * (4.0 + (std::isfinite(top) ? std::fabs(top) : 0.0));
+    const double used = sums.used[r];
+    const double far = std::isfinite(top) && std::isfinite(used) ? std::fabs(top - used) : 0.0;
+    for (const Statistics* s : {&tops, &sums}) {
+      const double distance = s == &tops ? 0.0 : far;
+      expect(kernels.isa, "target_logit", s->target[r], want_target,
+             4e-7 * (4.0 + std::fabs(want_target)), worst_stat);
+      expect(kernels.isa, "lse", s->lse[r], want_lse, units + 1.2e-7 * distance, worst_stat);
+      expect(kernels.isa, "expected_logit", s->expected[r], want_mean,
+             4 * units + 2.4e-6 * distance, worst_stat);
+      if (!nan) expect(kernels.isa, "max_logit", s->max[r], top, units, worst_stat);
+      if (!nan && !(s->rest[r] >= 0.0f)) fail(kernels.isa, "rest below 0", s->rest[r], 0.0);
+    }
 
     lse[r] = static_cast<float>(want_lse);
     for (int64_t k = 0; k < v; ++k) {

@@ -111,6 +111,7 @@ def test_where_there_is_a_compiler_the_compiled_backend_is_there() -> None:
     assert lk.available_backends()["cpu"] is None
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_the_wheel_holds_the_packages_and_an_abi3_library(tmp_path: Path) -> None:
     # A CUDA part that does not compile takes nothing with it.

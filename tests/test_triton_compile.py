@@ -16,6 +16,7 @@ import triton_cases
 CASES = triton_cases.compile_cases()
 # Minutes of compiling: the architecture with the most units to get wrong stands for the others.
 MARKED = [pytest.param(c, marks=[] if c.arch == 90 else pytest.mark.slow) for c in CASES]
+pytestmark = pytest.mark.ci
 
 
 @pytest.fixture(scope="module")

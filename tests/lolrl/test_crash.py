@@ -26,7 +26,7 @@ def work(folder: Path) -> None:
     config = AnnotateConfig(keep="all", cache_dir=str(folder / "cache"))
     model = make_llama(len(tokenizer))
     rows = annotate(model, tokenizer, make_rows(27), config=config, progress=False).dataset
-    settings = {"max_steps": 40, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    settings = {"max_steps": 200, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
     settings |= {"save_steps": 1, "save_total_limit": 2, "save_best_and_last": True}
     try:
         last_complete(folder)
