@@ -95,6 +95,7 @@ def test_every_default_point_is_a_shape() -> None:
         assert (axes["vocab"].points[0], axes["vocab"].points[-1]) == (32768, 262144)
 
 
+@pytest.mark.ci
 def test_a_tiny_run_writes_json_and_markdown(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     flags = ["--axis", "tokens", "--shape", "64,32,1000,16", "--points", "128", "64"]

@@ -237,6 +237,7 @@ def test_a_smaller_budget_takes_less_memory() -> None:
     assert found[1] < found[0] - 2**20
 
 
+@pytest.mark.ci
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     asked = case(sequences=512)  # 4096 scored rows of 1000 logits: 47 MiB for eager
     found = {name: train.step_bytes(asked, name) for name in ("fused", "eager")}

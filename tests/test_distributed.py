@@ -16,17 +16,18 @@ import lolkernels as lk
 from tests.ranks import context, engines, vocabulary  # noqa: F401  they register
 from tests.ranks.harness import SCENARIOS
 
+ENGINES = {name for name, (run, _) in SCENARIOS.items() if run.__module__ == engines.__name__}
 CASES = [
-    pytest.param(n, name, marks=pytest.mark.ci if n > 2 else ())
+    pytest.param(n, name, marks=pytest.mark.ci if n > 2 or name in ENGINES else ())
     for name, (_, worlds) in SCENARIOS.items()
     for n in worlds
 ]
 
 
-def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
+def launch(ranks: int, folder: Path, names: set[str]) -> list[dict[str, Any]]:
     """What each rank found, by torchrun as users start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "tests.ranks.worker", str(folder)]
+    command += ["--nproc-per-node", str(ranks), "-m", "tests.ranks.worker", str(folder), *names]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -37,20 +38,22 @@ def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """ranks -> what they found, from one launch each."""
-    known: dict[int, list[dict[str, Any]]] = {}
+    """What ranks found of the engines, or of the rest: from one launch each."""
+    known: dict[tuple[int, bool], list[dict[str, Any]]] = {}
 
-    def of(ranks: int) -> list[dict[str, Any]]:
-        if ranks not in known:
-            known[ranks] = launch(ranks, tmp_path_factory.mktemp(f"ranks{ranks}"))
-        return known[ranks]
+    def of(ranks: int, name: str) -> list[dict[str, Any]]:
+        key = ranks, name in ENGINES
+        if key not in known:
+            names = ENGINES if name in ENGINES else set(SCENARIOS) - ENGINES
+            known[key] = launch(ranks, tmp_path_factory.mktemp(f"ranks{ranks}"), names)
+        return known[key]
 
     return of
 
 
 @pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_on_ranks(ranks: int, name: str, found: Any) -> None:
-    for rank, results in enumerate(found(ranks)):
+    for rank, results in enumerate(found(ranks, name)):
         assert name in results, f"rank {rank} never came to it: {list(results)[-1:]} stopped it"
         problem, _ = results[name]
         assert not problem, f"rank {rank}: {problem}"

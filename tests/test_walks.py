@@ -565,14 +565,14 @@ def step_of(
     up: Tensor | None,
 ) -> Any:
     """Forward and backward through the bodies of the ops: a dispatch mode sees inside no op."""
-    ops = {m: sys.modules[f"lolkernels.{m}"] for m in ("logprob", "loss")}
+    ops = {m: sys.modules[f"lolkernels.{m}"] for m in ("linear", "logprob", "loss")}
     h = h if low is None else torch.cat([h, low], 1)
     n, y = h.shape[0], torch.zeros(h.shape[0], dtype=torch.int64)
-    operand = ops["logprob"].operand(h, w, "reference")
+    operand = ops["linear"].operand(h, w, "reference")
     common = ((1.0, 0.0, 1.0), "reference", budget, operand)
 
     def dweight(coef: list[Tensor], both: Any, stats: list[Tensor], kept: Tensor) -> Tensor:
-        body = ops["logprob"]._gradients
+        body = ops["linear"]._gradients
         return body(
             *(into, coef, both, None, stats, kept, h, w, y, None, up, *common),
             *(False, [False, True, False]),
