@@ -105,9 +105,9 @@ def check_case(seed: int, backend: str) -> tuple[float, int]:
     return worst, canaries
 
 
-# Where one row makes an entry of dweight, E, coefficient x hidden and the result are each rounded to
-# bfloat16, and eager's two roundings may cancel: in 1 of 600 cases an entry misses the bound by a
-# tenth of it. The largest error and the norm of the error are below eager's there.
+# Where one row makes an entry of dweight, E, coefficient x hidden and the result are each rounded
+# to bfloat16, and eager's two roundings may cancel: in 1 of 600 cases an entry misses the bound by
+# a tenth of it. The largest error and the norm of the error are below eager's there.
 MISSED = {("cuda_host", 133): "^dweight: an element off by 5[.]..e-03 more than eager$"}
 
 
