@@ -217,6 +217,10 @@ class LoLTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of one update, and the number of sequences that all of them hold."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed behind the last update: Trainer looks whether it is done after an update only.
+            self.control.should_training_stop = True
+            return [], None
         batches = []
         for _ in range(num_batches):
             try:

@@ -263,14 +263,15 @@ FIGURES += ("entropy", "logps/mean", "clip_ratio", "advantage/mean", "num_tokens
 def test_resume_is_bit_equal(rows, tokenizer, tmp_path) -> None:
     """Killed after any of these updates, the run ends with the same bits and the same log.
 
-    Steps in the middle of an epoch, of a log window, at an epoch's end and one before the end.
+    Steps in the middle of an epoch, of a log window, at an epoch's end, one before the end, and the
+    end itself, after which there is no update.
     """
     kw = saving(1, 12, dtype=torch.float32, logging_steps=3, learning_rate=3e-3)
     kw |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     kw |= {"lr_scheduler_type": "linear"}
     whole = run(tmp_path / "whole", rows, tokenizer, **kw)
     assert whole.state.epoch > 2
-    for step in (2, 4, 7, 11):
+    for step in (2, 4, 7, 11, 12):
         folder = tmp_path / f"resumed{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         torch.rand(step)  # the global generator is elsewhere
