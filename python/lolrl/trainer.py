@@ -217,8 +217,8 @@ class LoLTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of one update, and the number of sequences that all of them hold."""
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed behind the last update: Trainer looks whether it is done after an update only.
+        if self._resumed is not None and self.state.global_step >= self.state.max_steps:
+            # Behind the last update: Trainer looks whether it is done after an update only.
             self.control.should_training_stop = True
             return [], None
         batches = []
