@@ -336,6 +336,9 @@ void check_rows(const RowKernels& kernels) {
       if (!nan) expect(kernels.isa, "max_logit", s->max[r], top, units, worst_stat);
       if (!nan && !(s->rest[r] >= 0.0f)) fail(kernels.isa, "rest below 0", s->rest[r], 0.0);
     }
+    if (!nan && tops.lse[r] < tops.max[r]) {
+      fail(kernels.isa, "lse below max", tops.lse[r], tops.max[r]);
+    }
 
     lse[r] = static_cast<float>(want_lse);
     for (int64_t k = 0; k < v; ++k) {
